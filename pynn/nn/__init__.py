@@ -1,0 +1,1 @@
+"""torch.nn-compatible layers on pynn kernels."""

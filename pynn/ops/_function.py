@@ -1,0 +1,56 @@
+"""Calling a torch.autograd.Function: fast in eager, right under torch.func, torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+library = torch.library.Library("pynn", "FRAGMENT")  # every op's schema is defined on this object, which keeps it alive
+
+
+def eager(cls):
+    """Adds cls.Eager: the same Function in the calling form that skips setup_context's signature inspection."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = cls.forward(*inputs)
+            cls.setup_context(ctx, inputs, output)
+            return output
+
+        backward = cls.backward
+
+    Eager.__name__ = Eager.__qualname__ = cls.__name__
+    cls.Eager = Eager
+    return cls
+
+
+def call(cls, *inputs: Any):
+    """Applies a Function decorated with `eager` in the cheapest form that is right here.
+
+    Raises:
+        NotImplementedError: for torch.compile around torch.func transforms, where torch drops the backward of an
+            autograd.Function without a word (pytorch issue 193279).
+    """
+    compiling = torch.compiler.is_compiling()
+    if torch._C._are_functorch_transforms_active():
+        if compiling:
+            raise NotImplementedError("pynn: put torch.compile inside torch.func.grad/vmap, not outside")
+        return cls.apply(*inputs)
+    if compiling:  # Dynamo traces the setup_context form
+        return cls.apply(*inputs)
+    if not torch.is_grad_enabled() or not any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
+        return cls.forward(*inputs)
+    return cls.Eager.apply(*inputs)
+
+
+def autocast(*tensors: torch.Tensor | None):
+    """The tensors in autocast's dtype when autocast is on for their device, otherwise unchanged."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+    )

@@ -1,0 +1,182 @@
+"""Builds the kernel libraries with ninja and ships them inside the package.
+
+Products, all under pynn/:
+    lib/libpynn_cpu_<isa>.so   csrc/ops + csrc/cpu, once per instruction set; one of them is loaded at run time
+    lib/libpynn_cuda.so        csrc/ops + csrc/cuda, when nvcc is found (a CPU-only torch is enough, no GPU is needed)
+    _core.<python tag>.so      build facts and CPU features; the only file that depends on the Python version
+
+Environment: PYNN_CUDA_ARCHS ("80 90a"; empty builds no CUDA library), CUDA_HOME, MAX_JOBS.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = "0.1.0"
+TORCH_TARGET = "0x020b000000000000"  # the binaries load on torch 2.11 and every later release
+CUDA_ARCHS = "80 86 89 90a 100 120"
+
+CPU_ISAS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CPU_ISAS["avx2"] = ["-march=x86-64-v3"]
+    CPU_ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+# Contraction is off so that a*b+c rounds twice on every machine: the random normals must be bit-identical.
+# Kernels that want a fused multiply-add call fma() from csrc/cpu/vec.h.
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -fno-math-errno "
+    "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-psabi"
+).split()
+NVCC_FLAGS = (
+    "-std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings --expt-relaxed-constexpr"
+).split()
+
+
+def torch_directory():
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError(
+            "building pynn needs torch >= 2.11 for its headers: install it first, or drop --no-build-isolation"
+        )
+    return Path(spec.origin).parent
+
+
+def cuda_home():
+    nvcc = shutil.which("nvcc")
+    home = Path(os.environ.get("CUDA_HOME") or (Path(nvcc).resolve().parents[1] if nvcc else "/usr/local/cuda"))
+    return home if (home / "bin" / "nvcc").exists() else None
+
+
+def quote(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class Ninja:
+    """Collects rules and edges of a build.ninja file."""
+
+    def __init__(self):
+        self.lines = ["ninja_required_version = 1.5"]
+
+    def rule(self, name, command, depfile=True):
+        self.lines += [f"rule {name}", f"  command = {command}", "  description = " + name + " $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def edge(self, out, rule, inputs, **variables):
+        self.lines.append(f"build {quote(out)}: {rule} {' '.join(quote(i) for i in inputs)}")
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+
+
+class BuildLibraries(build_ext):
+    def run(self):
+        package = ROOT / "pynn" if self.inplace else Path(self.build_lib).resolve() / "pynn"
+        temp = ROOT / "build" / "ninja"
+        temp.mkdir(parents=True, exist_ok=True)
+        (package / "lib").mkdir(parents=True, exist_ok=True)
+        ninja = self.describe(temp, package)
+        (temp / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        program = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
+        command = [program] if Path(program).exists() else [sys.executable, "-m", "ninja"]
+        subprocess.check_call([*command, "-C", str(temp), "-j", jobs])
+
+    def describe(self, temp, package):
+        torch = torch_directory()
+        include = " ".join(
+            f"-I{quote(p)}"
+            for p in (
+                ROOT / "csrc/include",
+                ROOT / "csrc/ops",
+                torch / "include",
+                torch / "include/torch/csrc/api/include",
+            )
+        )
+        link = f"-L{quote(torch / 'lib')} -ltorch -ltorch_cpu -lc10 -Wl,-Bsymbolic -Wl,--as-needed -s"
+        cxx = os.environ.get("CXX", "g++")
+        ninja = Ninja()
+        ninja.rule(
+            "cxx",
+            f"{cxx} -MD -MF $out.d {' '.join(CXX_FLAGS)} -DTORCH_TARGET_VERSION={TORCH_TARGET} $flags "
+            f"{include} -c $in -o $out",
+        )
+        ninja.rule("link", f"{cxx} -shared $in -o $out $flags {link}", depfile=False)
+        ops, cpu = sorted((ROOT / "csrc/ops").glob("*.cpp")), sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+
+        for isa, flags in CPU_ISAS.items():
+            objects = self.compile(ninja, temp / f"cpu_{isa}", "cxx", ops + cpu, [f'-DPYNN_ISA=\\"{isa}\\"', *flags])
+            ninja.edge(package / f"lib/libpynn_cpu_{isa}.so", "link", objects)
+
+        archs = os.environ.get("PYNN_CUDA_ARCHS", CUDA_ARCHS).split()
+        cuda, sources = cuda_home(), sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        built_archs = archs if cuda and sources else []
+        if built_archs:
+            gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+            gencode.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            ninja.rule(
+                "nvcc",
+                f"{quote(cuda / 'bin/nvcc')} -MD -MF $out.d {' '.join(NVCC_FLAGS)} --compress-mode=size "
+                f"-I{quote(ROOT / 'csrc/include')} {' '.join(gencode)} -c $in -o $out",
+            )
+            flags = ["-DPYNN_CUDA", "-DUSE_CUDA", f"-I{quote(cuda / 'include')}"]
+            objects = self.compile(ninja, temp / "cuda_ops", "cxx", self.with_kernels(ops, sources), flags)
+            objects += self.compile(ninja, temp / "cuda", "nvcc", sources, [])
+            runtime = f"-L{quote(cuda / 'lib64')} -lcudart_static -lrt -ldl -lpthread"
+            ninja.edge(package / "lib/libpynn_cuda.so", "link", objects, flags=runtime)
+
+        self.describe_core(ninja, temp, package, built_archs)
+        return ninja
+
+    @staticmethod
+    def with_kernels(ops, sources):
+        """The csrc/ops files whose op has a CUDA launcher."""
+        have = {source.stem for source in sources}
+        return [op for op in ops if op.stem in have]
+
+    @staticmethod
+    def compile(ninja, directory, rule, sources, flags):
+        objects = []
+        for source in sources:
+            objects.append(directory / f"{source.stem}.o")
+            ninja.edge(objects[-1], rule, [source], flags=" ".join(flags))
+        return objects
+
+    @staticmethod
+    def describe_core(ninja, temp, package, archs):
+        python = Path(sysconfig.get_paths()["include"])
+        if importlib.util.find_spec("pybind11") is None or not (python / "Python.h").exists():
+            print("pynn._core is left out: pybind11 or Python.h is missing (pynn works without it)", file=sys.stderr)
+            return
+        import pybind11
+
+        facts = {
+            "VERSION": VERSION,
+            "CUDA_ARCHS": " ".join(archs),
+            "CPU_ISAS": " ".join(CPU_ISAS),
+        }
+        flags = [f'-D"PYNN_{key}=\\"{value}\\""' for key, value in facts.items()]
+        flags += [f"-I{quote(python)}", f"-I{quote(pybind11.get_include())}"]
+        target = temp / f"core_{sysconfig.get_config_var('SOABI')}"
+        objects = BuildLibraries.compile(ninja, target, "cxx", [ROOT / "csrc/core.cpp"], flags)
+        ninja.rule("link_core", "g++ -shared $in -o $out -s", depfile=False)
+        ninja.edge(package / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}", "link_core", objects)
+
+    def get_outputs(self):
+        return []
+
+
+setup(
+    version=VERSION,
+    packages=["pynn", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion", "pynn.train"],
+    package_data={"pynn": ["py.typed"]},
+    ext_modules=[Extension("pynn.kernels", [])],  # marks the wheel as platform-specific; BuildLibraries does the work
+    cmdclass={"build_ext": BuildLibraries},
+)
