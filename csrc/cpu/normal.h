@@ -4,23 +4,31 @@
 #include "vec.h"
 
 namespace pynn::cpu {
-
 typedef uint32_t VecUint __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t VecUint64 __attribute__((vector_size(kVectorBytes)));
+}  // namespace pynn::cpu
 
-PYNN_HD VecFloat convert(VecInt v) { return __builtin_convertvector(v, VecFloat); }
-PYNN_HD VecFloat square_root(VecFloat v) {
+namespace pynn {
+template <> struct Lanes<cpu::VecFloat> {
+  using Int = cpu::VecInt;
+  using Uint = cpu::VecUint;
+  static PYNN_HD cpu::VecFloat convert(Int v) { return __builtin_convertvector(v, cpu::VecFloat); }
+  static PYNN_HD cpu::VecFloat square_root(cpu::VecFloat v) {
 #if defined(__AVX512F__)
-  return _mm512_sqrt_ps(v);
+    return _mm512_sqrt_ps(v);
 #elif defined(__AVX__)
-  return _mm256_sqrt_ps(v);
+    return _mm256_sqrt_ps(v);
 #elif defined(__x86_64__)
-  return _mm_sqrt_ps(v);
+    return _mm_sqrt_ps(v);
 #else
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
-  return v;
+    for (int i = 0; i < cpu::kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
+    return v;
 #endif
-}
+  }
+};
+}  // namespace pynn
+
+namespace pynn::cpu {
 
 // Product of the low 32 bits of each 64-bit lane.
 PYNN_HD VecUint64 multiply_low(VecUint64 a, VecUint64 b) {
@@ -69,8 +77,8 @@ PYNN_HD void normals(uint64_t seed, uint64_t counter, float* out) {
   VecUint word[4];
   philox(seed, counter, word);
   VecFloat z[4];
-  box_muller<VecFloat, VecInt>(word[0], word[1], z[0], z[1]);
-  box_muller<VecFloat, VecInt>(word[2], word[3], z[2], z[3]);
+  box_muller<VecFloat>(word[0], word[1], z[0], z[1]);
+  box_muller<VecFloat>(word[2], word[3], z[2], z[3]);
   for (int k = 0; k < kCounters; ++k)
     for (int w = 0; w < 4; ++w) out[4 * k + w] = z[w][k];
 }
