@@ -76,6 +76,20 @@ template <class F> PYNN_HD F log_ieee(F x) {
   return (f + y) + e * 0.693359375f;
 }
 
+// e^x for finite x, from the same kind of steps (Cephes expf), about 1 ulp; saturates outside [-87, 88].
+PYNN_HD float exp_ieee(float x) {
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // nearest integer
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return y * bit_cast<float>((int32_t(n) + 127) << 23);
+}
+
 // Sine and cosine of 2 pi turn / 2^32: the quadrant is split off exactly in integers, then Cephes polynomials.
 template <class F> PYNN_HD void sincos_turn(Uint<F> turn, F& sine, F& cosine) {
   const Uint<F> quadrant = (turn + 0x20000000u) >> 30;
