@@ -134,18 +134,15 @@ void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_
 }
 
 template <class T>
-void Diffusion<T>::forward_jump_bwd(T* dx, T* dnoise, const T* dy, const int64_t* t, const int64_t* s, const double* table,
-                      DiffusionShape shape, void*) {
+void Diffusion<T>::forward_jump_bwd(T* dx, const T* dy, const int64_t* t, const int64_t* s, const double* table,
+                                    bool of_noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>&) {
     const JumpScale scale = jump_scale(table, t, s, shape, b);
-    const int64_t at = b * shape.inner + begin;
-    const T* __restrict from = dy + at;
-    const auto scaled = [&](T* __restrict to, C factor) {
-      for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(factor * to_float(from[j]));
-    };
-    if (dx) scaled(dx + at, C(scale.signal));
-    if (dnoise) scaled(dnoise + at, C(scale.noise));
+    const C factor = C(of_noise ? scale.noise : scale.signal);
+    const T* __restrict from = dy + b * shape.inner + begin;
+    T* __restrict to = dx + b * shape.inner + begin;
+    for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(factor * to_float(from[j]));
   });
 }
 

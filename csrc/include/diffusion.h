@@ -55,9 +55,9 @@ template <class T> struct Diffusion {
   // y = a x + b z with a, b of the jump from level s (nullptr: clean data) to level t; noise_out may be nullptr.
   static void forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_t* t, const int64_t* s, const double* table,
                                Noise noise, DiffusionShape shape, void* stream);
-  // dx = a dy, dnoise = b dy; either may be nullptr.
-  static void forward_jump_bwd(T* dx, T* dnoise, const T* dy, const int64_t* t, const int64_t* s, const double* table,
-                               DiffusionShape shape, void* stream);
+  // a dy, the gradient of x, or b dy, the gradient of the noise.
+  static void forward_jump_bwd(T* dx, const T* dy, const int64_t* t, const int64_t* s, const double* table,
+                               bool of_noise, DiffusionShape shape, void* stream);
 
   // y = mean + sigma z; x0_out (the clipped prediction) and variance (learned range) may be nullptr.
   static void reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output, const T* variance, const int64_t* t,
