@@ -32,13 +32,32 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # Contraction is off so that a*b+c rounds twice on every machine: the random normals must be bit-identical.
 # Kernels that want a fused multiply-add call fma() from csrc/cpu/vec.h.
-CXX_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Wno-maybe-uninitialized -Wno-psabi"
-).split()
-NVCC_FLAGS = (
-    "-std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings --expt-relaxed-constexpr"
-).split()
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-missing-field-initializers",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+]
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--fmad=false",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "-Werror",
+    "all-warnings",
+    "--expt-relaxed-constexpr",
+]
 
 
 def torch_directory():

@@ -47,7 +47,9 @@ class Schedule:
     def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """Betas from beta_start to beta_end, both scaled by 1000 / T (Ho et al. 2020; the scaling keeps the total)."""
         scale = 1000 / _count(timesteps)
-        return Schedule(torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64).clamp(max=0.999))
+        return Schedule(
+            torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64).clamp(max=0.999)
+        )
 
     @staticmethod
     def scaled_linear(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
@@ -147,7 +149,9 @@ class Schedule:
         # The posterior variance of t = 0 is 0; its logarithm is clipped to that of t = 1 as in Nichol and Dhariwal 2021.
         floor = torch.cat((posterior[1:2] if len(self) > 1 else beta[:1], posterior[1:]))
         noisy = (torch.arange(len(self)) > 0).to(torch.float64)
-        sigma = {"fixed_small": posterior.sqrt(), "fixed_large": beta.sqrt() * noisy, "learned_range": noisy}[variance_type]
+        sigma = {"fixed_small": posterior.sqrt(), "fixed_large": beta.sqrt() * noisy, "learned_range": noisy}[
+            variance_type
+        ]
         columns = (x_to_x0, output_to_x0, x0_to_mean, x_to_mean, sigma, floor.log(), beta.log())
         table = torch.stack(columns, 1)
         if not bool(table.isfinite().all()):
@@ -164,10 +168,17 @@ class Schedule:
         _expect("prediction_type", prediction_type, PREDICTION_TYPES[:-1])
         root_signal, root_noise = self.alphas_cumprod.sqrt(), self.noise_power.sqrt()
         zero, one = torch.zeros_like(root_signal), torch.ones_like(root_signal)
-        target = {"epsilon": (zero, one), "sample": (one, zero), "v": (-root_noise, root_signal), "score": (zero, -1 / root_noise)}
+        target = {
+            "epsilon": (zero, one),
+            "sample": (one, zero),
+            "v": (-root_noise, root_signal),
+            "score": (zero, -1 / root_noise),
+        }
         weight = one if weights is None else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         if weight.shape != one.shape:
-            raise ValueError(f"Schedule.loss_table: expected weights of shape {tuple(one.shape)}, got {tuple(weight.shape)}")
+            raise ValueError(
+                f"Schedule.loss_table: expected weights of shape {tuple(one.shape)}, got {tuple(weight.shape)}"
+            )
         return torch.stack((*target[prediction_type], weight), 1)
 
     def min_snr_weights(self, prediction_type: str = "epsilon", gamma: float = 5.0) -> torch.Tensor:

@@ -88,7 +88,9 @@ def double_backward(formula, dy, inputs, grad_grads):
 
     tensors = [inputs[i] for i in present]
     grads, second = torch.func.vjp(first, dy, *tensors)
-    seeds = tuple(torch.zeros_like(g) if grad_grads[i] is None else grad_grads[i] for i, g in zip(present, grads, strict=True))
+    seeds = tuple(
+        torch.zeros_like(g) if grad_grads[i] is None else grad_grads[i] for i, g in zip(present, grads, strict=True)
+    )
     ddy, *dinputs = second(seeds)
     return ddy, tuple(_replace([None] * len(inputs), present, dinputs))
 

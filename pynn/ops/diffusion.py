@@ -19,6 +19,7 @@ from ._diffusion_functions import DiffusionLoss, ForwardJump, ReverseStep
 from ._function import call
 from .random import make_key
 
+
 def _timesteps(t: int | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t if isinstance(t, torch.Tensor) else torch.full((1,), t, dtype=torch.int64, device=x.device)
 
