@@ -1,7 +1,7 @@
 """Bad calls, run in a child process: each must raise a clear Python error; a crash or a hang is a failure.
 
-A test module offers a function `bad_call(rng) -> (description, thunk)` that makes a random call which must fail, given a
-random.Random. `assert_rejects("test_conv2d", count)` runs many of them in a child; this file is also that child's program.
+A test module offers a function `bad_call(rng) -> (description, thunk)` that makes a random call which must fail, given
+a random.Random. `assert_rejects("test_conv2d", count)` runs many of them in a child; this file is also its program.
 """
 
 from __future__ import annotations

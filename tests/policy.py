@@ -114,7 +114,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def truth_of(fn, *tensors: torch.Tensor | None, grad_output: torch.Tensor | None = None):
-    """(output, gradients) of fn in float64 on float64 copies; gradients None without grad_output or where not floating."""
+    """(output, gradients) of fn in float64 on float64 copies; gradients are None without grad_output."""
     leaves = [None if t is None else t.detach().double().requires_grad_(t.is_floating_point()) for t in tensors]
     return _run(fn, leaves, grad_output)
 

@@ -1,9 +1,9 @@
 // Launchers of the diffusion ops. Every tensor is contiguous and seen as (batch, inner): one row per sample.
 //
-// A row b uses the coefficients of its own timestep: table row t[b] (or t[0] when t_count is 1). Coefficients are kept in
-// float64 and cast to the compute type once per row. Noise is either given or regenerated from a Philox key:
-// element i of the draw of key (seed, offset), where i counts from the start of the batch (one key) or of the row
-// (a key per row).
+// A row b uses the coefficients of its own timestep: table row t[b] (or t[0] when t_count is 1). Coefficients are kept
+// in float64 and cast to the compute type once per row. Noise is either given or regenerated from a Philox key: element
+// i of the draw of key (seed, offset), where i counts from the start of the batch (one key) or of the row (a key per
+// row).
 #pragma once
 #include <cstdint>
 
@@ -12,10 +12,10 @@
 namespace pynn {
 
 struct DiffusionShape {
-  int64_t batch, inner;    // rows, elements per row
-  int64_t t_count;         // 1 or batch
-  int64_t key_count;       // 1 or batch; 0 when noise is given or not used
-  int64_t timesteps;       // rows of the table that t indexes
+  int64_t batch, inner;  // rows, elements per row
+  int64_t t_count;       // 1 or batch
+  int64_t key_count;     // 1 or batch; 0 when noise is given or not used
+  int64_t timesteps;     // rows of the table that t indexes
 };
 
 // Columns of the forward table, one row per noise level: row 0 is clean data, row t + 1 is timestep t.
@@ -26,7 +26,14 @@ enum ForwardColumn { kSignalPower, kNoisePower, kForwardColumns };  // alphas_cu
 //   mean = x0_to_mean * x0 + x_to_mean * x
 //   sigma: fixed, or exp(0.5 * (min + (v + 1) / 2 * (max - min))) from the log-variance bounds; 0 at timestep 0
 enum ReverseColumn {
-  kXToX0, kOutputToX0, kX0ToMean, kXToMean, kSigma, kLogVarianceMin, kLogVarianceMax, kReverseColumns
+  kXToX0,
+  kOutputToX0,
+  kX0ToMean,
+  kXToMean,
+  kSigma,
+  kLogVarianceMin,
+  kLogVarianceMax,
+  kReverseColumns
 };
 
 // Columns of the loss table: target = x0_to_target * x0 + noise_to_target * noise, weight of the squared error.
@@ -38,7 +45,8 @@ struct ReverseClip {
 };
 
 // The noise of a draw: given, or regenerated from the key(s).
-template <class T> struct DiffusionNoise {
+template <class T>
+struct DiffusionNoise {
   const T* given;
   const int64_t* key;  // (key_count, 2): seed, offset
 };
@@ -47,7 +55,8 @@ template <class T> struct DiffusionNoise {
 
 namespace pynn::PYNN_LAUNCH_NAMESPACE {
 
-template <class T> struct Diffusion {
+template <class T>
+struct Diffusion {
   using Noise = DiffusionNoise<T>;
 
   static void normal(T* y, const int64_t* key, DiffusionShape shape, void* stream);

@@ -17,7 +17,8 @@ struct Common {
   Tensor t, table;
   OptionalTensor s, noise, key;
 
-  template <class T> DiffusionNoise<T> noise_source() const {
+  template <class T>
+  DiffusionNoise<T> noise_source() const {
     return {noise ? pointer<T>(*noise) : nullptr, key ? pointer<int64_t>(*key) : nullptr};
   }
   const int64_t* t_data() const { return pointer<int64_t>(t); }
@@ -28,14 +29,15 @@ struct Common {
 
 void set_sample_shape(Common& c, const Tensor& x, const char* argument) {
   check_floating(c.op, argument, x);
-  PYNN_CHECK(x.dim() >= 1, c.op, ": expected ", argument, " with a batch dimension (B, ...), got a 0-dimensional tensor");
+  PYNN_CHECK(x.dim() >= 1, c.op, ": expected ", argument,
+             " with a batch dimension (B, ...), got a 0-dimensional tensor");
   c.shape.batch = x.size(0);
   c.shape.inner = 1;
   for (int64_t d = 1; d < x.dim(); ++d) c.shape.inner = checked_multiply(c.op, c.shape.inner, x.size(d));
 }
 
-// Timesteps: int64, one or one per sample, each in [low, timesteps). Values on a GPU are not read here: that would stall
-// the stream; the CUDA kernels write NaN for a bad index instead.
+// Timesteps: int64, one or one per sample, each in [low, timesteps). Values on a GPU are not read here: that would
+// stall the stream; the CUDA kernels write NaN for a bad index instead.
 Tensor check_index(const Common& c, const char* argument, const Tensor& t, const Tensor& x, int64_t low) {
   PYNN_CHECK(t.scalar_type() == ScalarType::Long, c.op, ": expected ", argument, " to be int64, got ",
              name_of(t.scalar_type()));
@@ -136,17 +138,17 @@ Common jump_operands(const char* op, const Tensor& x, const Tensor& t, const Opt
 }
 
 std::tuple<Tensor, Tensor> forward_jump_fwd(const Tensor& x_, const Tensor& t, const OptionalTensor& s,
-                                            const Tensor& table, const OptionalTensor& noise,
-                                            const OptionalTensor& key, bool return_noise) {
+                                            const Tensor& table, const OptionalTensor& noise, const OptionalTensor& key,
+                                            bool return_noise) {
   Common c = jump_operands("forward_jump", x_, t, s, table);
   set_noise(c, noise, key, x_);
   const Tensor x = torch::stable::contiguous(x_);
   Tensor y = contiguous_like(x), noise_out = return_noise ? contiguous_like(x) : none_like(x);
   if (c.empty()) return {y, noise_out};
   dispatch_floating(c.op, x.scalar_type(), [&]<class T>(Tag<T>) {
-    launch::Diffusion<T>::forward_jump_fwd(mutable_pointer<T>(y), return_noise ? mutable_pointer<T>(noise_out) : nullptr,
-                                           pointer<T>(x), c.t_data(), c.s_data(), c.table_data(), c.noise_source<T>(),
-                                           c.shape, current_stream(x));
+    launch::Diffusion<T>::forward_jump_fwd(
+        mutable_pointer<T>(y), return_noise ? mutable_pointer<T>(noise_out) : nullptr, pointer<T>(x), c.t_data(),
+        c.s_data(), c.table_data(), c.noise_source<T>(), c.shape, current_stream(x));
   });
   return {y, noise_out};
 }
@@ -220,7 +222,8 @@ std::tuple<Tensor, Tensor, Tensor> reverse_step_bwd(const Tensor& dy_, const Ten
       reverse_operands("reverse_step_bwd", x, output, variance, t, table, clip_low, clip_high, noise, key);
   const Common& c = r.c;
   const Tensor dy = like(c, "grad_output", dy_, "x", x);
-  Tensor dx = contiguous_like(r.x), doutput = contiguous_like(r.x), dvariance = r.variance ? contiguous_like(r.x) : none_like(r.x);
+  Tensor dx = contiguous_like(r.x), doutput = contiguous_like(r.x),
+         dvariance = r.variance ? contiguous_like(r.x) : none_like(r.x);
   if (c.empty()) return {dx, doutput, dvariance};
   dispatch_floating(c.op, r.x.scalar_type(), [&]<class T>(Tag<T>) {
     launch::Diffusion<T>::reverse_step_bwd(

@@ -146,7 +146,7 @@ class Schedule:
         if prediction_type == "mean":
             x0_to_mean, x_to_mean = one, zero
         posterior = self.posterior_variance
-        # The posterior variance of t = 0 is 0; its logarithm is clipped to that of t = 1 as in Nichol and Dhariwal 2021.
+        # The posterior variance of t = 0 is 0; its logarithm is clipped to that of t = 1 (Nichol and Dhariwal 2021).
         floor = torch.cat((posterior[1:2] if len(self) > 1 else beta[:1], posterior[1:]))
         noisy = (torch.arange(len(self)) > 0).to(torch.float64)
         sigma = {"fixed_small": posterior.sqrt(), "fixed_large": beta.sqrt() * noisy, "learned_range": noisy}[
