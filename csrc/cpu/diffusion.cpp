@@ -93,15 +93,19 @@ void for_each_block(const DiffusionShape& shape, const Body& body) {
   });
 }
 
-// sqrt(power_t / power_s) and sqrt((noise_t - noise_s) / power_s): the jump from level s to level t in float64.
+// sqrt(signal_t / signal_s) and sqrt(1 - signal_t / signal_s): the jump from level s to level t in float64. The
+// difference is taken where it cancels least.
 struct JumpScale {
   double signal, noise;
 };
 JumpScale jump_scale(const double* table, const int64_t* t, const int64_t* s, const DiffusionShape& shape, int64_t b) {
   const double* to = table + (row_of(t, shape, b) + 1) * kForwardColumns;
   const double* from = table + (s ? row_of(s, shape, b) + 1 : 0) * kForwardColumns;
-  return {std::sqrt(to[kSignalPower] / from[kSignalPower]),
-          std::sqrt((to[kNoisePower] - from[kNoisePower]) / from[kSignalPower])};
+  const double ratio = to[kSignalPower] / from[kSignalPower];
+  const double added = to[kNoisePower] < from[kSignalPower]
+                           ? (to[kNoisePower] - from[kNoisePower]) / from[kSignalPower]
+                           : 1.0 - ratio;
+  return {std::sqrt(ratio), std::sqrt(added)};
 }
 
 // The coefficients of one row of reverse_step, in the compute type.
