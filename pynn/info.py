@@ -26,7 +26,9 @@ def versions() -> dict[str, str]:
     """Name -> version or description of everything that a bug report needs."""
     core = backends._core
     cuda = torch.version.cuda or "not in this torch"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "pynn": pynn.__version__,
         "torch": torch.__version__,
