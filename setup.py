@@ -34,7 +34,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # Kernels that want a fused multiply-add call fma() from csrc/cpu/vec.h.
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-psabi"
+    "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Wno-psabi"
 ).split()
 NVCC_FLAGS = (
     "-std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings --expt-relaxed-constexpr"
@@ -145,7 +145,7 @@ class BuildLibraries(build_ext):
     def compile(ninja, directory, rule, sources, flags):
         objects = []
         for source in sources:
-            objects.append(directory / f"{source.stem}.o")
+            objects.append(directory / f"{source.parent.name}_{source.stem}.o")
             ninja.edge(objects[-1], rule, [source], flags=" ".join(flags))
         return objects
 

@@ -11,6 +11,15 @@
 #define PYNN_HD inline __attribute__((always_inline))
 #endif
 
+// The namespace of this library's launchers: csrc/include/<op>.h declares them there, csrc/ops/<op>.cpp calls launch::.
+#ifdef PYNN_CUDA
+#define PYNN_LAUNCH_NAMESPACE cuda
+#else
+#define PYNN_LAUNCH_NAMESPACE cpu
+#endif
+namespace pynn::PYNN_LAUNCH_NAMESPACE {}
+namespace launch = pynn::PYNN_LAUNCH_NAMESPACE;
+
 namespace pynn {
 
 template <class To, class From> PYNN_HD To bit_cast(From from) {

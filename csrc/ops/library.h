@@ -18,12 +18,8 @@
 #if defined(PYNN_CUDA)
 #include <dlfcn.h>
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CUDA, m)
-namespace pynn::cuda {}
-namespace launch = pynn::cuda;
 #else
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CPU, m)
-namespace pynn::cpu {}
-namespace launch = pynn::cpu;
 #endif
 
 namespace pynn {
