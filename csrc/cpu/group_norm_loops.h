@@ -12,21 +12,39 @@
 
 namespace pynn::cpu::group_norm {
 
-inline constexpr int kFlush = 32;
+inline constexpr int kFlush = 16;
 inline constexpr int kMaxVectors = 4;            // vectors in a row of columns
 template <class T> inline constexpr int64_t kColumns = kMaxVectors * kComputeLanes<T>;
 
-// 1 / (1 + exp(-z))
-template <class V> PYNN_HD V sigmoid(V z) { return V(1 / (1 + exp(V(-z)))); }
+// 1 / v for v in [1, 2].
+PYNN_HD VecFloat reciprocal(VecFloat v) {
+#if defined(__AVX512F__)
+  const VecFloat guess = _mm512_rcp14_ps(v);
+  return fma(guess, fma(-v, guess, broadcast(1.0f)), guess);
+#else
+  return 1 / v;
+#endif
+}
+PYNN_HD VecDouble reciprocal(VecDouble v) { return 1 / v; }
+
+// sigmoid(z) and sigmoid(-z), both with a small relative error: neither is taken as 1 minus the other.
+template <class V> struct Sigmoid {
+  V plus, minus;
+  explicit PYNN_HD Sigmoid(V z) {
+    const V e = exp(V(z < 0 ? z : -z)), r = reciprocal(V(e + 1)), er = e * r;
+    plus = z < 0 ? er : r;
+    minus = z < 0 ? r : er;
+  }
+};
 template <bool kSilu, class V> PYNN_HD V activate(V z) {
-  if constexpr (kSilu) return V(z / (1 + exp(V(-z))));
+  if constexpr (kSilu) return z * Sigmoid<V>(z).plus;
   return z;
 }
 // grad * act'(z)
 template <bool kSilu, class V> PYNN_HD V activate_grad(V grad, V z) {
   if constexpr (!kSilu) return grad;
-  const V s = sigmoid(z);
-  return grad * (s * fma(z, V(1 - s), V{} + 1));
+  const Sigmoid<V> s(z);
+  return grad * (s.plus * fma(z, s.minus, V{} + 1));
 }
 
 struct Sums {

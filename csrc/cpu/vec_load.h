@@ -63,13 +63,20 @@ template <> PYNN_HD void store_part(float* to, int64_t count, VecFloat v) {
 #endif
 
 // The sum of the lanes, in double and in one fixed order.
-template <class V> PYNN_HD double add_lanes(V v) {
-  constexpr int lanes = sizeof(v) / sizeof(v[0]);
-  double sums[lanes];
-  for (int i = 0; i < lanes; ++i) sums[i] = v[i];
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  return sums[0];
+PYNN_HD double add_lanes(VecDouble v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(v);
+#else
+  for (int half = kLanes<double> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+#endif
+}
+PYNN_HD double add_lanes(VecFloat v) {
+  typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+  HalfVector halves[2];
+  memcpy(halves, &v, sizeof(v));
+  return add_lanes(__builtin_convertvector(halves[0], VecDouble) + __builtin_convertvector(halves[1], VecDouble));
 }
 
 }  // namespace pynn::cpu
