@@ -146,7 +146,7 @@ struct Units {
     const int64_t overlap = (w.kernel_height - 1) * w.dilation_height + 1;
     const int64_t row_bytes = std::max<int64_t>(1, width * channels * element_size);
     const int64_t budget = 192 << 10;
-    const int64_t image_bytes = ((w.out_height - 1) * w.stride_height + overlap) * row_bytes;
+    const int64_t image_bytes = std::max<int64_t>(1, ((w.out_height - 1) * w.stride_height + overlap) * row_bytes);
     const int64_t pixels = w.out_height * w.out_width;
     if (image_bytes <= budget && (w.batch >= 8 || pixels <= 2 * kBlock)) {
       rows = w.out_height;
