@@ -1,8 +1,8 @@
 // Diffusion steps on the CPU: one pass over memory, noise regenerated in L1.
 //
 // A row (sample) is cut into blocks of kBlock elements; threads take runs of blocks. A block owns its slice of every
-// tensor and a buffer with its noise. Sums use a fixed number of partial sums, so nothing depends on the thread count or
-// on the instruction set.
+// tensor and a buffer with its noise. Sums use a fixed number of partial sums, so nothing depends on the thread count
+// or on the instruction set.
 #include "diffusion.h"
 
 #include <algorithm>
@@ -21,13 +21,15 @@ constexpr int kPartialSums = 16;
 
 int64_t blocks_per_row(const DiffusionShape& shape) { return (shape.inner + kBlock - 1) / kBlock; }
 
-template <class T> accumulate_t<T> row_value(const double* table, int64_t row, int columns, int column) {
+template <class T>
+accumulate_t<T> row_value(const double* table, int64_t row, int columns, int column) {
   return accumulate_t<T>(table[row * columns + column]);
 }
 int64_t row_of(const int64_t* t, const DiffusionShape& shape, int64_t b) { return t[shape.t_count == 1 ? 0 : b]; }
 
 // Noise of elements [begin, begin + count) of row b, in the compute type.
-template <class C> class NoiseBlock {
+template <class C>
+class NoiseBlock {
  public:
   template <class T>
   const C* fill(DiffusionNoise<T> noise, const DiffusionShape& shape, int64_t b, int64_t begin, int64_t count) {
@@ -41,7 +43,8 @@ template <class C> class NoiseBlock {
     const int64_t* row_key = noise.key + (own_key ? 2 * b : 0);
     const uint64_t counter = uint64_t(row_key[1]) + uint64_t(index >> 2);
     const int64_t skip = index & 3;
-    for (int64_t j = 0; j < skip + count; j += kNormals) normals(uint64_t(row_key[0]), counter + uint64_t(j >> 2), raw_ + j);
+    for (int64_t j = 0; j < skip + count; j += kNormals)
+      normals(uint64_t(row_key[0]), counter + uint64_t(j >> 2), raw_ + j);
     if constexpr (sizeof(C) == sizeof(float)) {
       return raw_ + skip;
     } else {
@@ -61,7 +64,8 @@ template <class C> class NoiseBlock {
 };
 
 // Calls body(row, begin, count, noise_block) for every block, on all threads.
-template <class C, class Body> void for_each_block(const DiffusionShape& shape, const Body& body) {
+template <class C, class Body>
+void for_each_block(const DiffusionShape& shape, const Body& body) {
   const int64_t per_row = blocks_per_row(shape);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(kBlock, std::max<int64_t>(1, shape.inner)));
   parallel_for(shape.batch * per_row, grain, [&](int64_t first, int64_t last) {
@@ -85,7 +89,8 @@ JumpScale jump_scale(const double* table, const int64_t* t, const int64_t* s, co
 }
 
 // The coefficients of one row of reverse_step, in the compute type.
-template <class C> struct ReverseRow {
+template <class C>
+struct ReverseRow {
   C x_to_x0, output_to_x0, x0_to_mean, x_to_mean, x_direct, output_direct, sigma, log_min, log_range, low, high;
 
   ReverseRow(const double* table, int64_t row, const ReverseClip& clip) {
@@ -117,8 +122,8 @@ void Diffusion<T>::normal(T* y, const int64_t* key, DiffusionShape shape, void*)
 }
 
 template <class T>
-void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_t* t, const int64_t* s, const double* table,
-                      Noise noise, DiffusionShape shape, void*) {
+void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_t* t, const int64_t* s,
+                                    const double* table, Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const JumpScale scale = jump_scale(table, t, s, shape, b);
@@ -134,25 +139,21 @@ void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_
 }
 
 template <class T>
-void Diffusion<T>::forward_jump_bwd(T* dx, T* dnoise, const T* dy, const int64_t* t, const int64_t* s, const double* table,
-                      DiffusionShape shape, void*) {
+void Diffusion<T>::forward_jump_bwd(T* dx, const T* dy, const int64_t* t, const int64_t* s, const double* table,
+                                    bool of_noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>&) {
     const JumpScale scale = jump_scale(table, t, s, shape, b);
-    const int64_t at = b * shape.inner + begin;
-    const T* __restrict from = dy + at;
-    const auto scaled = [&](T* __restrict to, C factor) {
-      for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(factor * to_float(from[j]));
-    };
-    if (dx) scaled(dx + at, C(scale.signal));
-    if (dnoise) scaled(dnoise + at, C(scale.noise));
+    const C factor = C(of_noise ? scale.noise : scale.signal);
+    const T* __restrict from = dy + b * shape.inner + begin;
+    T* __restrict to = dx + b * shape.inner + begin;
+    for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(factor * to_float(from[j]));
   });
 }
 
 template <class T>
 void Diffusion<T>::reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output, const T* variance, const int64_t* t,
-                      const double* table, ReverseClip clip, Noise noise, DiffusionShape shape,
-                      void*) {
+                                    const double* table, ReverseClip clip, Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const ReverseRow<C> row(table, row_of(t, shape, b), clip);
@@ -183,9 +184,9 @@ void Diffusion<T>::reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output
 }
 
 template <class T>
-void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy, const T* x, const T* output, const T* variance,
-                      const int64_t* t, const double* table, ReverseClip clip, Noise noise,
-                      DiffusionShape shape, void*) {
+void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy, const T* x, const T* output,
+                                    const T* variance, const int64_t* t, const double* table, ReverseClip clip,
+                                    Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const ReverseRow<C> row(table, row_of(t, shape, b), clip);
@@ -210,7 +211,7 @@ void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy
 
 template <class T>
 void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0, const int64_t* t, const double* table,
-                        Noise noise, DiffusionShape shape, void*) {
+                            Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   const int64_t per_row = blocks_per_row(shape);
   std::vector<double> partial(size_t(shape.batch * per_row));
@@ -241,8 +242,7 @@ void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0,
 
 template <class T>
 void Diffusion<T>::loss_bwd(T* doutput, T* dx0, const accumulate_t<T>* dloss, const T* output, const T* x0,
-                        const int64_t* t, const double* table, Noise noise,
-                        DiffusionShape shape, void*) {
+                            const int64_t* t, const double* table, Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const int64_t row = row_of(t, shape, b), at = b * shape.inner + begin;

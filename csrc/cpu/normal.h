@@ -9,7 +9,8 @@ typedef uint64_t VecUint64 __attribute__((vector_size(kVectorBytes)));
 }  // namespace pynn::cpu
 
 namespace pynn {
-template <> struct Lanes<cpu::VecFloat> {
+template <>
+struct Lanes<cpu::VecFloat> {
   using Int = cpu::VecInt;
   using Uint = cpu::VecUint;
   static PYNN_HD cpu::VecFloat convert(Int v) { return __builtin_convertvector(v, cpu::VecFloat); }
@@ -43,8 +44,8 @@ PYNN_HD VecUint64 multiply_low(VecUint64 a, VecUint64 b) {
 #endif
 }
 
-inline constexpr int kCounters = kLanes<float>;        // counters per call of normals()
-inline constexpr int kNormals = 4 * kCounters;         // normals per call
+inline constexpr int kCounters = kLanes<float>;  // counters per call of normals()
+inline constexpr int kNormals = 4 * kCounters;   // normals per call
 
 // philox4x32 of kCounters consecutive counters; word w of counter k lands in lane k of words[w]. The state lives in
 // 64-bit lanes (their high halves hold leftovers that multiply_low ignores), even and odd counters apart.

@@ -33,8 +33,10 @@ PYNN_HD void philox4x32(uint64_t seed, uint64_t counter, uint32_t out[4]) {
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-template <class F> struct Lanes;
-template <> struct Lanes<float> {
+template <class F>
+struct Lanes;
+template <>
+struct Lanes<float> {
   using Int = int32_t;
   using Uint = uint32_t;
   static PYNN_HD float convert(int32_t v) { return float(v); }
@@ -46,17 +48,22 @@ template <> struct Lanes<float> {
 #endif
   }
 };
-template <class F> using Int = typename Lanes<F>::Int;
-template <class F> using Uint = typename Lanes<F>::Uint;
+template <class F>
+using Int = typename Lanes<F>::Int;
+template <class F>
+using Uint = typename Lanes<F>::Uint;
 
 // Uniform in (0, 1]: the word rounded to float, times 2^-32, plus 2^-33.
-template <class F> PYNN_HD F uniform(Uint<F> word) {
-  const F high = Lanes<F>::convert(bit_cast<Int<F>>(word >> 16)), low = Lanes<F>::convert(bit_cast<Int<F>>(word & 0xffffu));
+template <class F>
+PYNN_HD F uniform(Uint<F> word) {
+  const F high = Lanes<F>::convert(bit_cast<Int<F>>(word >> 16)),
+          low = Lanes<F>::convert(bit_cast<Int<F>>(word & 0xffffu));
   return (high * 65536.0f + low) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
 }
 
 // Natural logarithm of a positive normal float: minimax polynomial on [sqrt(1/2), sqrt(2)) (Cephes logf), about 1 ulp.
-template <class F> PYNN_HD F log_ieee(F x) {
+template <class F>
+PYNN_HD F log_ieee(F x) {
   const Int<F> bits = bit_cast<Int<F>>(x);
   const Int<F> exponent = (bits - 0x3f3504f3) >> 23;
   const F f = bit_cast<F>(bits - (exponent << 23)) - 1.0f;
@@ -91,12 +98,14 @@ PYNN_HD float exp_ieee(float x) {
 }
 
 // Sine and cosine of 2 pi turn / 2^32: the quadrant is split off exactly in integers, then Cephes polynomials.
-template <class F> PYNN_HD void sincos_turn(Uint<F> turn, F& sine, F& cosine) {
+template <class F>
+PYNN_HD void sincos_turn(Uint<F> turn, F& sine, F& cosine) {
   const Uint<F> quadrant = (turn + 0x20000000u) >> 30;
   const F t = Lanes<F>::convert(bit_cast<Int<F>>(turn - (quadrant << 30))) * 1.4629180792671596e-9f;
   const F z = t * t;
   const F s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * t + t;
-  const F c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - z * 0.5f + 1.0f;
+  const F c =
+      ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - z * 0.5f + 1.0f;
   const auto swap = (quadrant & 1u) != 0u;
   const F a = swap ? c : s, b = swap ? s : c;
   sine = bit_cast<F>(bit_cast<Uint<F>>(a) ^ ((quadrant & 2u) << 30));
@@ -104,7 +113,8 @@ template <class F> PYNN_HD void sincos_turn(Uint<F> turn, F& sine, F& cosine) {
 }
 
 // Two words -> two standard normals (Box and Muller 1958).  |z| <= 6.77.
-template <class F> PYNN_HD void box_muller(Uint<F> word0, Uint<F> word1, F& z0, F& z1) {
+template <class F>
+PYNN_HD void box_muller(Uint<F> word0, Uint<F> word1, F& z0, F& z1) {
   const F radius = Lanes<F>::square_root(log_ieee<F>(uniform<F>(word0)) * -2.0f);
   F sine, cosine;
   sincos_turn<F>(word1, sine, cosine);

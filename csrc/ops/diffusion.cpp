@@ -17,7 +17,8 @@ struct Common {
   Tensor t, table;
   OptionalTensor s, noise, key;
 
-  template <class T> DiffusionNoise<T> noise_source() const {
+  template <class T>
+  DiffusionNoise<T> noise_source() const {
     return {noise ? pointer<T>(*noise) : nullptr, key ? pointer<int64_t>(*key) : nullptr};
   }
   const int64_t* t_data() const { return pointer<int64_t>(t); }
@@ -28,14 +29,15 @@ struct Common {
 
 void set_sample_shape(Common& c, const Tensor& x, const char* argument) {
   check_floating(c.op, argument, x);
-  PYNN_CHECK(x.dim() >= 1, c.op, ": expected ", argument, " with a batch dimension (B, ...), got a 0-dimensional tensor");
+  PYNN_CHECK(x.dim() >= 1, c.op, ": expected ", argument,
+             " with a batch dimension (B, ...), got a 0-dimensional tensor");
   c.shape.batch = x.size(0);
   c.shape.inner = 1;
   for (int64_t d = 1; d < x.dim(); ++d) c.shape.inner = checked_multiply(c.op, c.shape.inner, x.size(d));
 }
 
-// Timesteps: int64, one or one per sample, each in [low, timesteps). Values on a GPU are not read here: that would stall
-// the stream; the CUDA kernels write NaN for a bad index instead.
+// Timesteps: int64, one or one per sample, each in [low, timesteps). Values on a GPU are not read here: that would
+// stall the stream; the CUDA kernels write NaN for a bad index instead.
 Tensor check_index(const Common& c, const char* argument, const Tensor& t, const Tensor& x, int64_t low) {
   PYNN_CHECK(t.scalar_type() == ScalarType::Long, c.op, ": expected ", argument, " to be int64, got ",
              name_of(t.scalar_type()));
@@ -101,7 +103,7 @@ Tensor like(const Common& c, const char* argument, const Tensor& tensor, const c
   return torch::stable::contiguous(tensor);
 }
 
-Tensor empty_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 Tensor none_like(const Tensor& x) {
   const int64_t zero = 0;
   return torch::stable::new_empty(x, Sizes(&zero, 1));
@@ -111,7 +113,7 @@ Tensor normal(const Tensor& like, const Tensor& key) {
   Common c{.op = "normal"};
   set_sample_shape(c, like, "like");
   c.key = check_key(c, key, like);
-  Tensor y = empty_like(like);
+  Tensor y = contiguous_like(like);
   if (c.empty()) return y;
   dispatch_floating(c.op, y.scalar_type(), [&]<class T>(Tag<T>) {
     launch::Diffusion<T>::normal(mutable_pointer<T>(y), pointer<int64_t>(*c.key), c.shape, current_stream(y));
@@ -136,33 +138,32 @@ Common jump_operands(const char* op, const Tensor& x, const Tensor& t, const Opt
 }
 
 std::tuple<Tensor, Tensor> forward_jump_fwd(const Tensor& x_, const Tensor& t, const OptionalTensor& s,
-                                            const Tensor& table, const OptionalTensor& noise,
-                                            const OptionalTensor& key, bool return_noise) {
+                                            const Tensor& table, const OptionalTensor& noise, const OptionalTensor& key,
+                                            bool return_noise) {
   Common c = jump_operands("forward_jump", x_, t, s, table);
   set_noise(c, noise, key, x_);
   const Tensor x = torch::stable::contiguous(x_);
-  Tensor y = empty_like(x), noise_out = return_noise ? empty_like(x) : none_like(x);
+  Tensor y = contiguous_like(x), noise_out = return_noise ? contiguous_like(x) : none_like(x);
   if (c.empty()) return {y, noise_out};
   dispatch_floating(c.op, x.scalar_type(), [&]<class T>(Tag<T>) {
-    launch::Diffusion<T>::forward_jump_fwd(mutable_pointer<T>(y), return_noise ? mutable_pointer<T>(noise_out) : nullptr,
-                                           pointer<T>(x), c.t_data(), c.s_data(), c.table_data(), c.noise_source<T>(),
-                                           c.shape, current_stream(x));
+    launch::Diffusion<T>::forward_jump_fwd(
+        mutable_pointer<T>(y), return_noise ? mutable_pointer<T>(noise_out) : nullptr, pointer<T>(x), c.t_data(),
+        c.s_data(), c.table_data(), c.noise_source<T>(), c.shape, current_stream(x));
   });
   return {y, noise_out};
 }
 
-std::tuple<Tensor, Tensor> forward_jump_bwd(const Tensor& dy_, const Tensor& t, const OptionalTensor& s,
-                                            const Tensor& table, bool need_x, bool need_noise) {
-  Common c = jump_operands("forward_jump_bwd", dy_, t, s, table);
+Tensor forward_jump_bwd(const Tensor& dy_, const Tensor& t, const OptionalTensor& s, const Tensor& table,
+                        bool of_noise) {
+  const Common c = jump_operands("forward_jump_bwd", dy_, t, s, table);
   const Tensor dy = torch::stable::contiguous(dy_);
-  Tensor dx = need_x ? empty_like(dy) : none_like(dy), dnoise = need_noise ? empty_like(dy) : none_like(dy);
-  if (c.empty()) return {dx, dnoise};
+  Tensor dx = contiguous_like(dy);
+  if (c.empty()) return dx;
   dispatch_floating(c.op, dy.scalar_type(), [&]<class T>(Tag<T>) {
-    launch::Diffusion<T>::forward_jump_bwd(need_x ? mutable_pointer<T>(dx) : nullptr,
-                                           need_noise ? mutable_pointer<T>(dnoise) : nullptr, pointer<T>(dy),
-                                           c.t_data(), c.s_data(), c.table_data(), c.shape, current_stream(dy));
+    launch::Diffusion<T>::forward_jump_bwd(mutable_pointer<T>(dx), pointer<T>(dy), c.t_data(), c.s_data(),
+                                           c.table_data(), of_noise, c.shape, current_stream(dy));
   });
-  return {dx, dnoise};
+  return dx;
 }
 
 ReverseClip check_clip(const char* op, const std::optional<double>& low, const std::optional<double>& high) {
@@ -201,7 +202,7 @@ std::tuple<Tensor, Tensor> reverse_step_fwd(const Tensor& x, const Tensor& outpu
                                             const OptionalTensor& key, bool return_x0) {
   const Reverse r = reverse_operands("reverse_step", x, output, variance, t, table, clip_low, clip_high, noise, key);
   const Common& c = r.c;
-  Tensor y = empty_like(r.x), x0 = return_x0 ? empty_like(r.x) : none_like(r.x);
+  Tensor y = contiguous_like(r.x), x0 = return_x0 ? contiguous_like(r.x) : none_like(r.x);
   if (c.empty()) return {y, x0};
   dispatch_floating(c.op, r.x.scalar_type(), [&]<class T>(Tag<T>) {
     launch::Diffusion<T>::reverse_step_fwd(mutable_pointer<T>(y), return_x0 ? mutable_pointer<T>(x0) : nullptr,
@@ -221,7 +222,8 @@ std::tuple<Tensor, Tensor, Tensor> reverse_step_bwd(const Tensor& dy_, const Ten
       reverse_operands("reverse_step_bwd", x, output, variance, t, table, clip_low, clip_high, noise, key);
   const Common& c = r.c;
   const Tensor dy = like(c, "grad_output", dy_, "x", x);
-  Tensor dx = empty_like(r.x), doutput = empty_like(r.x), dvariance = r.variance ? empty_like(r.x) : none_like(r.x);
+  Tensor dx = contiguous_like(r.x), doutput = contiguous_like(r.x),
+         dvariance = r.variance ? contiguous_like(r.x) : none_like(r.x);
   if (c.empty()) return {dx, doutput, dvariance};
   dispatch_floating(c.op, r.x.scalar_type(), [&]<class T>(Tag<T>) {
     launch::Diffusion<T>::reverse_step_bwd(
@@ -276,7 +278,7 @@ std::tuple<Tensor, Tensor> diffusion_loss_bwd(const Tensor& dloss_, const Tensor
   PYNN_CHECK(dloss_.scalar_type() == accumulate_dtype(output), c.op, ": expected grad_output to be ",
              name_of(accumulate_dtype(output)), ", got ", name_of(dloss_.scalar_type()));
   const Tensor dloss = torch::stable::contiguous(dloss_);
-  Tensor doutput = empty_like(l.output), dx0 = need_x0 ? empty_like(l.output) : none_like(l.output);
+  Tensor doutput = contiguous_like(l.output), dx0 = need_x0 ? contiguous_like(l.output) : none_like(l.output);
   if (c.empty()) return {doutput, dx0};
   dispatch_floating(c.op, output.scalar_type(), [&]<class T>(Tag<T>) {
     launch::Diffusion<T>::loss_bwd(mutable_pointer<T>(doutput), need_x0 ? mutable_pointer<T>(dx0) : nullptr,
