@@ -10,6 +10,7 @@ import math
 import torch
 
 from .. import backends
+from ._attention_composite import second_order
 from ._function import autocast, call, eager, library
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
@@ -94,7 +95,7 @@ class ScaledDotProductAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        grads = _second_order(*ctx.saved_tensors, *ctx.options, *cotangents)
+        grads = second_order(*ctx.saved_tensors, *ctx.options, *cotangents)
         return (*grads, None, None, None, None, None, None, None)
 
     @staticmethod
@@ -103,7 +104,7 @@ class ScaledDotProductAttentionBackward(torch.autograd.Function):
 
 
 def _vmap(function, info, in_dims, inputs, tensors, attn_mask, dropout_key):
-    """Folds the mapped dimension into a new leading one; with dropout each sample is its own call, with its own draw."""
+    """Folds the mapped dimension into a new leading one; with dropout, each sample is a call of its own."""
     if inputs[dropout_key] is not None:
         samples = []
         for i in range(info.batch_size):
@@ -125,54 +126,6 @@ def _vmap(function, info, in_dims, inputs, tensors, attn_mask, dropout_key):
         grad_mask = outputs[3].reshape(mask_shape) if inputs[-1] else outputs[3].new_empty(info.batch_size, 0)
         outputs = (*outputs[:3], grad_mask)
     return outputs, (0,) * len(outputs)
-
-
-def _second_order(grad_out, query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale, mask_gradient, *c):
-    """Gradients of <c, backward(grad_out, query, key, value, attn_mask)>, in torch ops.
-
-    With A = P * M the weights after dropout, G = (grad_out V^T) * M and dS = P * (G - rowsum(P * G)), the backward is
-    dQ = scale dS K, dK = scale dS^T Q, dV = A^T grad_out, dmask = dS.
-    """
-    group = query.shape[-3] // key.shape[-3] if query.dim() > 2 and key.shape[-3] != query.shape[-3] else 1
-    c_query, c_key, c_value, c_mask = c
-    keys, values, c_key, c_value = (
-        t.repeat_interleave(group, -3) if group > 1 else t for t in (key, value, c_key, c_value)
-    )
-    scores = query @ keys.mT * scale
-    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=query.device)
-    if is_causal:
-        hidden = ~torch.ones_like(hidden).tril()
-    if attn_mask is not None:
-        hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
-        if attn_mask.dtype != torch.bool:
-            scores = scores + attn_mask.masked_fill(hidden, 0)
-    p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden.expand_as(scores).all(-1, True), 0)
-    p = p.masked_fill(hidden, 0)
-
-    def drop(x):
-        if dropout_key is None or dropout_p == 0:
-            return x
-        keep = backends.op("scaled_dot_product_attention_keep", query)(query, key, dropout_key, dropout_p)
-        return (x * (1 / (1 - dropout_p))).masked_fill(~keep, 0) if dropout_p < 1 else torch.zeros_like(x)
-
-    g = drop(grad_out @ values.mT)
-    centred = g - (p * g).sum(-1, True)
-    ds = p * centred
-    x = scale * (c_query @ keys.mT + query @ c_key.mT)  # cotangent of dS
-    if mask_gradient:
-        x = x + c_mask
-    x_mean = (p * x).sum(-1, True)
-    c_g = drop(p * (x - x_mean))
-    c_p = x * centred - x_mean * g + drop(grad_out @ c_value.mT)
-    c_scores = p * (c_p - (p * c_p).sum(-1, True))
-    d_grad_out = c_g @ values + drop(p) @ c_value
-    d_query = scale * (ds @ c_key + c_scores @ keys)
-    d_key = scale * (ds.mT @ c_query + c_scores.mT @ query)
-    d_value = c_g.mT @ grad_out
-    if group > 1:
-        d_key, d_value = (t.unflatten(-3, (-1, group)).sum(-3) for t in (d_key, d_value))
-    d_mask = c_scores.sum_to_size(attn_mask.shape) if mask_gradient else None
-    return d_grad_out, d_query, d_key, d_value, d_mask
 
 
 def scaled_dot_product_attention(
@@ -210,15 +163,20 @@ def scaled_dot_product_attention(
         RuntimeError: shapes, dtypes or devices do not fit; dropout_p is not in [0, 1]; attn_mask with is_causal.
     """
     query, key, value = autocast(query, key, value)
-    if query.dim() > 2 and query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = _expanded(query, key, value, enable_gqa)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1)) if query.dim() else 1.0
     dropout_key = None
     if dropout_p > 0:
-        dropout_key = _draw_key(generator, seed).to(query.device)
-    options = (float(dropout_p), bool(is_causal), float(scale))
-    return call(ScaledDotProductAttention, query, key, value, attn_mask, dropout_key, *options)[0]
+        dropout_key = draw_key(generator, seed).to(query.device)
+    return attend(query, key, value, attn_mask, dropout_key, float(dropout_p), bool(is_causal), float(scale))
+
+
+def attend(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
+    """scaled_dot_product_attention on operands whose leading dimensions agree, with the dropout key given."""
+    inputs = (query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale)
+    return call(ScaledDotProductAttention, *inputs)[0]
 
 
 def _expanded(query, key, value, enable_gqa):
@@ -237,8 +195,8 @@ def _expanded(query, key, value, enable_gqa):
     return tuple(t.expand(*lead, *t.shape[-keep:]) for t in (query, key, value))
 
 
-def _draw_key(generator, seed):
-    """int64 (seed, offset)."""
+def draw_key(generator=None, seed=None):
+    """A Philox key, int64 (seed, offset)."""
     if seed is not None:
         return torch.tensor([seed, 0], dtype=torch.int64)
     device = "cpu" if generator is None else generator.device
