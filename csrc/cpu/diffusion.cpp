@@ -27,52 +27,68 @@ accumulate_t<T> row_value(const double* table, int64_t row, int columns, int col
 }
 int64_t row_of(const int64_t* t, const DiffusionShape& shape, int64_t b) { return t[shape.t_count == 1 ? 0 : b]; }
 
-// Noise of elements [begin, begin + count) of row b, in the compute type.
+// The noise of one block, in the compute type. A block is a slice of one row or, where rows are short, a few whole
+// rows: with a single key their noise is consecutive and is generated in one go.
 template <class C>
 class NoiseBlock {
  public:
+  NoiseBlock(const DiffusionShape& shape) : shape_(shape) {}
+
+  void start(int64_t first_row, int64_t first, int64_t count) {
+    first_row_ = first_row, first_ = first, count_ = count, ready_ = nullptr;
+  }
+
+  // Noise of elements [begin, begin + count) of row b, which lie in this block.
   template <class T>
-  const C* fill(DiffusionNoise<T> noise, const DiffusionShape& shape, int64_t b, int64_t begin, int64_t count) {
+  const C* fill(DiffusionNoise<T> noise, int64_t b, int64_t begin, int64_t count) {
     if (noise.given) {
-      const T* from = noise.given + b * shape.inner + begin;
+      const T* from = noise.given + b * shape_.inner + begin;
       for (int64_t j = 0; j < count; ++j) value_[j] = to_float(from[j]);
       return value_;
     }
-    const bool own_key = shape.key_count == shape.batch && shape.key_count > 1;
-    const int64_t index = begin + (own_key || shape.batch == 1 ? 0 : b * shape.inner);
-    const int64_t* row_key = noise.key + (own_key ? 2 * b : 0);
-    const uint64_t counter = uint64_t(row_key[1]) + uint64_t(index >> 2);
-    const int64_t skip = index & 3;
-    for (int64_t j = 0; j < skip + count; j += kNormals)
-      normals(uint64_t(row_key[0]), counter + uint64_t(j >> 2), raw_ + j);
+    if (shape_.key_count > 1) return generate(noise.key + 2 * b, begin, count);
+    if (!ready_) ready_ = generate(noise.key, first_row_ * shape_.inner + first_, count_);
+    return ready_ + (b - first_row_) * shape_.inner + begin - first_;
+  }
+
+ private:
+  const C* generate(const int64_t* key, int64_t index, int64_t count) {
+    const uint64_t seed = uint64_t(key[0]), counter = uint64_t(key[1]) + uint64_t(index >> 2);
+    const int64_t skip = index & 3, needed = skip + count;
+    int64_t j = 0;
+    for (; j + kNormals / 2 < needed; j += kNormals) normals(seed, counter + uint64_t(j >> 2), raw_ + j);
+    for (; j < needed; j += 4) normal4(seed, counter + uint64_t(j >> 2), raw_ + j);
     if constexpr (sizeof(C) == sizeof(float)) {
       return raw_ + skip;
     } else {
-      for (int64_t j = 0; j < count; ++j) value_[j] = C(raw_[skip + j]);
+      for (j = 0; j < count; ++j) value_[j] = C(raw_[skip + j]);
       return value_;
     }
   }
 
-  const C* zero(int64_t count) {
-    std::fill(value_, value_ + count, C(0));
-    return value_;
-  }
-
- private:
+  const DiffusionShape& shape_;
+  int64_t first_row_ = 0, first_ = 0, count_ = 0;
+  const C* ready_ = nullptr;
   alignas(64) float raw_[kBlock + 4 + kNormals];
   alignas(64) C value_[kBlock];
 };
 
-// Calls body(row, begin, count, noise_block) for every block, on all threads.
+template <class C>
+alignas(64) const C kZeros[kBlock] = {};
+
+// Calls body(row, begin, count, noise_block) for every row slice, on all threads.
 template <class C, class Body>
 void for_each_block(const DiffusionShape& shape, const Body& body) {
   const int64_t per_row = blocks_per_row(shape);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(kBlock, std::max<int64_t>(1, shape.inner)));
-  parallel_for(shape.batch * per_row, grain, [&](int64_t first, int64_t last) {
-    NoiseBlock<C> noise;
+  const int64_t rows = per_row > 1 ? 1 : kBlock / shape.inner;  // in one block
+  const int64_t blocks = (shape.batch + rows - 1) / rows * per_row;
+  parallel_for(blocks, kGrain / kBlock, [&](int64_t first, int64_t last) {
+    NoiseBlock<C> noise(shape);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t b = i / per_row, begin = (i % per_row) * kBlock;
-      body(b, begin, std::min(kBlock, shape.inner - begin), noise);
+      const int64_t row = i / per_row * rows, row_end = std::min(shape.batch, row + rows);
+      const int64_t begin = i % per_row * kBlock, count = std::min(kBlock, shape.inner - begin);
+      noise.start(row, begin, (row_end - row) * count);
+      for (int64_t b = row; b < row_end; ++b) body(b, begin, count, noise);
     }
   });
 }
@@ -115,7 +131,7 @@ template <class T>
 void Diffusion<T>::normal(T* y, const int64_t* key, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& noise) {
-    const C* z = noise.fill(DiffusionNoise<T>{nullptr, key}, shape, b, begin, count);
+    const C* z = noise.fill(DiffusionNoise<T>{nullptr, key}, b, begin, count);
     T* to = y + b * shape.inner + begin;
     for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(z[j]);
   });
@@ -128,7 +144,7 @@ void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const JumpScale scale = jump_scale(table, t, s, shape, b);
     const C signal = C(scale.signal), sigma = C(scale.noise);
-    const C* __restrict z = block.fill(noise, shape, b, begin, count);
+    const C* __restrict z = block.fill(noise, b, begin, count);
     const int64_t at = b * shape.inner + begin;
     const T* __restrict from = x + at;
     T* __restrict to = y + at;
@@ -157,7 +173,7 @@ void Diffusion<T>::reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const ReverseRow<C> row(table, row_of(t, shape, b), clip);
-    const C* __restrict z = row.sigma == C(0) ? block.zero(count) : block.fill(noise, shape, b, begin, count);
+    const C* __restrict z = row.sigma == C(0) ? kZeros<C> : block.fill(noise, b, begin, count);
     const int64_t at = b * shape.inner + begin;
     const T* __restrict px = x + at;
     const T* __restrict po = output + at;
@@ -201,7 +217,7 @@ void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy
       doutput[at + j] = from_float<T>((inside ? row.output_direct : C(0)) * gj);
     }
     if (!dvariance) return;
-    const C* z = row.sigma == C(0) ? block.zero(count) : block.fill(noise, shape, b, begin, count);
+    const C* z = row.sigma == C(0) ? kZeros<C> : block.fill(noise, b, begin, count);
     for (int64_t j = 0; j < count; ++j) {
       const C sigma = row.learned_sigma(to_float(variance[at + j]));
       dvariance[at + j] = from_float<T>(to_float(g[j]) * z[j] * sigma * (C(0.25) * row.log_range));
@@ -219,7 +235,7 @@ void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0,
     const int64_t row = row_of(t, shape, b), at = b * shape.inner + begin;
     const C from_x0 = row_value<T>(table, row, kLossColumns, kX0ToTarget);
     const C from_noise = row_value<T>(table, row, kLossColumns, kNoiseToTarget);
-    const C* __restrict z = block.fill(noise, shape, b, begin, count);
+    const C* __restrict z = block.fill(noise, b, begin, count);
     C sum[kPartialSums] = {};
     const auto squared = [&](int64_t j) {
       const C d = to_float(output[at + j]) - (from_x0 * to_float(x0[at + j]) + from_noise * z[j]);
@@ -249,7 +265,7 @@ void Diffusion<T>::loss_bwd(T* doutput, T* dx0, const accumulate_t<T>* dloss, co
     const C from_x0 = row_value<T>(table, row, kLossColumns, kX0ToTarget);
     const C from_noise = row_value<T>(table, row, kLossColumns, kNoiseToTarget);
     const C scale = C(2 * table[row * kLossColumns + kWeight] / double(shape.inner) * double(dloss[b]));
-    const C* __restrict z = block.fill(noise, shape, b, begin, count);
+    const C* __restrict z = block.fill(noise, b, begin, count);
     const T* __restrict po = output + at;
     const T* __restrict p0 = x0 + at;
     for (int64_t j = 0; j < count; ++j) {
