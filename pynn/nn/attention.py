@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from ..ops._attention_composite import weights
-from ..ops.scaled_dot_product_attention import attend, draw_key
+from ..ops.random import make_key
+from ..ops.scaled_dot_product_attention import attend
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -73,7 +74,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (self._split_heads(t, sequence_dim) for t in (q, k, v))  # (N, H, L, D)
 
         dropout_p = self.dropout if self.training else 0.0
-        dropout_key = draw_key().to(q.device) if dropout_p > 0 else None
+        dropout_key = make_key(q.device) if dropout_p > 0 else None
         options = (mask, dropout_key, dropout_p, is_causal, 1 / math.sqrt(self.head_dim))
         output = attend(q, k, v, *options)
         output = output.transpose(1, 2) if sequence_dim == 1 else output.permute(2, 0, 1, 3)
@@ -167,10 +168,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             blocked = masks[0] if len(masks) == 1 else masks[0] | masks[1]
             return blocked.logical_not()
         dtype = next(m.dtype for m in masks if m.dtype != torch.bool)
-        added = [
-            m if m.dtype != torch.bool else torch.zeros_like(m, dtype=dtype).masked_fill(m, -math.inf) for m in masks
-        ]
-        return added[0] if len(added) == 1 else added[0] + added[1]
+        zero = masks[0].new_zeros((), dtype=dtype)
+        return functools.reduce(torch.add, (torch.where(m, -math.inf, zero) if m.dtype == torch.bool else m for m in masks))
 
     def _append(self, k, v, sequence_dim):
         """Adds bias_k, bias_v and the zero key along the sequence."""

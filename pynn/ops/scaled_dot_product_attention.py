@@ -12,6 +12,7 @@ import torch
 from .. import backends
 from ._attention_composite import second_order
 from ._function import autocast, call, eager, library
+from .random import make_key
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
 _OPTIONS = "float dropout_p, bool is_causal, float scale"
@@ -71,7 +72,11 @@ class ScaledDotProductAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         mask_gradient = ctx.needs_input_grad[3]
-        grads = call(ScaledDotProductAttentionBackward, grad_out, *ctx.saved_tensors, *ctx.options, mask_gradient)
+        inputs = (grad_out, *ctx.saved_tensors, *ctx.options, mask_gradient)
+        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
+            grads = ScaledDotProductAttentionBackward.forward(*inputs)
+        else:
+            grads = call(ScaledDotProductAttentionBackward, *inputs)
         return (*grads[:3], grads[3] if mask_gradient else None, None, None, None, None)
 
     @staticmethod
@@ -169,7 +174,7 @@ def scaled_dot_product_attention(
         scale = 1 / math.sqrt(max(query.shape[-1], 1)) if query.dim() else 1.0
     dropout_key = None
     if dropout_p > 0:
-        dropout_key = draw_key(generator, seed).to(query.device)
+        dropout_key = make_key(query.device, generator=generator, seed=seed)
     return attend(query, key, value, attn_mask, dropout_key, float(dropout_p), bool(is_causal), float(scale))
 
 
@@ -193,11 +198,3 @@ def _expanded(query, key, value, enable_gqa):
             )
     lead = torch.broadcast_shapes(*(t.shape[:-keep] for t in (query, key, value)))
     return tuple(t.expand(*lead, *t.shape[-keep:]) for t in (query, key, value))
-
-
-def draw_key(generator=None, seed=None):
-    """A Philox key, int64 (seed, offset)."""
-    if seed is not None:
-        return torch.tensor([seed, 0], dtype=torch.int64)
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, generator=generator, device=device)
