@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("safetensors", reason="needs the [train] extra")
-pytest.importorskip("ignite", reason="needs the [train] extra")
-pytest.importorskip("sklearn", reason="needs the [train] extra")
-
 from pynn.train import checkpoint, ddpm
+
+for package in ("ignite", "sklearn", "safetensors", "tqdm", "tensorboard"):
+    pytest.importorskip(package, reason="needs the [train] extra")
 
 TINY = ddpm.Config(steps=25, batch_size=8, timesteps=10, channels=8, seed=3)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
