@@ -34,11 +34,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # Kernels that want a fused multiply-add call fma() from csrc/cpu/vec.h.
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-psabi"
-).split()
+    "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Wno-maybe-uninitialized "
+    "-Wno-psabi"
+)
 NVCC_FLAGS = (
-    "-std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings --expt-relaxed-constexpr"
-).split()
+    "-std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings --expt-relaxed-constexpr "
+    "-DPYNN_CUDA"
+)
 
 
 def torch_directory():
@@ -105,8 +107,7 @@ class BuildLibraries(build_ext):
         ninja = Ninja()
         ninja.rule(
             "cxx",
-            f"{cxx} -MD -MF $out.d {' '.join(CXX_FLAGS)} -DTORCH_TARGET_VERSION={TORCH_TARGET} $flags "
-            f"{include} -c $in -o $out",
+            f"{cxx} -MD -MF $out.d {CXX_FLAGS} -DTORCH_TARGET_VERSION={TORCH_TARGET} $flags {include} -c $in -o $out",
         )
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags {link}", depfile=False)
         ops, cpu = sorted((ROOT / "csrc/ops").glob("*.cpp")), sorted((ROOT / "csrc/cpu").glob("*.cpp"))
@@ -123,7 +124,7 @@ class BuildLibraries(build_ext):
             gencode.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             ninja.rule(
                 "nvcc",
-                f"{quote(cuda / 'bin/nvcc')} -MD -MF $out.d {' '.join(NVCC_FLAGS)} --compress-mode=size "
+                f"{quote(cuda / 'bin/nvcc')} -MD -MF $out.d {NVCC_FLAGS} --compress-mode=size "
                 f"-I{quote(ROOT / 'csrc/include')} {' '.join(gencode)} -c $in -o $out",
             )
             flags = ["-DPYNN_CUDA", "-DUSE_CUDA", f"-I{quote(cuda / 'include')}"]
@@ -145,7 +146,7 @@ class BuildLibraries(build_ext):
     def compile(ninja, directory, rule, sources, flags):
         objects = []
         for source in sources:
-            objects.append(directory / f"{source.stem}.o")
+            objects.append(directory / f"{source.parent.name}_{source.stem}.o")
             ninja.edge(objects[-1], rule, [source], flags=" ".join(flags))
         return objects
 

@@ -43,7 +43,9 @@ def _pick_cpu_isa() -> str:
         if not _cpu_supports(forced):
             raise RuntimeError(f"PYNN_CPU_ISA={forced}: this CPU does not have these instructions")
         return forced
-    return next(isa for isa in CPU_ISAS if _cpu_supports(isa) and (isa == "baseline" or _library("cpu_" + isa).exists()))
+    return next(
+        isa for isa in CPU_ISAS if _cpu_supports(isa) and (isa == "baseline" or _library("cpu_" + isa).exists())
+    )
 
 
 def _library(name: str) -> Path:

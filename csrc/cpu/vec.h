@@ -24,19 +24,35 @@ typedef float VecFloat __attribute__((vector_size(kVectorBytes)));
 typedef double VecDouble __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecInt __attribute__((vector_size(kVectorBytes)));
 
-template <class T> struct vector_of;
-template <> struct vector_of<float> { using type = VecFloat; };
-template <> struct vector_of<double> { using type = VecDouble; };
-template <class T> using Vec = typename vector_of<T>::type;
-template <class T> inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+template <class T>
+struct vector_of;
+template <>
+struct vector_of<float> {
+  using type = VecFloat;
+};
+template <>
+struct vector_of<double> {
+  using type = VecDouble;
+};
+template <class T>
+using Vec = typename vector_of<T>::type;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T> PYNN_HD Vec<T> load(const T* from) {
+template <class T>
+PYNN_HD Vec<T> load(const T* from) {
   Vec<T> v;
   memcpy(&v, from, sizeof(v));
   return v;
 }
-template <class T> PYNN_HD void store(T* to, Vec<T> v) { memcpy(to, &v, sizeof(v)); }
-template <class T> PYNN_HD Vec<T> broadcast(T value) { return value - Vec<T>{}; }
+template <class T>
+PYNN_HD void store(T* to, Vec<T> v) {
+  memcpy(to, &v, sizeof(v));
+}
+template <class T>
+PYNN_HD Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
 
 // a * b + c, rounded once where the machine has the instruction.
 PYNN_HD VecFloat fma(VecFloat a, VecFloat b, VecFloat c) {

@@ -18,12 +18,8 @@
 #if defined(PYNN_CUDA)
 #include <dlfcn.h>
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CUDA, m)
-namespace pynn::cuda {}
-namespace launch = pynn::cuda;
 #else
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CPU, m)
-namespace pynn::cpu {}
-namespace launch = pynn::cpu;
 #endif
 
 namespace pynn {
@@ -32,16 +28,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
 
 // Bad input ends here: the message names the op, the argument, what came and what was expected.
-#define PYNN_CHECK(condition, ...)                       \
-  do {                                                   \
-    if (!(condition)) [[unlikely]] ::pynn::fail(__VA_ARGS__); \
+#define PYNN_CHECK(condition, ...) \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      ::pynn::fail(__VA_ARGS__);   \
   } while (false)
 
 inline std::string to_string(Sizes sizes) {
@@ -55,19 +53,32 @@ inline std::string shape_of(const Tensor& tensor) { return to_string(tensor.size
 
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "an unsupported dtype";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "an unsupported dtype";
   }
 }
 
@@ -116,18 +127,34 @@ inline int64_t checked_multiply(const char* op, int64_t a, int64_t b) {
   return product;
 }
 
-template <class T> const T* pointer(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
-template <class T> T* mutable_pointer(Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+template <class T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* mutable_pointer(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
 
-// Calls body with a value-less tag of the storage type: dispatch(dtype, [&](auto tag) { using T = typename decltype(tag)::type; ... })
-template <class T> struct Tag { using type = T; };
-template <class Body> auto dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
+// Calls body with a value-less tag of the storage type: dispatch(dtype, [&](auto tag) { using T = typename
+// decltype(tag)::type; ... })
+template <class T>
+struct Tag {
+  using type = T;
+};
+template <class Body>
+auto dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
   switch (dtype) {
-    case ScalarType::Double: return body(Tag<double>{});
-    case ScalarType::Float: return body(Tag<float>{});
-    case ScalarType::Half: return body(Tag<Half>{});
-    case ScalarType::BFloat16: return body(Tag<BFloat16>{});
-    default: fail(op, ": expected a floating dtype, got ", name_of(dtype));
+    case ScalarType::Double:
+      return body(Tag<double>{});
+    case ScalarType::Float:
+      return body(Tag<float>{});
+    case ScalarType::Half:
+      return body(Tag<Half>{});
+    case ScalarType::BFloat16:
+      return body(Tag<BFloat16>{});
+    default:
+      fail(op, ": expected a floating dtype, got ", name_of(dtype));
   }
 }
 

@@ -54,3 +54,49 @@ def autocast(*tensors: torch.Tensor | None):
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
     )
+
+
+def loop_vmap(cls, info, in_dims, *inputs):
+    """vmap rule for any Function: one call per slice, results stacked. Right for every op, never the fastest."""
+    slices = [
+        call(cls, *(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(slices[0], torch.Tensor):
+        return torch.stack(slices), 0
+    return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
+
+
+def double_backward(formula, dy, inputs, grad_grads):
+    """Gradients of a backward pass by differentiating a composite formula of the op a second time.
+
+    Args:
+        formula: the op in torch operations; takes `inputs`, returns the output (or a tuple of outputs).
+        dy: gradient of the output (or the tuple of them).
+        inputs: tensors, or None for absent optional ones.
+        grad_grads: gradient of each input's gradient, None where there is none.
+    Returns:
+        (gradient of dy, gradients of inputs), None for absent inputs.
+    """
+    present = [i for i, x in enumerate(inputs) if x is not None]
+
+    def first(dy, *tensors):
+        full = list(inputs)
+        for i, tensor in zip(present, tensors, strict=True):
+            full[i] = tensor
+        return torch.func.vjp(lambda *xs: formula(*_replace(full, present, xs)), *tensors)[1](dy)
+
+    tensors = [inputs[i] for i in present]
+    grads, second = torch.func.vjp(first, dy, *tensors)
+    seeds = tuple(
+        torch.zeros_like(g) if grad_grads[i] is None else grad_grads[i] for i, g in zip(present, grads, strict=True)
+    )
+    ddy, *dinputs = second(seeds)
+    return ddy, tuple(_replace([None] * len(inputs), present, dinputs))
+
+
+def _replace(values, positions, new):
+    result = list(values)
+    for position, value in zip(positions, new, strict=True):
+        result[position] = value
+    return result
