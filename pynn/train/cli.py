@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--class", dest="label", type=int, help="digit to draw; default: all of them")
     sample.add_argument("-n", "--count", type=_positive, default=16, help="images, of each class when none is named")
     sample.add_argument("--out", type=Path, default=Path("samples.png"), help="PNG file")
-    sample.add_argument("--guidance-scale", type=float, help="classifier-free guidance, 1 is none")
+    sample.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance, 1 is none")
     sample.add_argument("--seed", type=int, default=0, help="same seed, same images")
     _add_machine(sample)
 

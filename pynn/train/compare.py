@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from . import data, ddpm
 from .extras import require
 
+_TORCH_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PARTS = ("forward", "loss", "backward", "optimizer")
 
 
@@ -53,9 +54,9 @@ class TorchLoss:
     """The loss of `GaussianDiffusion.loss`, written with PyTorch's own ops."""
 
     def __init__(self, config: ddpm.Config, device: torch.device):
-        alphas_cumprod = ddpm.build_diffusion(config).schedule.alphas_cumprod.double()
-        self.signal = alphas_cumprod.sqrt().float().to(device)
-        self.noise = (1 - alphas_cumprod).sqrt().float().to(device)
+        schedule = ddpm.build_diffusion(config).schedule
+        self.signal = schedule.alphas_cumprod.sqrt().float().to(device)
+        self.noise = schedule.noise_power.sqrt().float().to(device)
         self.prediction_type = config.prediction_type
 
     def __call__(self, model, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -137,9 +138,10 @@ def compare_step(
             model.to(device), lambda net, x, y: diffusion.loss(net, x, generator=generator, class_labels=y), config
         )
     }
-    for name, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+    for name, memory_format in _TORCH_FORMATS.items():
         twin = ddpm.build_model(config, TORCH_LAYERS)
         twin.load_state_dict(model.state_dict())
+        twin.memory_format = memory_format  # of the activations
         twin = twin.to(device, memory_format=memory_format)
         opponents[name] = Opponent(twin, TorchLoss(config, device), config)
     order = list(opponents)
@@ -148,12 +150,10 @@ def compare_step(
     for number, index in zip(bar, batches, strict=False):
         x, labels = images.train[index].to(device), images.train_labels[index].to(device)
         for name in order:
-            contiguous = name != "channels_last"
-            memory_format = torch.contiguous_format if contiguous else torch.channels_last
-            opponents[name].step(x.contiguous(memory_format=memory_format), labels, record=number >= 3)
+            opponents[name].step(x, labels, record=number >= 3)
         order.append(order.pop(0))
     results = {name: opponent.times() for name, opponent in opponents.items()}
-    best = min(("contiguous", "channels_last"), key=lambda name: results[name].step)
+    best = min(_TORCH_FORMATS, key=lambda name: results[name].step)
     return Comparison(results["pynn"], results[best], best, rounds)
 
 

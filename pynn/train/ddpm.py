@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,22 +220,49 @@ def sample(
     labels: torch.Tensor,
     *,
     seed: int,
-    guidance_scale: float | None = None,
-    batch_size: int = 256,
+    guidance_scale: float = 1.0,
+    batch_size: int = 250,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Images (N, 1, H, W) in [-1, 1], on the CPU, for labels (N,), drawn `batch_size` at a time."""
+    """Draws an image for every label; each has its own stream of noise, so it does not depend on its neighbours.
+
+    Args:
+        model: the averaged model of a run.
+        config: the run.
+        labels: int64 (N,).
+        seed: names the streams.
+        guidance_scale: classifier-free guidance; 1 is none.
+        batch_size: images drawn together.
+        progress: show a progress bar.
+    Returns:
+        (N, 1, H, W) in [-1, 1], on the CPU.
+    """
     device = next(model.parameters()).device
     diffusion, generator = build_diffusion(config), torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**63 - 1, (len(labels), 1), generator=generator)
+    keys = torch.nn.functional.pad(seeds, (0, 1))  # (N, 2): seed, offset 0
+    total = -(-len(labels) // batch_size) * config.timesteps
     parts = []
-    with require("tqdm").tqdm(total=len(labels), desc="sample", unit="image", disable=not progress) as bar:
-        for part in labels.split(batch_size):
+    with require("tqdm").tqdm(total=total, desc="sample", unit="step", disable=not progress, dynamic_ncols=True) as bar:
+
+        def count(timesteps: Iterable[int]) -> Iterator[int]:
+            for t in timesteps:
+                yield t
+                bar.update()
+
+        for part, key in zip(labels.to(device).split(batch_size), keys.split(batch_size), strict=True):
             shape = (len(part), *data.SHAPES[config.data])
+            no_class = {"class_labels": torch.full_like(part, data.NUM_CLASSES)}
             x = diffusion.sample(
-                model, shape, generator=generator, guidance_scale=guidance_scale, class_labels=part.to(device)
+                model,
+                shape,
+                seed=key,
+                progress=count,
+                guidance_scale=guidance_scale,
+                unconditional=no_class,
+                class_labels=part,
             )
             parts.append(x.cpu())
-            bar.update(len(part))
     return torch.cat(parts)
 
 

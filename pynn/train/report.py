@@ -58,15 +58,15 @@ def draw_path(model: torch.nn.Module, config: ddpm.Config, path: Path, *, seed: 
     """The way from noise to an image: one row per class, time running from left to right."""
     labels = torch.arange(data.NUM_CLASSES)
     every = max(1, config.timesteps // _PATH_STOPS)
-    x, states = ddpm.build_diffusion(config).sample(
+    _, states = ddpm.build_diffusion(config).sample(
         model,
         (data.NUM_CLASSES, *data.SHAPES[config.data]),
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
         trajectory_every=every,
         class_labels=labels.to(next(model.parameters()).device),
     )
-    grid = torch.stack([*states, x], dim=1)
-    columns = [f"t={max(config.timesteps - every * index, 0)}" for index in range(len(states))] + ["image"]
+    grid = torch.stack([x for _, x in states], dim=1)
+    columns = [f"t={t}" for t, _ in states]
     rows = [str(label) for label in labels.tolist()]
     pictures.draw_grid(grid, path, title="From noise to digit", row_labels=rows, column_labels=columns)
 
