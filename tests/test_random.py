@@ -42,8 +42,14 @@ def test_digest_of_every_instruction_set(isa):
     if not pynn.backends._cpu_supports(isa):
         pytest.skip(f"this CPU has no {isa}")
     program = f"import pynn, test_random as t; print(t.digest(pynn.ops.normal((1 << 20,), seed={SEED})))"
-    environment = {**os.environ, "PYNN_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYNN_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == DIGEST
 

@@ -98,7 +98,9 @@ class Schedule:
         signal, noise = self.alphas_cumprod[index], self.noise_power[index]
         signal_before = torch.cat((torch.ones(1, dtype=torch.float64), signal[:-1]))
         noise_before = torch.cat((torch.zeros(1, dtype=torch.float64), noise[:-1]))
-        return Schedule((noise - noise_before) / signal_before, self.timesteps[index])
+        short = Schedule((noise - noise_before) / signal_before, self.timesteps[index])
+        short.alphas_cumprod, short.noise_power = signal, noise  # the very levels, not their rounded products
+        return short
 
     @property
     def snr(self) -> torch.Tensor:
@@ -142,7 +144,7 @@ class Schedule:
         signal_before = torch.cat((one[:1], signal[:-1]))
         noise_before = torch.cat((zero[:1], noise[:-1]))
         x0_to_mean = signal_before.sqrt() * beta / noise
-        x_to_mean = (1 - beta).sqrt() * noise_before / noise
+        x_to_mean = (signal / signal_before).sqrt() * noise_before / noise
         if prediction_type == "mean":
             x0_to_mean, x_to_mean = one, zero
         posterior = self.posterior_variance

@@ -34,4 +34,4 @@ def reverse_step(x, output, variance, t, table, low, high, z):
 def diffusion_loss(output, x0, t, table, z):
     from_x0, from_noise, weight = _columns(table, t, output)
     error = output - (from_x0 * x0 + from_noise * z)
-    return (weight * error * error).flatten(1).mean(1).to(accumulate_dtype(output))
+    return (weight * error * error).reshape(output.shape[0], -1).mean(1).to(accumulate_dtype(output))
