@@ -216,8 +216,7 @@ class UNet(nn.Module):
         """
         self._check(x, t, class_labels)
         embedding = self.embed(t, class_labels)
-        h = self.conv_in(x.contiguous(memory_format=self.memory_format))
-        h = h.contiguous(memory_format=self.memory_format)  # one-channel images do not tell their memory format
+        h = self.conv_in(x.to(memory_format=self.memory_format))  # to() sets the strides of one-channel images too
 
         skips = []
         for i, stage in enumerate(self.down):
