@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import data, ddpm
-from .extras import require
+from .extras import progress_bar
 
 _TORCH_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PARTS = ("forward", "loss", "backward", "optimizer")
@@ -142,11 +142,11 @@ def compare_step(
         twin = ddpm.build_model(config, TORCH_LAYERS)
         twin.load_state_dict(model.state_dict())
         twin.memory_format = memory_format  # of the activations
-        twin = twin.to(device, memory_format=memory_format)
+        twin = twin.to(device).to(memory_format=memory_format)
         opponents[name] = Opponent(twin, TorchLoss(config, device), config)
     order = list(opponents)
     batches = data.batches(len(images.train), config.batch_size, seed=config.seed)
-    bar = require("tqdm").trange(rounds + 3, desc="time", unit="round", disable=not progress)
+    bar = progress_bar(range(rounds + 3), desc="time", unit="round", enabled=progress)
     for number, index in zip(bar, batches, strict=False):
         x, labels = images.train[index].to(device), images.train_labels[index].to(device)
         for name in order:
