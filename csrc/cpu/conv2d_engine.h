@@ -1,0 +1,225 @@
+// One correlation, the core of the forward pass and of the input gradient:
+//   out[n, o, i, j] = sum over c, a, b of x[n, c, i * stride - pad + a * dilation, ...] * w[o, c, a, b]
+// A unit is a few images, or a band of rows of one image, times one group. It reads its input in place when that is
+// channels last in the compute dtype, otherwise it packs it once. Output pixels are sorted by the set of filter taps
+// that fall inside the image, so no tile ever multiplies padding. For each panel of output channels, chunks of the sum
+// are added up in registers, then in the unit's scratch; a finished panel goes to the epilogue. The order of every sum
+// depends on the channel counts, the kernel and the pixel's taps only.
+#pragma once
+#include "conv2d_geometry.h"
+#include "conv2d_weights.h"
+#include "gemm_tile.h"
+#include "parallel.h"
+
+namespace pynn::cpu {
+
+// A part of K that one tile sums in registers, relative to a pixel's first tap.
+struct Chunk {
+  int64_t from;
+  Runs runs;
+  int64_t weight;
+};
+
+// Chunks of about 64 to 128 products: long enough to keep the tile busy, short enough to keep rounding errors small.
+inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
+                                    int64_t column_stride) {
+  const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
+  const bool joined = window.w.dilation == 1 && column_stride == channels;  // the taps of a kernel row touch
+  const int64_t outer = joined ? 1 : rows.taps, runs = joined ? rows.taps : columns.taps;
+  const int64_t length = joined ? columns.taps * channels : channels;
+  const int64_t run_stride = joined ? window.h.dilation * row_stride : window.w.dilation * column_stride;
+  const int64_t weight_stride = joined ? kernel_width * channels : channels;
+  std::vector<Chunk> chunks;
+  if (length == 0) return chunks;
+  const int64_t together = std::max<int64_t>(1, 64 / length), pieces = ceil_div(length, 96);
+  for (int64_t a = 0; a < outer; ++a)
+    for (int64_t r = 0; r < runs; r += together)
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t begin = length * piece / pieces, end = length * (piece + 1) / pieces;
+        const int64_t weight = ((rows.tap + a) * kernel_width + columns.tap) * channels + r * weight_stride + begin;
+        chunks.push_back({a * window.h.dilation * row_stride + r * run_stride + begin,
+                          {std::min(together, runs - r), end - begin, run_stride, weight_stride}, weight});
+      }
+  return chunks;
+}
+
+// A finished panel: all pixels of a unit in raster order, channels [channel, channel + channels) of all groups.
+template <class A>
+struct Panel {
+  const Unit& unit;
+  int64_t channel, channels;
+  A* values;       // [pixel][stride]
+  int64_t stride;  // whole vectors
+};
+
+template <class T>
+class Correlation {
+  using A = accumulate_t<T>;
+  static constexpr int L = kLanes<A>, W = kTileWidth<A>;
+  static constexpr int64_t kDepthwiseChannels = 4 * L;
+  static constexpr int64_t kBlock = 8 * kTileRows;  // pixels that share a chunk of weights in the first-level cache
+
+ public:
+  Correlation(const T* x, const Strides4& s, const Window& window, const PackedWeights<A>& weights)
+      : x_(x), s_(s), window_(window), core_(window.core()), weights_(weights), depthwise_(window.depthwise()),
+        channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
+        units_(core_, channels_ * sizeof(A)), rows_(spans_of(core_.h)), columns_(spans_of(core_.w)) {
+    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1);
+    const int64_t width = core_.w.in;
+    packed_ = in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
+    for (const Span& rows : rows_)
+      for (const Span& columns : columns_)
+        chunks_.push_back(depthwise_ ? std::vector<Chunk>() : chunks_of(core_, rows, columns, packed_.h, packed_.w));
+  }
+
+  // finish(panel) is called once for every unit and panel.
+  template <class Finish>
+  void run(const Finish& finish) const {
+    const int64_t splits = depthwise_ ? ceil_div(window_.groups * window_.out_channels, channels_) : window_.groups;
+    const int64_t work = units_.count * splits, slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t pixels = units_.images * units_.rows * core_.w.out;
+    const int64_t input_size = in_place_ ? 0 : round_up(units_.images * packed_.n + 4 * L, 16);
+    const int64_t slot_size = input_size + pixels * (depthwise_ ? kDepthwiseChannels : W);
+    const Buffer<A> scratch(slots * slot_size);
+    const Buffer<int64_t> lists(slots * 2 * (pixels + kDotRows));
+    parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot)
+        for (int64_t i = slot; i < work; i += slots) {
+          A* input = scratch.get() + slot * slot_size;
+          int64_t* offsets = lists.get() + slot * 2 * (pixels + kDotRows);
+          run_unit(Unit(core_, units_, i / splits), i % splits, input, input + input_size, offsets,
+                   offsets + pixels + kDotRows, finish);
+        }
+    });
+  }
+
+ private:
+  template <class Finish>
+  void run_unit(const Unit& unit, int64_t split, A* input, A* sums, int64_t* offsets, int64_t* places,
+                const Finish& finish) const {
+    const int64_t first = split * channels_, outputs = window_.groups * window_.out_channels;
+    const int64_t here = depthwise_ ? std::min(channels_, outputs - first) : channels_;
+    const A* base = input;
+    if (in_place_) {
+      if constexpr (sizeof(T) == sizeof(A)) base = x_ + unit.image * s_.n + first * s_.c + unit.in_row * s_.h;
+    } else if (window_.patches()) {
+      pack_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
+    } else {
+      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1, channels_};
+      for (int64_t n = 0; n < unit.images; ++n)
+        pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, input + n * packed_.n);
+    }
+    const std::vector<int64_t> classes = sort_pixels(unit, offsets, places);
+    if (depthwise_) {
+      for (size_t k = 0; k + 1 < classes.size(); ++k)
+        depthwise_class(k, base, offsets, places, classes[k], classes[k + 1], first, here, sums);
+      finish(Panel<A>{unit, first, here, sums, kDepthwiseChannels});
+      return;
+    }
+    const A* group = weights_.group(split);
+    for (int64_t o = 0; o < core_.out_channels; o += W) {
+      const int64_t channels = std::min<int64_t>(W, core_.out_channels - o), width = round_up(channels, L);
+      for (size_t k = 0; k + 1 < classes.size(); ++k)
+        dense_class(chunks_[k], base, offsets, places, classes[k], classes[k + 1], group + o * core_.depth(), channels,
+                    width, sums);
+      finish(Panel<A>{unit, split * core_.out_channels + o, channels, sums, width});
+    }
+  }
+
+  // Lists the pixels of a unit class by class: where their first tap is, and their place in raster order. Returns the
+  // class boundaries, one class for each pair of spans.
+  std::vector<int64_t> sort_pixels(const Unit& unit, int64_t* offsets, int64_t* places) const {
+    std::vector<int64_t> boundaries{0};
+    int64_t p = 0;
+    for (const Span& rows : rows_)
+      for (const Span& columns : columns_) {
+        const int64_t begin = std::max(rows.first, unit.row), end = std::min(rows.last, unit.row + unit.rows);
+        for (int64_t n = 0; n < unit.images; ++n)
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t at = n * packed_.n + (core_.h.input(i, rows.tap) - unit.in_row) * packed_.h;
+            const int64_t place = (n * unit.rows + i - unit.row) * core_.w.out;
+            for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
+              offsets[p] = at + core_.w.input(j, columns.tap) * packed_.w;
+              places[p] = place + j;
+            }
+          }
+        boundaries.push_back(p);
+      }
+    return boundaries;
+  }
+
+  void dense_class(const std::vector<Chunk>& chunks, const A* base, const int64_t* offsets, const int64_t* places,
+                   int64_t first, int64_t last, const A* weights, int64_t channels, int64_t width, A* sums) const {
+    if (chunks.empty())
+      for (int64_t p = first; p < last; ++p) std::fill_n(sums + places[p] * width, width, A(0));
+    for (int64_t block = first; block < last; block += kBlock) {
+      const int64_t count = std::min(kBlock, last - block), tiles = ceil_div(count, kTileRows);
+      for (const Chunk& chunk : chunks) {
+        const bool more = &chunk != &chunks.front();
+        const A* from = base + chunk.from;
+        if (weights_.form() == Form::dots) {
+          dots(chunk, from, offsets + block, places + block, count, weights + chunk.weight, channels, width, sums, more);
+          continue;
+        }
+        const A* b = weights + chunk.weight * width;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t p = block + count * tile / tiles, rows = block + count * (tile + 1) / tiles - p;
+          if (width == W)
+            multiply_rows<kTileVectors>(TileHeights(), rows, from, offsets + p, chunk.runs, b, sums, places + p, more);
+          else
+            multiply_rows<1>(TileHeights(), rows, from, offsets + p, chunk.runs, b, sums, places + p, more);
+        }
+      }
+    }
+  }
+
+  void dots(const Chunk& chunk, const A* from, const int64_t* offsets, const int64_t* places, int64_t count,
+            const A* weights, int64_t channels, int64_t width, A* sums, bool more) const {
+    for (int64_t p = 0; p < count; p += kDotRows) {
+      int64_t four[kDotRows];
+      for (int64_t i = 0; i < kDotRows; ++i) four[i] = offsets[std::min(p + i, count - 1)];
+      dot_tile(std::min<int64_t>(kDotRows, count - p), from, four, chunk.runs, weights, core_.depth(), channels, sums,
+               places + p, width, more);
+    }
+  }
+
+  // Channels are the vector dimension; each kernel row is summed on its own.
+  void depthwise_class(size_t index, const A* base, const int64_t* offsets, const int64_t* places, int64_t first,
+                       int64_t last, int64_t channel, int64_t count, A* sums) const {
+    constexpr int R = 4;
+    const Span &rows = rows_[index / columns_.size()], &columns = columns_[index % columns_.size()];
+    const int64_t padded = round_up(window_.groups * window_.out_channels, L);
+    for (int64_t c = 0; c < count; c += L)
+      for (int64_t p = first; p < last; p += R) {
+        Vec<A> total[R] = {};
+        const A* pixel[R];
+        for (int i = 0; i < R; ++i) pixel[i] = base + offsets[std::min(p + i, last - 1)] + c;
+        for (int64_t a = 0; a < rows.taps; ++a) {
+          const A* filter = weights_.group(0) + ((rows.tap + a) * core_.w.kernel + columns.tap) * padded + channel + c;
+          int64_t from = a * core_.h.dilation * packed_.h;
+          Vec<A> sum[R] = {};
+          for (int64_t b = 0; b < columns.taps; ++b, filter += padded, from += core_.w.dilation * packed_.w) {
+            const Vec<A> weight = load(filter);
+#pragma GCC unroll 4
+            for (int i = 0; i < R; ++i) sum[i] = fma(load(pixel[i] + from), weight, sum[i]);
+          }
+#pragma GCC unroll 4
+          for (int i = 0; i < R; ++i) total[i] += sum[i];
+        }
+        for (int i = 0; i < R && p + i < last; ++i) store(sums + places[p + i] * kDepthwiseChannels + c, total[i]);
+      }
+  }
+
+  const T* x_;
+  Strides4 s_;
+  Window window_, core_;
+  const PackedWeights<A>& weights_;
+  bool depthwise_, in_place_;
+  int64_t channels_;  // of a packed pixel
+  Units units_;
+  std::vector<Span> rows_, columns_;
+  Strides4 packed_;                         // strides of the packed or in-place input
+  std::vector<std::vector<Chunk>> chunks_;  // for each pair of spans
+};
+
+}  // namespace pynn::cpu

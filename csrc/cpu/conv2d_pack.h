@@ -1,0 +1,146 @@
+// Moving convolution operands between their own layout and dtype and the compute form: dense, channels last, padded
+// with zeros, fp32 (fp64 for fp64).
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "conv2d.h"
+#include "vec.h"
+
+namespace pynn::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Uninitialised scratch on a cache-line boundary.
+template <class E> class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<E*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(count, 1) * sizeof(E), 64))))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  E* get() const { return data_; }
+
+ private:
+  E* data_;
+};
+
+// kLanes<A> elements in the compute type.
+template <class T> PYNN_HD Vec<accumulate_t<T>> load_converted(const T* from) {
+  using A = accumulate_t<T>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return load(from);
+  } else {
+    A values[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) values[i] = to_float(from[i]);
+    return load(values);
+  }
+}
+
+template <class A> struct ShuffleIndex;
+template <> struct ShuffleIndex<float> { using type = VecInt; };
+template <> struct ShuffleIndex<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+
+// Transposes a square of kLanes x kLanes in registers, swapping ever larger off-diagonal blocks.
+template <class A> PYNN_HD void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  constexpr int L = kLanes<A>;
+  using Index = typename ShuffleIndex<A>::type;
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2) {
+    Index low, high;
+    for (int p = 0; p < L; ++p) {
+      low[p] = p & step ? L + p - step : p;
+      high[p] = p & step ? L + p : p + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & step) continue;
+      const Vec<A> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// to[place(p) + c] = from[c * stride + p] for p < count, c < channels.
+template <class T, class A, class Place>
+void transpose_in(const T* from, int64_t stride, int64_t count, int64_t channels, A* to, const Place& place) {
+  constexpr int L = kLanes<A>;
+  const int64_t whole = count < L ? 0 : channels / L * L;
+  for (int64_t c = 0; c < whole; c += L)
+    for (int64_t block = 0; block < count; block += L) {
+      const int64_t p = std::min(block, count - L);
+      Vec<A> rows[L];
+      for (int i = 0; i < L; ++i) rows[i] = load_converted(from + (c + i) * stride + p);
+      transpose<A>(rows);
+      for (int i = 0; i < L; ++i) store(to + place(p + i) + c, rows[i]);
+    }
+  for (int64_t c = whole; c < channels; ++c)
+    for (int64_t p = 0; p < count; ++p) to[place(p) + c] = to_float(from[c * stride + p]);
+}
+
+// to[c * stride + p] = from[p * from_stride + c] for p < count, c < channels.
+template <class A>
+void transpose_out(const A* from, int64_t from_stride, int64_t count, int64_t channels, A* to, int64_t stride) {
+  constexpr int L = kLanes<A>;
+  const int64_t whole = count < L ? 0 : channels / L * L;
+  for (int64_t c = 0; c < whole; c += L)
+    for (int64_t block = 0; block < count; block += L) {
+      const int64_t p = std::min(block, count - L);
+      Vec<A> rows[L];
+      for (int i = 0; i < L; ++i) rows[i] = load(from + (p + i) * from_stride + c);
+      transpose<A>(rows);
+      for (int i = 0; i < L; ++i) store(to + (c + i) * stride + p, rows[i]);
+    }
+  for (int64_t c = whole; c < channels; ++c)
+    for (int64_t p = 0; p < count; ++p) to[c * stride + p] = from[p * from_stride + c];
+}
+
+// The part of an image that a copy takes: rows [row, row + rows) of `width` pixels; channel c of the copy is channel
+// (first + c) / repeat of the image; a pixel of the copy takes `pixel` elements.
+struct Part {
+  int64_t row, rows, width, first, channels, repeat, pixel;
+};
+
+// Copies a part of an image into to[row][column][channel].
+template <class T, class A>
+void pack_image(const T* image, const Strides4& s, const Part& part, A* to) {
+  const int64_t rows = part.rows, columns = part.width, count = part.channels, pixel = part.pixel;
+  const int64_t row_size = columns * pixel;
+  const T* from = image + part.row * s.h;
+  if (part.repeat != 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t q = 0; q < columns; ++q)
+        for (int64_t c = 0; c < count; ++c)
+          to[r * row_size + q * pixel + c] = to_float(from[(part.first + c) / part.repeat * s.c + r * s.h + q * s.w]);
+    return;
+  }
+  from += part.first * s.c;
+  if (s.c == 1) {
+    const bool dense = s.w == count && pixel == count;  // pixels follow each other in memory
+    const int64_t runs = dense ? 1 : columns, length = dense ? columns * count : count;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t q = 0; q < runs; ++q) {
+        const T* source = from + r * s.h + q * s.w;
+        A* target = to + r * row_size + q * pixel;
+        for (int64_t i = 0; i < length; ++i) target[i] = to_float(source[i]);
+      }
+  } else if (s.w == 1 && s.h == columns) {  // rows touch: one run of pixels
+    transpose_in(from, s.c, rows * columns, count, to, [=](int64_t p) { return p * pixel; });
+  } else if (s.w == 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      transpose_in(from + r * s.h, s.c, columns, count, to + r * row_size, [=](int64_t p) { return p * pixel; });
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t q = 0; q < columns; ++q)
+        for (int64_t c = 0; c < count; ++c) to[r * row_size + q * pixel + c] = to_float(from[c * s.c + r * s.h + q * s.w]);
+  }
+}
+
+}  // namespace pynn::cpu

@@ -1,0 +1,321 @@
+// The inner loops of group_norm on the CPU: statistics and elementwise passes over one channel's run of pixels, or over a
+// block of channels-last columns. See group_norm.cpp for how they are put together.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <type_traits>
+
+#include "group_norm.h"
+#include "vec_load.h"
+#include "vec_math.h"
+
+namespace pynn::cpu::group_norm {
+
+inline constexpr int kFlush = 16;
+inline constexpr int kMaxVectors = 4;            // vectors in a row of columns
+template <class T> inline constexpr int64_t kColumns = kMaxVectors * kComputeLanes<T>;
+
+// 1 / v for v in [1, 2].
+PYNN_HD VecFloat reciprocal(VecFloat v) {
+#if defined(__AVX512F__)
+  const VecFloat guess = _mm512_rcp14_ps(v);
+  return fma(guess, fma(-v, guess, broadcast(1.0f)), guess);
+#else
+  return 1 / v;
+#endif
+}
+PYNN_HD VecDouble reciprocal(VecDouble v) { return 1 / v; }
+
+// sigmoid(z) and sigmoid(-z), both with a small relative error: neither is taken as 1 minus the other.
+template <class V> struct Sigmoid {
+  V plus, minus;
+  explicit PYNN_HD Sigmoid(V z) {
+    const V e = exp(V(z < 0 ? z : -z)), r = reciprocal(V(e + 1)), er = e * r;
+    plus = z < 0 ? er : r;
+    minus = z < 0 ? r : er;
+  }
+};
+template <bool kSilu, class V> PYNN_HD V activate(V z) {
+  if constexpr (kSilu) return z * Sigmoid<V>(z).plus;
+  return z;
+}
+// grad * act'(z)
+template <bool kSilu, class V> PYNN_HD V activate_grad(V grad, V z) {
+  if constexpr (!kSilu) return grad;
+  const Sigmoid<V> s(z);
+  return grad * (s.plus * fma(z, s.minus, V{} + 1));
+}
+
+struct Sums {
+  double first = 0, second = 0;
+};
+
+struct GroupStats {
+  double delta, rstd;  // mean - center
+  double center;       // exact in the compute type
+};
+
+template <class A> double center_of(double mean, double rstd) {
+  return std::abs(mean) * rstd > 0.5 ? double(A(mean)) : 0.0;
+}
+inline GroupStats finish(double center, const Sums& moments, double count, double eps) {
+  const double delta = moments.first / count;
+  const double variance = (moments.second - moments.first * delta) / count;
+  return {delta, 1 / std::sqrt((variance < 0 ? 0 : variance) + eps), center};
+}
+// The same statistics around the center that the apply pass uses.
+template <class A> GroupStats recenter(const GroupStats& s) {
+  const double mean = s.center + s.delta, center = center_of<A>(mean, s.rstd);
+  return {mean - center, s.rstd, center};
+}
+
+// What a channel multiplies and adds: y = act((x - center) * scale + shift), dx = a * dz + b * (x - center) + k.
+struct Affine {
+  double scale, shift;
+};
+template <class A> Affine affine(const GroupStats& s, const A* weight, const A* bias, int64_t c) {
+  const double scale = s.rstd * (weight ? weight[c] : A(1));
+  return {scale, (bias ? bias[c] : A(0)) - s.delta * scale};
+}
+// A group's dx coefficients from its sums of weight * dz (first) and weight * dz * (x - mean) * rstd (second).
+inline Affine backward_affine(const GroupStats& s, const Sums& weighted, double count) {
+  const double slope = -s.rstd * s.rstd * weighted.second / count;
+  return {slope, -s.rstd * weighted.first / count - slope * s.delta};
+}
+
+// ---------------------------------------------------------------- contiguous runs: (channel, pixels)
+
+// Calls body(index, lanes used, all lanes used?) for each vector of [0, count).
+template <int kStep, class Body> PYNN_HD void each_vector(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) body(i, std::true_type{});
+  if (i < count) body(i, std::false_type{});
+}
+
+// Sums of x - center and, for kSecond, of its square.
+template <bool kSecond, class T> Sums run_moments(const T* x, int64_t count, accumulate_t<T> center) {
+  using A = accumulate_t<T>;
+  constexpr int kUnroll = 4, kStep = kComputeLanes<T>;
+  const Vec<A> center_v = broadcast(center);
+  Sums total;
+  for (int64_t i = 0; i < count;) {
+    Vec<A> first[kUnroll] = {}, second[kUnroll] = {};
+    const int64_t end = std::min(count, i + int64_t(kFlush) * kUnroll * kStep);
+    for (; i + kUnroll * kStep <= end; i += kUnroll * kStep)
+      for (int u = 0; u < kUnroll; ++u) {
+        const Vec<A> d = load_compute(x + i + u * kStep) - center_v;
+        first[u] += d;
+        if constexpr (kSecond) second[u] = fma(d, d, second[u]);
+      }
+    for (int u = 0; i < end; i += kStep, ++u) {
+      const Vec<A> d = (end - i >= kStep ? load_compute(x + i) : load_part(x + i, end - i, center)) - center_v;
+      first[u] += d;
+      if constexpr (kSecond) second[u] = fma(d, d, second[u]);
+    }
+    i = end;
+    total.first += add_lanes((first[0] + first[1]) + (first[2] + first[3]));
+    if constexpr (kSecond) total.second += add_lanes((second[0] + second[1]) + (second[2] + second[3]));
+  }
+  return total;
+}
+
+template <bool kSilu, class T> void run_forward(const T* x, T* y, int64_t count, double center, const Affine& affine) {
+  using A = accumulate_t<T>;
+  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(affine.scale)), shift = broadcast(A(affine.shift));
+  each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
+    const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(0));
+    const Vec<A> out = activate<kSilu>(fma(Vec<A>(v - center_v), scale, shift));
+    whole ? store_compute(y + i, out) : store_part(y + i, count - i, out);
+  });
+}
+
+// Sums of dz and dz * (x - center) over one channel. With kKeep, dz stays in dx for the second pass.
+template <bool kSilu, bool kKeep, class T>
+Sums run_backward_sums(const T* dy, const T* x, T* dx, int64_t count, double center, const Affine& affine) {
+  using A = accumulate_t<T>;
+  constexpr int kStep = kComputeLanes<T>;
+  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(affine.scale)), shift = broadcast(A(affine.shift));
+  Sums total;
+  for (int64_t start = 0; start < count; start += 2 * kFlush * kStep) {
+    const int64_t length = std::min<int64_t>(count - start, 2 * kFlush * kStep);
+    Vec<A> first[2] = {}, second[2] = {};
+    int turn = 0;
+    each_vector<kStep>(length, [&](int64_t offset, auto whole) {
+      const int64_t i = start + offset;
+      const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(center));
+      const Vec<A> grad = whole ? load_compute(dy + i) : load_part(dy + i, count - i, A(0));
+      const Vec<A> d = v - center_v, dz = activate_grad<kSilu>(grad, fma(d, scale, shift));
+      if constexpr (kKeep) whole ? store_compute(dx + i, dz) : store_part(dx + i, count - i, dz);
+      first[turn] += dz;
+      second[turn] = fma(dz, d, second[turn]);
+      turn ^= 1;
+    });
+    total.first += add_lanes(first[0] + first[1]);
+    total.second += add_lanes(second[0] + second[1]);
+  }
+  return total;
+}
+
+template <bool kSilu, bool kKeep, class T>
+void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, const Affine& forward,
+                  const Affine& backward, double gain) {
+  using A = accumulate_t<T>;
+  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(forward.scale)), shift = broadcast(A(forward.shift));
+  const Vec<A> b = broadcast(A(backward.scale)), k = broadcast(A(backward.shift)), a = broadcast(A(gain));
+  const T* from = kKeep ? dx : dy;
+  each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
+    const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(0));
+    Vec<A> dz = whole ? load_compute(from + i) : load_part(from + i, count - i, A(0));
+    const Vec<A> d = v - center_v;
+    if constexpr (!kKeep) dz = activate_grad<kSilu>(dz, fma(d, scale, shift));
+    const Vec<A> out = fma(a, dz, fma(b, d, k));
+    whole ? store_compute(dx + i, out) : store_part(dx + i, count - i, out);
+  });
+}
+
+// ---------------------------------------------------------------- channels-last blocks: rows of `count` <= kColumns channels
+
+// Coefficients of each column, as the vector loops read them. Lanes past the last column stay 0.
+template <class T> struct Columns {
+  using A = accumulate_t<T>;
+  A center[kColumns<T>] = {}, scale[kColumns<T>] = {}, shift[kColumns<T>] = {};
+  A gain[kColumns<T>] = {}, slope[kColumns<T>] = {}, constant[kColumns<T>] = {};
+
+  void forward(int64_t c, const GroupStats& s, const Affine& affine) {
+    center[c] = A(s.center), scale[c] = A(affine.scale), shift[c] = A(affine.shift);
+  }
+  void backward(int64_t c, const Affine& affine, double a) {
+    slope[c] = A(affine.scale), constant[c] = A(affine.shift), gain[c] = A(a);
+  }
+};
+
+template <class T> struct ColumnSums {
+  double first[kColumns<T>] = {}, second[kColumns<T>] = {};
+};
+
+// Calls body(std::integral_constant<int, vectors>) for the number of vectors that hold `count` columns.
+template <class T, class Body> PYNN_HD void with_vectors(int64_t count, const Body& body) {
+  switch ((count + kComputeLanes<T> - 1) / kComputeLanes<T>) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    default: return body(std::integral_constant<int, 4>{});
+  }
+}
+
+// One row of columns in registers.
+template <class T, int kVectors> struct Row {
+  using A = accumulate_t<T>;
+  Vec<A> v[kVectors];
+
+  static constexpr int kStep = kComputeLanes<T>;
+  static PYNN_HD Row coefficients(const A* from) {
+    Row row;
+    for (int j = 0; j < kVectors; ++j) row.v[j] = load(from + j * kStep);
+    return row;
+  }
+  static PYNN_HD Row read(const T* from, int64_t tail) {
+    Row row;
+    for (int j = 0; j < kVectors - 1; ++j) row.v[j] = load_compute(from + j * kStep);
+    const T* last = from + (kVectors - 1) * kStep;
+    row.v[kVectors - 1] = tail == kStep ? load_compute(last) : load_part(last, tail, A(0));
+    return row;
+  }
+  PYNN_HD void write(T* to, int64_t tail) const {
+    for (int j = 0; j < kVectors - 1; ++j) store_compute(to + j * kStep, v[j]);
+    T* last = to + (kVectors - 1) * kStep;
+    tail == kStep ? store_compute(last, v[kVectors - 1]) : store_part(last, tail, v[kVectors - 1]);
+  }
+};
+
+template <class V> PYNN_HD void add_to(double* sums, V v) {
+  std::remove_reference_t<decltype(v[0])> lanes[sizeof(v) / sizeof(v[0])];
+  store(lanes, v);
+  for (size_t i = 0; i < std::size(lanes); ++i) sums[i] += lanes[i];
+}
+
+// Walks the rows in pieces of 2 * kFlush; each(row, first, second) adds to two rows of running sums in registers.
+template <class T, int kVectors, class Each> void sum_rows(int64_t rows, ColumnSums<T>& sums, const Each& each) {
+  using A = accumulate_t<T>;
+  constexpr int kStep = kComputeLanes<T>, kUnroll = kVectors < 3 ? 2 : 1;
+  for (int64_t start = 0; start < rows; start += kUnroll * kFlush) {
+    const int64_t end = std::min<int64_t>(rows, start + kUnroll * kFlush);
+    Vec<A> first[kUnroll][kVectors] = {}, second[kUnroll][kVectors] = {};
+    int64_t r = start;
+    for (; r + kUnroll <= end; r += kUnroll)
+      for (int u = 0; u < kUnroll; ++u) each(r + u, first[u], second[u]);
+    for (; r < end; ++r) each(r, first[0], second[0]);
+    for (int j = 0; j < kVectors; ++j) {
+      if constexpr (kUnroll == 2) first[0][j] += first[1][j], second[0][j] += second[1][j];
+      add_to(sums.first + j * kStep, first[0][j]);
+      add_to(sums.second + j * kStep, second[0][j]);
+    }
+  }
+}
+
+// A block of columns in a (pixels, channels) sample.
+template <class T, int kVectors> struct Block {
+  using A = accumulate_t<T>;
+  using R = Row<T, kVectors>;
+  int64_t rows, stride, tail;
+
+  Block(const GroupNormShape& shape, int64_t columns)
+      : rows(shape.pixels), stride(shape.channels()), tail(columns - (kVectors - 1) * kComputeLanes<T>) {}
+
+  template <bool kSecond> void moments(const T* x, const Columns<T>& c, ColumnSums<T>& sums) const {
+    const R center = R::coefficients(c.center);
+    sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
+      const R row = R::read(x + r * stride, tail);
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<A> d = row.v[j] - center.v[j];
+        first[j] += d;
+        if constexpr (kSecond) second[j] = fma(d, d, second[j]);
+      }
+    });
+  }
+
+  template <bool kSilu> void forward(const T* x, T* y, const Columns<T>& c) const {
+    const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
+    for (int64_t r = 0; r < rows; ++r) {
+      R row = R::read(x + r * stride, tail);
+      for (int j = 0; j < kVectors; ++j)
+        row.v[j] = activate<kSilu>(fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]));
+      row.write(y + r * stride, tail);
+    }
+  }
+
+  template <bool kSilu, bool kKeep>
+  void backward_sums(const T* dy, const T* x, T* dx, const Columns<T>& c, ColumnSums<T>& sums) const {
+    const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
+    sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
+      const R row = R::read(x + r * stride, tail);
+      R dz = R::read(dy + r * stride, tail);
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<A> d = row.v[j] - center.v[j];
+        dz.v[j] = activate_grad<kSilu>(dz.v[j], fma(d, scale.v[j], shift.v[j]));
+        first[j] += dz.v[j];
+        second[j] = fma(dz.v[j], d, second[j]);
+      }
+      if constexpr (kKeep) dz.write(dx + r * stride, tail);
+    });
+  }
+
+  template <bool kSilu, bool kKeep> void backward(const T* dy, const T* x, T* dx, const Columns<T>& c) const {
+    const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
+    const R a = R::coefficients(c.gain), b = R::coefficients(c.slope), k = R::coefficients(c.constant);
+    for (int64_t r = 0; r < rows; ++r) {
+      R row = R::read(x + r * stride, tail);
+      const R dz = R::read((kKeep ? dx : dy) + r * stride, tail);
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<A> d = row.v[j] - center.v[j];
+        Vec<A> grad = dz.v[j];
+        if constexpr (!kKeep) grad = activate_grad<kSilu>(grad, fma(d, scale.v[j], shift.v[j]));
+        row.v[j] = fma(a.v[j], grad, fma(b.v[j], d, k.v[j]));
+      }
+      row.write(dx + r * stride, tail);
+    }
+  }
+};
+
+}  // namespace pynn::cpu::group_norm

@@ -1,0 +1,209 @@
+// Attention, forward: one pass over the keys with an online softmax.
+//
+// A task is a run of (head, block of kRows queries) pairs. Keys are transposed into panels once per key head of the run;
+// for each block of kKeys keys the task forms a (kRows x kKeys) tile of scores, turns it into exponentials against the
+// running row maximum, and adds tile x values to the output rows. Blocks beyond the causal diagonal, and keys at the end
+// that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are cut.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "parallel.h"
+#include "scaled_dot_product_attention_tile.h"
+
+namespace pynn::cpu {
+namespace {
+using namespace attention;
+
+// Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
+template <bool kMasked, class F> F finish_scores(F* s, int64_t count, F scale, const F* mask) {
+  Vec<F> top = broadcast(-kInfinity<F>);
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    Vec<F> x = load(s + j) * scale;
+    if constexpr (kMasked) {
+      const Vec<F> m = load(mask + j);
+      x = m == -kInfinity<F> ? m : x + m;
+    }
+    if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
+    store(s + j, x);
+    top = x > top ? x : top;
+  }
+  return max_lanes<F>(top);
+}
+
+// s = exp(s - top), times the dropout factor; returns the sum before dropout.
+template <class F> F exponentials(F* s, int64_t count, F top, const F* factors) {
+  Vec<F> sum{};
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> p = exp(load(s + j) - top);
+    sum += p;
+    store(s + j, factors ? p * load(factors + j) : p);
+  }
+  return sum_lanes<F>(sum);
+}
+
+template <class T> class Forward {
+ public:
+  using F = accumulate_t<T>;
+  using Launcher = launch::Attention<T>;
+
+  Forward(typename Launcher::Output out, F* lse, typename Launcher::Input query, typename Launcher::Input key,
+          typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionShape& shape)
+      : out_(out), lse_(lse), query_(query), key_(key), value_(value), mask_(mask), shape_(shape) {
+    const int64_t width = padded<F>(shape.dim), value_width = padded<F>(shape.value_dim);
+    key_panels_ = scratch_.take<F>(round_up(shape.keys, kPanel<F>) * shape.dim);
+    key_buffer_ = scratch_.take<F>(kPanel<F> * width);
+    value_buffer_ = scratch_.take<F>(shape.keys * value_width);
+    query_buffer_ = scratch_.take<F>(kRows * width);
+    query_columns_ = scratch_.take<F>(kRows * shape.dim);
+    scores_ = scratch_.take<F>(kRows * kStride);
+    sums_ = scratch_.take<F>(kRows * value_width);
+    mask_row_ = scratch_.take<F>(kStride);
+    factors_ = scratch_.take<F>(kStride);
+    for (int64_t j = 0; j < kStride; ++j) mask_row_[j] = factors_[j] = 0;
+  }
+  bool failed() const { return scratch_.failed; }
+
+  void load_keys(int64_t head) {
+    const T* key = head_start(key_, shape_, head, shape_.group);
+    for (int64_t j = 0; j < shape_.keys; j += kPanel<F>) {
+      const int64_t count = std::min(kPanel<F>, shape_.keys - j);
+      const Matrix<F> rows = rows_of<T>({key + j * key_.row, key_.row, key_.column}, count, shape_.dim, key_buffer_);
+      pack_panels(rows, count, shape_.dim, key_panels_ + j * shape_.dim);
+    }
+    values_ = rows_of<T>({head_start(value_, shape_, head, shape_.group), value_.row, value_.column}, shape_.keys,
+                         shape_.value_dim, value_buffer_);
+    const bool masked = shape_.causal || mask_.kind != AttentionMask::kNone;
+    values_finite_ = !masked || all_finite(values_, shape_.keys, padded<F>(shape_.value_dim));
+  }
+
+  void block(int64_t head, int64_t first, int64_t rows) {
+    const int64_t value_width = padded<F>(shape_.value_dim);
+    const T* query = head_start(query_, shape_, head, 1) + first * query_.row;
+    transpose(rows_of<T>({query, query_.row, query_.column}, rows, shape_.dim, query_buffer_), rows, shape_.dim,
+              query_columns_, kRows);
+    F top[kRows], total[kRows];
+    for (int64_t i = 0; i < rows; ++i) top[i] = -kInfinity<F>, total[i] = 0;
+    const void* mask = mask_start(mask_, shape_, head);
+    bool started = false;
+    for (int64_t k = 0; k < shape_.keys && !(shape_.causal && k >= first + rows); k += kKeys) {
+      int64_t count = std::min(kKeys, shape_.keys - k);
+      if (shape_.causal) count = std::min(count, first + rows - k);
+      if (mask_.kind != AttentionMask::kNone && mask_.operand.row == 0) {
+        read_mask(mask_, mask, 0, k, count, mask_row_);
+        while (count > 0 && mask_row_[count - 1] == -kInfinity<F>) --count;
+      }
+      if (count == 0) continue;
+      multiply<ByQueries>(rows, count, shape_.dim, query_columns_, key_panels_ + k * shape_.dim, kPanel<F>,
+                          kPanel<F> * shape_.dim, scores_, kStride, false);
+      for (int64_t i = 0; i < rows; ++i) softmax_row(head, first, i, k, count, mask, started, top[i], total[i]);
+      multiply_rows<ByRows>(rows, shape_.value_dim, count, scores_, {values_.row(k), values_.stride}, values_finite_,
+                            sums_, value_width, started);
+      started = true;
+    }
+    if (!started)
+      for (int64_t j = 0; j < rows * value_width; ++j) sums_[j] = 0;
+    write(head, first, rows, top, total);
+  }
+
+ private:
+  // Folds scores [k, k + count) of query first + i into its running maximum and sum; rescales its output row.
+  void softmax_row(int64_t head, int64_t first, int64_t i, int64_t k, int64_t count, const void* mask, bool started,
+                   F& top, F& total) {
+    F* s = scores_ + i * kStride;
+    const int64_t valid = shape_.causal ? std::min(count, first + i - k + 1) : count;
+    const int64_t vectors_end = valid > 0 ? padded<F>(valid) : 0;
+    for (int64_t j = vectors_end; j < count; ++j) s[j] = 0;
+    if (valid <= 0) return;
+    F block_top;
+    if (mask_.kind == AttentionMask::kNone) block_top = finish_scores<false>(s, valid, F(shape_.scale), mask_row_);
+    else {
+      if (mask_.operand.row != 0) read_mask(mask_, mask, first + i, k, valid, mask_row_);
+      block_top = finish_scores<true>(s, valid, F(shape_.scale), mask_row_);
+    }
+    const F new_top = block_top > top ? block_top : top;
+    const F shift = new_top == -kInfinity<F> ? F(0) : new_top;
+    const F* factors = nullptr;
+    if (shape_.dropout_key) {
+      const uint64_t element = uint64_t((head * shape_.queries + first + i) * shape_.keys + k);
+      dropout_factors(shape_, element, valid, factors_);
+      factors = factors_;
+    }
+    const F sum = exponentials(s, valid, shift, factors);
+    if (started) {
+      const Vec<F> correction = exp(broadcast(top - shift));
+      total *= correction[0];
+      F* row = sums_ + i * padded<F>(shape_.value_dim);
+      for (int64_t j = 0; j < shape_.value_dim; j += kLanes<F>) store(row + j, load(row + j) * correction);
+    }
+    total += sum;
+    top = new_top;
+  }
+
+  void write(int64_t head, int64_t first, int64_t rows, const F* top, const F* total) {
+    T* out = head_start(out_, shape_, head, 1) + first * out_.row;
+    for (int64_t i = 0; i < rows; ++i, out += out_.row) {
+      const F divisor = total[i] == F(0) ? F(1) : total[i];
+      const F* row = sums_ + i * padded<F>(shape_.value_dim);
+      for (int64_t j = 0; j < shape_.value_dim; ++j) out[j * out_.column] = from_float<T>(row[j] / divisor);
+      lse_[head * shape_.queries + first + i] = total[i] == F(0) ? -kInfinity<F> : top[i] + std::log(total[i]);
+    }
+  }
+
+  typename Launcher::Output out_;
+  F* lse_;
+  typename Launcher::Input query_, key_, value_;
+  const AttentionMaskOperand& mask_;
+  const AttentionShape& shape_;
+  Scratch scratch_;
+  F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *mask_row_, *factors_;
+  Matrix<F> values_{};
+  bool values_finite_ = true;
+};
+
+}  // namespace
+
+template <class T>
+bool Attention<T>::fwd(Output out, F* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
+                       AttentionShape shape, void*) {
+  const int64_t blocks = divide_up(shape.queries, kRows);
+  const int64_t cost = kRows * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
+  std::atomic<bool> failed{false};
+  parallel_for(shape.heads * blocks, std::max<int64_t>(1, 100000 / cost), [&](int64_t begin, int64_t end) {
+    Forward<T> forward(out, lse, query, key, value, mask, shape);
+    if (forward.failed()) {
+      failed = true;
+      return;
+    }
+    int64_t loaded = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / blocks, first = item % blocks * kRows;
+      if (head / shape.group != loaded) forward.load_keys(head);
+      loaded = head / shape.group;
+      forward.block(head, first, std::min(kRows, shape.queries - first));
+    }
+  });
+  return !failed;
+}
+
+void attention_keep(bool* keep, AttentionShape shape, void*) {
+  constexpr int64_t kPiece = 4096;
+  const int64_t count = shape.heads * shape.queries * shape.keys;
+  parallel_for(divide_up(count, kPiece), 4, [&](int64_t begin, int64_t end) {
+    float factors[kPiece];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece * kPiece, length = std::min(kPiece, count - first);
+      dropout_factors(shape, uint64_t(first), length, factors);
+      for (int64_t j = 0; j < length; ++j) keep[first + j] = factors[j] != 0;
+    }
+  });
+}
+
+#define PYNN_INSTANTIATE(T)                                                                                            \
+  template bool Attention<T>::fwd(Output, F*, Input, Input, Input, AttentionMaskOperand, AttentionShape, void*);
+PYNN_INSTANTIATE(double)
+PYNN_INSTANTIATE(float)
+PYNN_INSTANTIATE(Half)
+PYNN_INSTANTIATE(BFloat16)
+
+}  // namespace pynn::cpu

@@ -1,0 +1,382 @@
+// Attention, backward. With P = exp(S - lse), A = P * keep / (1 - p), G = (dout V^T) * keep / (1 - p):
+//
+//   delta_i = sum_j P_ij G_ij    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
+//   dmask = dS summed over the dimensions in which the mask is broadcast
+//
+// Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of kRows queries
+// of all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
+// there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second every
+// block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same bits.
+//
+// delta comes from P and G themselves when a row fits one block of keys. Otherwise it is dout . out in float and double,
+// and a sweep over the keys for 16-bit types, whose out has been rounded.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "parallel.h"
+#include "scaled_dot_product_attention_tile.h"
+
+namespace pynn::cpu {
+namespace {
+using namespace attention;
+
+template <class T> struct Gradients {
+  using F = accumulate_t<T>;
+  typename launch::Attention<T>::Output query, key, value;
+};
+template <class T> struct Inputs {
+  using F = accumulate_t<T>;
+  typename launch::Attention<T>::Input grad_out, query, key, value, out;
+  const F* lse;
+  F* delta;  // (heads, queries), used when a row has more than one block of keys
+};
+
+// P and G of one row: s becomes P, g becomes G; returns sum_j P G. Masked entries become 0 whatever they held.
+template <bool kMasked, class F>
+F probabilities(F* s, F* g, int64_t count, F scale, const F* mask, F lse, const F* factors) {
+  Vec<F> sum{};
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    Vec<F> x = load(s + j) * scale, d = load(g + j);
+    if (factors) d *= load(factors + j);
+    if constexpr (kMasked) {
+      const Vec<F> m = load(mask + j);
+      x = m == -kInfinity<F> ? m : x + m;
+    }
+    Vec<F> p = exp(x - lse);
+    if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
+    if (count - j < kLanes<F>) {
+      p = keep_first<F>(p, count - j, F(0));
+      d = keep_first<F>(d, count - j, F(0));
+    }
+    if constexpr (kMasked) d = p == F(0) ? Vec<F>{} : d;
+    sum = fma(p, d, sum);
+    store(s + j, p);
+    store(g + j, d);
+  }
+  return sum_lanes<F>(sum);
+}
+
+// g = P (G - delta), s = P times the dropout factor.
+template <class F> void score_gradients(F* s, F* g, int64_t count, F delta, bool masked, const F* factors) {
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> p = load(s + j);
+    const Vec<F> d = p * (load(g + j) - delta);
+    store(g + j, masked ? (p == F(0) ? Vec<F>{} : d) : d);
+    if (factors) store(s + j, p * load(factors + j));
+  }
+}
+
+template <class T> class Backward {
+ public:
+  using F = accumulate_t<T>;
+
+  Backward(const Gradients<T>& gradients, const Inputs<T>& in, const AttentionMaskOperand& mask,
+           const AttentionShape& shape)
+      : gradients_(gradients), in_(in), mask_(mask), shape_(shape), width_(padded<F>(shape.dim)),
+        value_width_(padded<F>(shape.value_dim)), masked_(shape.causal || mask.kind != AttentionMask::kNone) {
+    const int64_t keys = round_up(shape.keys, kPanel<F>);
+    key_panels_ = scratch_.take<F>(keys * shape.dim);
+    value_panels_ = scratch_.take<F>(keys * shape.value_dim);
+    key_buffer_ = scratch_.take<F>(keys * width_);
+    value_buffer_ = scratch_.take<F>(kPanel<F> * value_width_);
+    key_sums_ = scratch_.take<F>(keys * width_);
+    value_sums_ = scratch_.take<F>(keys * value_width_);
+    query_buffer_ = scratch_.take<F>(kRows * width_);
+    grad_buffer_ = scratch_.take<F>(kRows * value_width_);
+    query_columns_ = scratch_.take<F>(kRows * shape.dim);
+    grad_columns_ = scratch_.take<F>(kRows * shape.value_dim);
+    query_sums_ = scratch_.take<F>(kRows * width_);
+    scores_ = scratch_.take<F>(kRows * kStride);
+    score_grads_ = scratch_.take<F>(kRows * kStride);
+    mask_row_ = scratch_.take<F>(kStride);
+    factors_ = scratch_.take<F>(kStride);
+    keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, kKeys));
+    if (failed()) return;
+    for (int64_t j = 0; j < kStride; ++j) mask_row_[j] = factors_[j] = 0;
+  }
+  bool failed() const { return scratch_.failed; }
+
+  // Packs keys [begin, end) of the key head that query head `head` uses; begin is a multiple of kKeys.
+  void load_keys(int64_t head, int64_t begin, int64_t end) {
+    if (loaded_ == head / shape_.group && begin == begin_ && end == end_) return;
+    loaded_ = head / shape_.group, begin_ = begin, end_ = end;
+    const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
+    const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
+    keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
+    pack_panels(keys_, end - begin, shape_.dim, key_panels_);
+    for (int64_t j = 0; j < end - begin; j += kPanel<F>) {
+      const int64_t count = std::min(kPanel<F>, end - begin - j);
+      const auto rows = rows_of<T>({value + j * in_.value.row, in_.value.row, in_.value.column}, count,
+                                   shape_.value_dim, value_buffer_);
+      pack_panels(rows, count, shape_.value_dim, value_panels_ + j * shape_.value_dim);
+    }
+    for (int64_t k = begin; k < end; k += kKeys)
+      keys_finite_[(k - begin) / kKeys] =
+          !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(kKeys, end - k), width_);
+  }
+
+  void clear_key_sums() {
+    std::fill(key_sums_, key_sums_ + (end_ - begin_) * width_, F(0));
+    std::fill(value_sums_, value_sums_ + (end_ - begin_) * value_width_, F(0));
+  }
+
+  void load_queries(int64_t head, int64_t first, int64_t rows) {
+    head_ = head, first_ = first, rows_ = rows;
+    queries_ = rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row,
+                           in_.query.column}, rows, shape_.dim, query_buffer_);
+    grads_ = rows_of<T>({head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
+                         in_.grad_out.column}, rows, shape_.value_dim, grad_buffer_);
+    transpose(queries_, rows, shape_.dim, query_columns_, kRows);
+    transpose(grads_, rows, shape_.value_dim, grad_columns_, kRows);
+    queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
+    grads_finite_ = !masked_ || all_finite(grads_, rows, value_width_);
+    mask_start_ = mask_start(mask_, shape_, head);
+  }
+
+  // P (with dropout) and dS of the loaded queries and keys [k, k + count) into the tiles; returns count, 0 to skip.
+  int64_t tiles(int64_t k) {
+    int64_t count = std::min(kKeys, end_ - k);
+    if (shape_.causal) count = std::min(count, first_ + rows_ - k);
+    if (count > 0 && mask_.kind != AttentionMask::kNone && mask_.operand.row == 0) {
+      read_mask(mask_, mask_start_, 0, k, count, mask_row_);
+      while (count > 0 && mask_row_[count - 1] == -kInfinity<F>) --count;
+    }
+    if (count <= 0) return 0;
+    multiply<ByQueries>(rows_, count, shape_.dim, query_columns_, key_panels_ + (k - begin_) * shape_.dim, kPanel<F>,
+                        kPanel<F> * shape_.dim, scores_, kStride, false);
+    multiply<ByQueries>(rows_, count, shape_.value_dim, grad_columns_,
+                        value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim,
+                        score_grads_, kStride, false);
+    for (int64_t i = 0; i < rows_; ++i) row(i, k, count, sum_delta_);
+    return count;
+  }
+
+  // Everything one block of queries adds to dK and dV, and its dQ.
+  void block(bool want_query, bool want_key) {
+    bool started = false;
+    for (int64_t k = begin_; k < end_; k += kKeys) {
+      const int64_t count = tiles(k), at = k - begin_;
+      if (count == 0) continue;
+      if (want_key) {
+        multiply_rows<ByColumns>(count, shape_.value_dim, rows_, scores_, grads_, grads_finite_,
+                                 value_sums_ + at * value_width_, value_width_, true);
+        multiply_rows<ByColumns>(count, shape_.dim, rows_, score_grads_, queries_, queries_finite_,
+                                 key_sums_ + at * width_, width_, true);
+      }
+      if (want_query)
+        multiply_rows<ByRows>(rows_, shape_.dim, count, score_grads_, {keys_.row(at), keys_.stride},
+                              keys_finite_[at / kKeys], query_sums_, width_, started);
+      started = true;
+    }
+    if (!want_query) return;
+    if (!started) std::fill(query_sums_, query_sums_ + rows_ * width_, F(0));
+    write(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row, query_sums_,
+          rows_, shape_.dim, width_, F(shape_.scale));
+  }
+
+  void write_keys(int64_t head) {
+    const auto& [query, key, value] = gradients_;
+    write(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_, shape_.dim,
+          width_, F(shape_.scale));
+    write(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
+          shape_.value_dim, value_width_, F(1));
+  }
+
+  // delta of the loaded queries.
+  void find_delta() {
+    F* delta = in_.delta + head_ * shape_.queries + first_;
+    if constexpr (std::is_same_v<T, F>) {
+      const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
+      for (int64_t i = 0; i < rows_; ++i) {
+        F sum = 0;
+        for (int64_t d = 0; d < shape_.value_dim; ++d) sum += grads_.row(i)[d] * out[i * in_.out.row + d * in_.out.column];
+        delta[i] = sum;
+      }
+    } else {
+      std::fill(delta, delta + rows_, F(0));
+      sum_delta_ = true;
+      for (int64_t k = begin_; k < end_; k += kKeys) tiles(k);
+      sum_delta_ = false;
+    }
+  }
+
+  // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
+  void add_mask_gradient(double* sums) {
+    for (int64_t k = begin_; k < end_; k += kKeys) {
+      const int64_t count = tiles(k);
+      for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
+        double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
+        const F* from = score_grads_ + i * kStride;
+        if (mask_.columns == 1)
+          for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
+        else
+          for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
+      }
+    }
+  }
+
+ private:
+  void row(int64_t i, int64_t k, int64_t count, bool only_delta) {
+    F *s = scores_ + i * kStride, *g = score_grads_ + i * kStride;
+    const int64_t query = first_ + i, at = head_ * shape_.queries + query;
+    const int64_t valid = shape_.causal ? std::min(count, query - k + 1) : count;
+    const int64_t vectors_end = valid > 0 ? padded<F>(valid) : 0;
+    for (int64_t j = vectors_end; j < count; ++j) s[j] = g[j] = 0;
+    if (valid <= 0) return;
+    const F* factors = nullptr;
+    if (shape_.dropout_key) {
+      dropout_factors(shape_, uint64_t(at * shape_.keys + k), valid, factors_);
+      factors = factors_;
+    }
+    const F lse = in_.lse[at] == -kInfinity<F> ? kInfinity<F> : in_.lse[at];
+    F delta;
+    if (mask_.kind == AttentionMask::kNone)
+      delta = probabilities<false>(s, g, valid, F(shape_.scale), mask_row_, lse, factors);
+    else {
+      if (mask_.operand.row != 0) read_mask(mask_, mask_start_, query, k, valid, mask_row_);
+      delta = probabilities<true>(s, g, valid, F(shape_.scale), mask_row_, lse, factors);
+    }
+    if (only_delta) in_.delta[at] += delta;
+    else score_gradients(s, g, valid, in_.delta ? in_.delta[at] : delta, masked_, factors);
+  }
+
+  static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
+                    int64_t stride, F scale) {
+    for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
+      for (int64_t d = 0; d < width; ++d) to[d * layout.column] = from_float<T>(from[d] * scale);
+  }
+
+  const Gradients<T>& gradients_;
+  const Inputs<T>& in_;
+  const AttentionMaskOperand& mask_;
+  const AttentionShape& shape_;
+  const int64_t width_, value_width_;
+  const bool masked_;
+  Scratch scratch_;
+  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
+      *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *mask_row_, *factors_;
+  bool* keys_finite_;
+  bool queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
+  Matrix<F> keys_{}, queries_{}, grads_{};
+  const void* mask_start_ = nullptr;
+  int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
+};
+
+// Gradient of the mask. A task owns one of the mask's own matrices (a block of its rows, unless there is only one) and
+// sums over the heads that share it in double, in order.
+template <class T, class Worker>
+void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask, const AttentionShape& shape,
+                   const Worker& for_items) {
+  int64_t matrices = 1;
+  std::vector<int64_t> sharing{0};  // heads that share a matrix, relative to the first of them
+  for (int64_t d = shape.batch_dims - 1, step = 1; d >= 0; step *= shape.batch[d], --d) {
+    matrices *= mask.batch[d];
+    if (mask.batch[d] != 1) continue;
+    std::vector<int64_t> more;
+    for (int64_t index = 0; index < shape.batch[d]; ++index)
+      for (int64_t head : sharing) more.push_back(index * step + head);
+    sharing = std::move(more);
+  }
+  const int64_t blocks = divide_up(shape.queries, kRows), row_blocks = mask.rows == 1 ? 1 : blocks;
+  for_items(matrices * row_blocks, [&](Backward<T>& backward, int64_t item) {
+    int64_t matrix = item / row_blocks, first_head = 0;
+    for (int64_t d = shape.batch_dims - 1, step = 1; d >= 0; step *= shape.batch[d], --d) {
+      first_head += matrix % mask.batch[d] * step;
+      matrix /= mask.batch[d];
+    }
+    const int64_t begin = mask.rows == 1 ? 0 : item % row_blocks, end = mask.rows == 1 ? blocks : begin + 1;
+    const int64_t rows = mask.rows == 1 ? 1 : std::min(kRows, shape.queries - begin * kRows);
+    Scratch scratch;
+    double* sums = scratch.take<double>(rows * mask.columns);
+    if (scratch.failed) return false;
+    std::fill(sums, sums + rows * mask.columns, 0.0);
+    for (int64_t head : sharing) {
+      backward.load_keys(first_head + head, 0, shape.keys);
+      for (int64_t b = begin; b < end; ++b) {
+        backward.load_queries(first_head + head, b * kRows, std::min(kRows, shape.queries - b * kRows));
+        backward.add_mask_gradient(sums);
+      }
+    }
+    accumulate_t<T>* to = grad_mask + ((item / row_blocks) * mask.rows + (mask.rows == 1 ? 0 : begin * kRows)) * mask.columns;
+    for (int64_t j = 0; j < rows * mask.columns; ++j) to[j] = accumulate_t<T>(sums[j]);
+    return true;
+  });
+}
+
+}  // namespace
+
+template <class T>
+bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
+                       Input key, Input value, AttentionMaskOperand mask, Input out, const F* lse, AttentionShape shape,
+                       void*) {
+  const int64_t key_heads = shape.heads / shape.group;
+  const int64_t query_blocks = divide_up(shape.queries, kRows), key_blocks = divide_up(shape.keys, kKeys);
+  const int64_t blocks = query_blocks * shape.group;  // of queries, per key head
+  const Gradients<T> gradients{grad_query, grad_key, grad_value};
+  std::vector<F> delta(size_t(key_blocks > 1 ? shape.heads * shape.queries : 0));
+  const Inputs<T> in{grad_out, query, key, value, out, lse, key_blocks > 1 ? delta.data() : nullptr};
+
+  std::atomic<bool> failed{false};
+  const auto for_items = [&](int64_t count, const auto& body) {
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+      Backward<T> backward(gradients, in, mask, shape);
+      bool good = !backward.failed();
+      for (int64_t item = begin; good && item < end; ++item) good = body(backward, item);
+      if (!good) failed = true;
+    });
+  };
+  // Runs body on every block of queries of key head `index`, from block `begin` to `end`.
+  const auto for_blocks = [&](Backward<T>& backward, int64_t key_head, int64_t begin, int64_t end, const auto& body) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b % query_blocks * kRows;
+      backward.load_queries(key_head * shape.group + b / query_blocks, first, std::min(kRows, shape.queries - first));
+      body();
+    }
+  };
+
+  if (key_blocks > 1)
+    for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
+      const int64_t head = item / blocks;
+      if constexpr (!std::is_same_v<T, F>) backward.load_keys(head * shape.group, 0, shape.keys);
+      for_blocks(backward, head, item % blocks, item % blocks + 1, [&] { backward.find_delta(); });
+      return true;
+    });
+  const bool split = key_heads < int64_t(torch::stable::get_num_threads());
+  if (!split)
+    for_items(key_heads, [&](Backward<T>& backward, int64_t head) {
+      backward.load_keys(head * shape.group, 0, shape.keys);
+      backward.clear_key_sums();
+      for_blocks(backward, head, 0, blocks, [&] { backward.block(true, true); });
+      backward.write_keys(head * shape.group);
+      return true;
+    });
+  else {
+    for_items(key_heads * key_blocks, [&](Backward<T>& backward, int64_t item) {
+      const int64_t head = item / key_blocks, k = item % key_blocks * kKeys;
+      backward.load_keys(head * shape.group, k, std::min(k + kKeys, shape.keys));
+      backward.clear_key_sums();
+      for_blocks(backward, head, 0, blocks, [&] { backward.block(false, true); });
+      backward.write_keys(head * shape.group);
+      return true;
+    });
+    for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
+      const int64_t head = item / blocks;
+      backward.load_keys(head * shape.group, 0, shape.keys);
+      for_blocks(backward, head, item % blocks, item % blocks + 1, [&] { backward.block(true, false); });
+      return true;
+    });
+  }
+  if (grad_mask) mask_gradient<T>(grad_mask, mask, shape, for_items);
+  return !failed;
+}
+
+#define PYNN_INSTANTIATE(T)                                                                                        \
+  template bool Attention<T>::bwd(Output, Output, Output, F*, Input, Input, Input, Input, AttentionMaskOperand,    \
+                                  Input, const F*, AttentionShape, void*);
+PYNN_INSTANTIATE(double)
+PYNN_INSTANTIATE(float)
+PYNN_INSTANTIATE(Half)
+PYNN_INSTANTIATE(BFloat16)
+
+}  // namespace pynn::cpu

@@ -1,0 +1,316 @@
+// What the forward and backward attention kernels share: operands in compute precision, transposes, and one matrix
+// product C (+)= A B in which the scalars of A are broadcast and the rows of B are vectors.
+#pragma once
+#include <cstdlib>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "normal.h"
+#include "scaled_dot_product_attention.h"
+#include "vec_math.h"
+
+namespace pynn::cpu::attention {
+
+inline constexpr int64_t kRows = 64;              // query rows of a block
+inline constexpr int64_t kKeys = 256;             // keys of a block
+inline constexpr int64_t kStride = kKeys + 16;    // row stride of a score tile, off a power of two
+inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
+template <class F> inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
+template <class F> inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Aligned scratch of one thread. A failed allocation is remembered, not thrown: kernels may not throw.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    for (int i = 0; i < count_; ++i) std::free(blocks_[i]);
+  }
+  template <class E> E* take(int64_t count) {
+    void* block = std::aligned_alloc(64, size_t(round_up(count * int64_t(sizeof(E)) + 64, 64)));
+    failed |= block == nullptr;
+    return static_cast<E*>(blocks_[count_++] = block);
+  }
+  bool failed = false;
+
+ private:
+  void* blocks_[24];
+  int count_ = 0;
+};
+
+// Rows in compute precision whose length is a whole number of vectors.
+template <class F> struct Matrix {
+  const F* data;
+  int64_t stride;
+  const F* row(int64_t i) const { return data + i * stride; }
+};
+
+template <class T> struct Read {
+  const T* data;
+  int64_t row, column;
+};
+
+// Where head number `head` of an operand starts; the last batch dimension is divided by `group`.
+template <class Pointer>
+Pointer head_start(const AttentionOperand<Pointer>& operand, const AttentionShape& shape, int64_t head, int64_t group) {
+  int64_t offset = 0;
+  for (int d = shape.batch_dims - 1; d >= 0; --d) {
+    const int64_t index = head % shape.batch[d];
+    offset += (d == shape.batch_dims - 1 ? index / group : index) * operand.batch[d];
+    head /= shape.batch[d];
+  }
+  return operand.data + offset;
+}
+
+template <class T> void widen(const T* from, accumulate_t<T>* to, int64_t count) {
+  int64_t j = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Half>)
+    for (; j + 16 <= count; j += 16)
+      _mm512_storeu_ps(to + j, _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)(from + j))));
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half>)
+    for (; j + 8 <= count; j += 8) _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
+#endif
+  for (; j < count; ++j) to[j] = to_float(from[j]);
+}
+
+template <class F> int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
+
+// The rows themselves where they can be read in place, otherwise a copy in `buffer`, padded with zeros.
+template <class T> Matrix<accumulate_t<T>> rows_of(Read<T> from, int64_t rows, int64_t width, accumulate_t<T>* buffer) {
+  using F = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, F>)
+    if (from.column == 1 && width % kLanes<F> == 0) return {from.data, from.row};
+  const int64_t stride = padded<F>(width);
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* source = from.data + i * from.row;
+    F* target = buffer + i * stride;
+    if (from.column == 1) widen(source, target, width);
+    else
+      for (int64_t d = 0; d < width; ++d) target[d] = to_float(source[d * from.column]);
+    for (int64_t d = width; d < stride; ++d) target[d] = 0;
+  }
+  return {buffer, stride};
+}
+
+template <class F> bool all_finite(Matrix<F> m, int64_t rows, int64_t width) {
+  Vec<F> sum{};
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < width; d += kLanes<F>) sum += load(m.row(i) + d) * F(0);
+  bool finite = true;
+  for (int l = 0; l < kLanes<F>; ++l) finite &= sum[l] == F(0);
+  return finite;
+}
+
+template <class F> using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
+
+template <class V, int... I> PYNN_HD V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...);
+}
+template <class V, int... I> PYNN_HD V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (n / 2 + I / 2 + (I % 2) * n)...);
+}
+template <int step, class V, int... I> PYNN_HD V exchange(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ step)...);
+}
+template <class V, int... I> PYNN_HD V lane_numbers(std::integer_sequence<int, I...>) { return V{I...}; }
+
+// v in its first `count` lanes, `other` in the rest.
+template <class F> PYNN_HD Vec<F> keep_first(Vec<F> v, int64_t count, F other) {
+  return lane_numbers<Vec<F>>(LaneIndices<F>()) < F(count) ? v : broadcast(other);
+}
+
+template <class F, class Combine, int step = kLanes<F> / 2> PYNN_HD F reduce(Vec<F> v, const Combine& combine) {
+  v = combine(v, exchange<step>(v, LaneIndices<F>()));
+  if constexpr (step > 1) return reduce<F, Combine, step / 2>(v, combine);
+  else return v[0];
+}
+template <class F> PYNN_HD F sum_lanes(Vec<F> v) {
+  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a + b; });
+}
+template <class F> PYNN_HD F max_lanes(Vec<F> v) {
+  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
+}
+
+// to[d * stride + i] = from[i][d] for d < depth, with zeros for i from rows to the next whole vector.
+// Squares of kLanes x kLanes go through log2(kLanes) perfect shuffles.
+template <class F> void transpose(Matrix<F> from, int64_t rows, int64_t depth, F* to, int64_t stride) {
+  constexpr int n = kLanes<F>;
+  for (int64_t i = 0; i < rows; i += n)
+    for (int64_t d = 0; d < depth; d += n) {
+      Vec<F> square[n], mixed[n];
+#pragma GCC unroll 16
+      for (int r = 0; r < n; ++r) square[r] = i + r < rows ? load(from.row(i + r) + d) : Vec<F>{};
+#pragma GCC unroll 4
+      for (int step = 1; step < n; step *= 2) {
+#pragma GCC unroll 16
+        for (int r = 0; r < n / 2; ++r) {
+          mixed[2 * r] = interleave_low(square[r], square[r + n / 2], LaneIndices<F>());
+          mixed[2 * r + 1] = interleave_high(square[r], square[r + n / 2], LaneIndices<F>());
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < n; ++r) square[r] = mixed[r];
+      }
+      const int64_t count = depth - d < n ? depth - d : n;
+#pragma GCC unroll 16
+      for (int c = 0; c < n; ++c)
+        if (c < count) store(to + (d + c) * stride + i, square[c]);
+    }
+}
+
+// The transpose cut into panels of kPanel columns: panel p at to + p * depth * kPanel, row stride kPanel.
+template <class F> void pack_panels(Matrix<F> from, int64_t rows, int64_t depth, F* to) {
+  for (int64_t i = 0; i < rows; i += kPanel<F>)
+    transpose<F>({from.row(i), from.stride}, rows - i < kPanel<F> ? rows - i : kPanel<F>, depth, to + i * depth, kPanel<F>);
+}
+
+// How the left operand of a product is stored: element (m, k) at m * row + k * column.
+struct ByRows { static constexpr int64_t row = kStride, column = 1; };         // a score tile
+struct ByColumns { static constexpr int64_t row = 1, column = kStride; };      // a score tile, transposed
+struct ByQueries { static constexpr int64_t row = 1, column = kRows; };        // transposed query rows
+
+inline constexpr int rows_of_tile(int vectors) {
+  return kVectorRegisters == 32 ? (vectors <= 2 ? 12 : vectors == 3 ? 8 : 6) : (vectors == 1 ? 12 : 6);
+}
+
+// One register tile: M rows, N vectors. The sum over k starts from zero and is then added to C, so that a long sum is
+// a sum of block sums.
+template <class Layout, int M, int N, class F>
+void tile(int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
+  Vec<F> sum[M][N] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<F> row[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<F>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vec<F> scalar = broadcast(a[m * Layout::row + k * Layout::column]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] = fma(scalar, row[n], sum[m][n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      F* to = c + m * c_stride + n * kLanes<F>;
+      store(to, add ? load(to) + sum[m][n] : sum[m][n]);
+    }
+}
+
+template <class Layout, int N, class F, int... I>
+void tile_column(int64_t rows, int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add,
+                 std::integer_sequence<int, I...>) {
+  using Tile = void (*)(int64_t, const F*, const F*, int64_t, F*, int64_t, bool);
+  static constexpr Tile tiles[] = {&tile<Layout, I + 1, N, F>...};
+  const int64_t height = divide_up(rows, divide_up(rows, int64_t(sizeof...(I))));
+  for (int64_t m = 0; m < rows; m += height) {
+    const int64_t count = rows - m < height ? rows - m : height;
+    tiles[count - 1](depth, a + m * Layout::row, b, b_stride, c + m * c_stride, c_stride, add);
+  }
+}
+
+// C (rows x width) = A B, or C += A B. `panel` is the distance between column panels of B.
+template <class Layout, class F>
+void multiply(int64_t rows, int64_t width, int64_t depth, const F* a, const F* b, int64_t b_stride, int64_t panel, F* c,
+              int64_t c_stride, bool add) {
+  for (int64_t j = 0; j < width; j += kPanel<F>, b += panel, c += kPanel<F>) {
+    const auto run = [&]<int N>(std::integral_constant<int, N>) {
+      tile_column<Layout, N>(rows, depth, a, b, b_stride, c, c_stride, add,
+                             std::make_integer_sequence<int, rows_of_tile(N)>());
+    };
+    const int64_t vectors = divide_up(width - j, kLanes<F>);
+    if (vectors == 1) run(std::integral_constant<int, 1>());
+    else if (vectors == 2 || kPanelVectors == 2) run(std::integral_constant<int, 2>());
+    else if constexpr (kPanelVectors == 4) {
+      if (vectors == 3) run(std::integral_constant<int, 3>());
+      else run(std::integral_constant<int, 4>());
+    }
+  }
+}
+
+// C += A B where a zero in A takes nothing from B, not even NaN: for operands with non-finite rows that are masked.
+template <class Layout, class F>
+void multiply_skipping(int64_t rows, int64_t width, int64_t depth, const F* a, Matrix<F> b, F* c, int64_t c_stride,
+                       bool add) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t j = 0; j < width; j += kLanes<F>) {
+      Vec<F> sum{};
+      for (int64_t k = 0; k < depth; ++k) {
+        const F scalar = a[m * Layout::row + k * Layout::column];
+        if (scalar != F(0)) sum = fma(broadcast(scalar), load(b.row(k) + j), sum);
+      }
+      F* to = c + m * c_stride + j;
+      store(to, add ? load(to) + sum : sum);
+    }
+}
+
+// C (+)= A B for B given as rows; `finite` tells whether every element of B is.
+template <class Layout, class F>
+void multiply_rows(int64_t rows, int64_t width, int64_t depth, const F* a, Matrix<F> b, bool finite, F* c,
+                   int64_t c_stride, bool add) {
+  if (finite) multiply<Layout>(rows, width, depth, a, b.data, b.stride, kPanel<F>, c, c_stride, add);
+  else multiply_skipping<Layout>(rows, width, depth, a, b, c, c_stride, add);
+}
+
+// One row of the mask as numbers to add to the scores.
+template <class F> void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count, F* to) {
+  const int64_t step = mask.operand.column, offset = row * mask.operand.row + key * step;
+  const auto convert = [&](auto* data) {
+    for (int64_t j = 0; j < count; ++j) to[j] = F(to_float(data[offset + j * step]));
+  };
+  switch (mask.kind) {
+    case AttentionMask::kNone: break;
+    case AttentionMask::kBool: {
+      const uint8_t* data = static_cast<const uint8_t*>(start) + offset;
+      for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
+      break;
+    }
+    case AttentionMask::kDouble: convert(static_cast<const double*>(start)); break;
+    case AttentionMask::kFloat: convert(static_cast<const float*>(start)); break;
+    case AttentionMask::kHalf: convert(static_cast<const Half*>(start)); break;
+    case AttentionMask::kBFloat16: convert(static_cast<const BFloat16*>(start)); break;
+  }
+}
+
+inline int64_t mask_bytes(AttentionMask kind) {
+  switch (kind) {
+    case AttentionMask::kDouble: return 8;
+    case AttentionMask::kFloat: return 4;
+    case AttentionMask::kHalf:
+    case AttentionMask::kBFloat16: return 2;
+    default: return 1;
+  }
+}
+
+inline const void* mask_start(const AttentionMaskOperand& mask, const AttentionShape& shape, int64_t head) {
+  AttentionOperand<const char*> bytes{static_cast<const char*>(mask.operand.data), {}, 0, 0};
+  for (int d = 0; d < shape.batch_dims; ++d) bytes.batch[d] = mask.operand.batch[d] * mask_bytes(mask.kind);
+  return head_start(bytes, shape, head, 1);
+}
+
+// to[j] = 1 / (1 - p) where dropout keeps element first + j, otherwise 0.
+template <class F> void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count, F* to) {
+  const uint64_t seed = uint64_t(shape.dropout_key[0]), offset = uint64_t(shape.dropout_key[1]);
+  const double scaled = shape.dropout_p * 4294967296.0;
+  const uint64_t threshold = uint64_t(scaled);
+  const F kept = shape.dropout_p < 1 ? F(1 / (1 - shape.dropout_p)) : F(0);
+  constexpr int64_t batch = 4 * kCounters;
+  const int64_t lead = int64_t(first % 4);
+  for (int64_t j = -lead; j < count; j += batch) {
+    VecUint words[4];
+    philox(seed, offset + (first + uint64_t(j)) / 4, words);
+    for (int64_t k = 0; k < batch; ++k)
+      if (j + k >= 0 && j + k < count) to[j + k] = words[k % 4][k / 4] >= threshold ? kept : F(0);
+  }
+}
+
+}  // namespace pynn::cpu::attention

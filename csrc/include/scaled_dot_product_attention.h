@@ -1,0 +1,68 @@
+// Launchers of scaled_dot_product_attention.
+//
+//   S = scale Q K^T + mask,  P = softmax(S),  out = (P * keep / (1 - dropout_p)) V,  lse = log sum_j exp S_ij
+//
+// Q (..., H, Lq, D), K (..., Hk, Lk, D), V (..., Hk, Lk, Dv) with H a multiple of Hk; all leading dimensions together
+// are "heads" here, numbered row-major. A score that is masked (bool false, float -inf, beyond the causal diagonal)
+// contributes nothing, whatever its key and value hold; a row without any score gives out 0 and lse -inf.
+// Dropout keeps element e of P, counted row-major over (heads, Lq, Lk), when word e % 4 of
+// philox4x32(seed, offset + e / 4) is at least dropout_p * 2^32.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace pynn {
+
+inline constexpr int kAttentionBatchDims = 8;
+
+// A matrix per head, read or written through strides (in elements; 0 where it is broadcast).
+template <class Pointer> struct AttentionOperand {
+  Pointer data;
+  int64_t batch[kAttentionBatchDims];
+  int64_t row, column;
+};
+
+enum class AttentionMask { kNone, kBool, kDouble, kFloat, kHalf, kBFloat16 };
+
+struct AttentionShape {
+  int batch_dims;                      // of query: the last one counts heads
+  int64_t batch[kAttentionBatchDims];
+  int64_t heads;                       // product of batch
+  int64_t group;                       // query heads that share one key head
+  int64_t queries, keys, dim, value_dim;
+  bool causal;
+  double scale, dropout_p;
+  const int64_t* dropout_key;          // (seed, offset), or nullptr without dropout
+};
+
+struct AttentionMaskOperand {
+  AttentionMask kind;
+  AttentionOperand<const void*> operand;
+  int64_t batch[kAttentionBatchDims];  // the mask's own sizes, 1 where it is broadcast
+  int64_t rows, columns;
+};
+
+}  // namespace pynn
+
+namespace pynn::PYNN_LAUNCH_NAMESPACE {
+
+template <class T> struct Attention {
+  using F = accumulate_t<T>;
+  using Input = AttentionOperand<const T*>;
+  using Output = AttentionOperand<T*>;
+
+  // lse: (heads, queries). Returns false when there is no memory for its scratch.
+  static bool fwd(Output out, F* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
+                  AttentionShape shape, void* stream);
+
+  // grad_key and grad_value are per key head. grad_mask has the mask's own shape, contiguous; nullptr when not wanted.
+  static bool bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
+                  Input key, Input value, AttentionMaskOperand mask, Input out, const F* lse, AttentionShape shape,
+                  void* stream);
+};
+
+// keep[e] = whether dropout keeps element e of P.
+void attention_keep(bool* keep, AttentionShape shape, void* stream);
+
+}  // namespace pynn::PYNN_LAUNCH_NAMESPACE

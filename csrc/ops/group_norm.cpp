@@ -1,0 +1,160 @@
+// group_norm: validation, allocation, dispatch.
+#include "group_norm.h"
+
+#include <limits>
+
+#include "library.h"
+
+namespace pynn {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+// The layout of input's strides, as torch's suggest_memory_format sees it.
+MemoryFormat layout_of(const Tensor& input) {
+  const int64_t rank = input.dim();
+  if ((rank != 4 && rank != 5) || input.stride(1) == 0) return MemoryFormat::Contiguous;
+  int64_t least = 0;
+  for (int64_t i = 0; i < rank; ++i) {  // channels, then the pixels from the last dimension on, then the batch
+    const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
+    const int64_t size = input.size(d), stride = input.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == input.stride(1))) return MemoryFormat::Contiguous;
+    least = size > 1 ? stride * size : stride;
+  }
+  return rank == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// The tensor itself where its memory already has the layout, otherwise a copy.
+Tensor in_layout(const Tensor& tensor, MemoryFormat layout) {
+  if (layout == MemoryFormat::Contiguous)
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  int64_t expected = 1;
+  const int64_t rank = tensor.dim();
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
+    if (tensor.size(d) > 1 && tensor.stride(d) != expected) return torch::stable::contiguous(tensor, layout);
+    expected *= tensor.size(d);
+  }
+  return tensor;
+}
+
+Tensor empty_in(const Tensor& like, MemoryFormat layout) {
+  return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device(), std::nullopt, layout);
+}
+
+ScalarType compute_type(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+GroupNormShape check(const char* op, const Tensor& input, int64_t num_groups, bool silu) {
+  PYNN_CHECK(input.dim() >= 2, "Expected at least 2 dimensions for input tensor but received ", input.dim());
+  PYNN_CHECK(num_groups > 0, "Expected num groups to be greater than 0, got ", num_groups);
+  PYNN_CHECK(input.size(1) % num_groups == 0,
+             "Expected number of channels in input to be divisible by num_groups, but got input of shape ",
+             shape_of(input), " and num_groups=", num_groups);
+  check_floating(op, "input", input);
+  GroupNormShape shape{input.size(0), num_groups, input.size(1) / num_groups, 1, false, silu};
+  for (int64_t d = 2; d < input.dim(); ++d) shape.pixels = checked_multiply(op, shape.pixels, input.size(d));
+  checked_multiply(op, checked_multiply(op, shape.batch, input.size(1)), shape.pixels);
+  checked_multiply(op, checked_multiply(op, shape.batch, num_groups), int64_t(sizeof(double)));
+  shape.channels_last = layout_of(input) != MemoryFormat::Contiguous;
+  return shape;
+}
+
+// weight or bias, contiguous and in the compute type; undefined when absent.
+std::optional<Tensor> parameter(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                                const Tensor& input) {
+  if (!tensor) return std::nullopt;
+  PYNN_CHECK(tensor->dim() == 1 && tensor->size(0) == input.size(1), "Expected ", name,
+             " to be a vector of size equal to the number of channels in input, but got ", name, " of shape ",
+             shape_of(*tensor), " and input of shape ", shape_of(input));
+  const ScalarType dtype = tensor->scalar_type(), compute = compute_type(input);
+  PYNN_CHECK(dtype == input.scalar_type() || dtype == compute, op, ": expected ", name, " to be ",
+             name_of(input.scalar_type()), " like input", compute == input.scalar_type() ? "" : ", or float32",
+             ", got ", name_of(dtype));
+  check_same_device(op, name, *tensor, "input", input);
+  const Tensor same = dtype == compute ? *tensor : torch::stable::to(*tensor, compute);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+template <class T> const T* pointer_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? pointer<T>(*tensor) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<Tensor>& weight,
+                                       const std::optional<Tensor>& bias, int64_t num_groups, double eps, bool silu) {
+  const char* op = "group_norm";
+  const GroupNormShape shape = check(op, input, num_groups, silu);
+  const auto w = parameter(op, "weight", weight, input), b = parameter(op, "bias", bias, input);
+  const MemoryFormat layout = layout_of(input);
+  Tensor output = empty_in(input, layout);
+  Tensor mean = torch::stable::new_empty(input, {shape.batch, shape.groups}, compute_type(input));
+  Tensor rstd = torch::stable::new_empty(input, {shape.batch, shape.groups}, compute_type(input));
+  if (output.numel() == 0) {
+    torch::stable::fill_(mean, 0);
+    torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
+    return {output, mean, rstd};
+  }
+  const Tensor x = in_layout(input, layout);
+  dispatch_floating(op, x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = accumulate_t<T>;
+    launch::group_norm_fwd<T>(pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), eps,
+                              mutable_pointer<T>(output), mutable_pointer<A>(mean), mutable_pointer<A>(rstd), shape,
+                              current_stream(x));
+  });
+  return {output, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& input,
+                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                       const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu) {
+  const char* op = "group_norm_bwd";
+  const GroupNormShape shape = check(op, input, num_groups, silu);
+  const auto w = parameter(op, "weight", weight, input), b = parameter(op, "bias", bias, input);
+  check_same_shape(op, "grad_output", grad_output, "input", input);
+  check_same_dtype(op, "grad_output", grad_output, "input", input);
+  check_same_device(op, "grad_output", grad_output, "input", input);
+  const ScalarType compute = compute_type(input);
+  const auto statistic = [&](const char* name, const Tensor& tensor) {
+    check_shape(op, name, tensor, {shape.batch, shape.groups});
+    PYNN_CHECK(tensor.scalar_type() == compute, op, ": expected ", name, " to be ", name_of(compute), ", got ",
+               name_of(tensor.scalar_type()));
+    check_same_device(op, name, tensor, "input", input);
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  };
+  const Tensor means = statistic("mean", mean), rstds = statistic("rstd", rstd);
+  const MemoryFormat layout = layout_of(input);
+  Tensor grad_input = empty_in(input, layout);
+  Tensor grad_weight = torch::stable::new_empty(input, {shape.channels()}, compute);
+  Tensor grad_bias = torch::stable::new_empty(input, {shape.channels()}, compute);
+  if (grad_input.numel() == 0) {
+    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_bias);
+  } else {
+    const int64_t scratch = checked_multiply(op, 2 * shape.batch, shape.channels());
+    Tensor sums = torch::stable::new_empty(input, {scratch}, ScalarType::Double);
+    const Tensor dy = in_layout(grad_output, layout), x = in_layout(input, layout);
+    dispatch_floating(op, x.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      using A = accumulate_t<T>;
+      launch::group_norm_bwd<T>(pointer<T>(dy), pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b),
+                                pointer<A>(means), pointer<A>(rstds), mutable_pointer<T>(grad_input),
+                                mutable_pointer<A>(grad_weight), mutable_pointer<A>(grad_bias),
+                                mutable_pointer<double>(sums), shape, current_stream(x));
+    });
+  }
+  const auto like = [&](const Tensor& grad, const std::optional<Tensor>& parameter) {
+    const ScalarType dtype = parameter ? parameter->scalar_type() : compute;
+    return dtype == compute ? grad : torch::stable::to(grad, dtype);
+  };
+  return {grad_input, like(grad_weight, weight), like(grad_bias, bias)};
+}
+
+}  // namespace
+
+PYNN_LIBRARY(m) {
+  m.impl("group_norm_fwd", TORCH_BOX(&fwd));
+  m.impl("group_norm_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace pynn

@@ -1,0 +1,236 @@
+// scaled_dot_product_attention: validation, allocation, launch. See csrc/include/scaled_dot_product_attention.h.
+#include "scaled_dot_product_attention.h"
+
+#include "library.h"
+
+namespace pynn {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+constexpr const char* kOp = "scaled_dot_product_attention";
+
+AttentionMask mask_kind(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Bool: return AttentionMask::kBool;
+    case ScalarType::Double: return AttentionMask::kDouble;
+    case ScalarType::Float: return AttentionMask::kFloat;
+    case ScalarType::Half: return AttentionMask::kHalf;
+    default: return AttentionMask::kBFloat16;
+  }
+}
+
+void check_query_key(AttentionShape& shape, const Tensor& query, const Tensor& key) {
+  const int64_t rank = query.dim();
+  PYNN_CHECK(rank >= 2 && key.dim() >= 2, kOp, ": expected query, key and value to all be at least 2 dimensional, got ",
+             "query.dim: ", rank, " key.dim: ", key.dim());
+  PYNN_CHECK(rank <= kAttentionBatchDims + 1, kOp, ": expected query with at most ", kAttentionBatchDims + 1,
+             " dimensions, got ", rank);
+  check_floating(kOp, "query", query);
+  check_same_device(kOp, "key", key, "query", query);
+  check_same_dtype(kOp, "key", key, "query", query);
+  check_rank(kOp, "key", key, rank);
+  PYNN_CHECK(key.size(-1) == query.size(-1), kOp, ": expected query and key with the same last dimension, got ",
+             shape_of(query), " and ", shape_of(key));
+  shape.batch_dims = int(rank) - 2;
+  shape.heads = 1;
+  for (int d = 0; d < shape.batch_dims; ++d) {
+    shape.batch[d] = query.size(d);
+    shape.heads = checked_multiply(kOp, shape.heads, shape.batch[d]);
+    const bool fits = d == shape.batch_dims - 1 ? key.size(d) > 0 && query.size(d) % key.size(d) == 0 : false;
+    PYNN_CHECK(fits || key.size(d) == query.size(d), kOp, ": expected key ", shape_of(key),
+               " with the leading dimensions of query ", shape_of(query),
+               ", or a number of heads that divides the number of heads in query");
+  }
+  shape.group = 1;
+  if (shape.batch_dims == 0) shape.batch_dims = 1, shape.batch[0] = 1;
+  else if (key.size(rank - 3) > 0) shape.group = query.size(rank - 3) / key.size(rank - 3);
+  if (shape.group == 0) shape.group = 1;  // no query heads at all
+  shape.queries = query.size(-2), shape.keys = key.size(-2), shape.dim = query.size(-1);
+  // Scores are numbered in 64 bits, and scratch holds a padded copy of every operand in up to 8 bytes per element.
+  checked_multiply(kOp, checked_multiply(kOp, shape.heads, shape.queries), shape.keys);
+  checked_multiply(kOp, checked_multiply(kOp, shape.keys + 256, shape.dim + 64), 64);
+}
+
+void check_value(AttentionShape& shape, const Tensor& key, const Tensor& value) {
+  check_same_device(kOp, "value", value, "key", key);
+  check_same_dtype(kOp, "value", value, "key", key);
+  check_rank(kOp, "value", value, key.dim());
+  for (int64_t d = 0; d < key.dim() - 1; ++d)
+    PYNN_CHECK(value.size(d) == key.size(d), kOp, ": expected value ", shape_of(value),
+               " with the dimensions of key but the last, ", shape_of(key));
+  shape.value_dim = value.size(-1);
+  checked_multiply(kOp, checked_multiply(kOp, shape.keys + 256, shape.value_dim + 64), 64);
+}
+
+// The key is read by the CPU kernels when they run and by GPU kernels on the device.
+Tensor check_dropout(AttentionShape& shape, const Tensor& query, const OptionalTensor& key, double dropout_p) {
+  PYNN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout probability has to be between 0 and 1, but got ", dropout_p);
+  PYNN_CHECK(key.has_value() || dropout_p == 0, kOp, ": expected dropout_key with dropout_p > 0");
+  shape.dropout_p = dropout_p;
+  shape.dropout_key = nullptr;
+  if (!key) return query;
+  check_same_device(kOp, "dropout_key", *key, "query", query);
+  PYNN_CHECK(key->scalar_type() == ScalarType::Long, kOp, ": expected dropout_key to be int64, got ",
+             name_of(key->scalar_type()));
+  check_shape(kOp, "dropout_key", *key, {2});
+  Tensor contiguous = torch::stable::contiguous(*key);
+  if (dropout_p > 0) shape.dropout_key = pointer<int64_t>(contiguous);
+  return contiguous;
+}
+
+AttentionMaskOperand check_mask(const AttentionShape& shape, const Tensor& query, const OptionalTensor& attn_mask) {
+  AttentionMaskOperand mask{};
+  if (!attn_mask) return mask;
+  const Tensor& m = *attn_mask;
+  check_same_device(kOp, "attn_mask", m, "query", query);
+  const ScalarType dtype = m.scalar_type();
+  PYNN_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type(),
+             "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: ",
+             name_of(dtype), " and query.dtype: ", name_of(query.scalar_type()), " instead.");
+  const int64_t lead = query.dim() - m.dim();
+  PYNN_CHECK(!shape.causal, "_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True");
+  PYNN_CHECK(lead >= 0, kOp, ": expected attn_mask with at most ", query.dim(), " dimensions, got ", shape_of(m));
+  mask.kind = mask_kind(dtype);
+  mask.operand.data = m.const_data_ptr();
+  mask.rows = mask.columns = 1;
+  for (int64_t d = 0; d < shape.batch_dims; ++d) mask.batch[d] = 1;
+  for (int64_t d = 0; d < m.dim(); ++d) {
+    const int64_t size = m.size(d), stride = size == 1 ? 0 : m.stride(d), at = lead + d;
+    const int64_t whole = at == query.dim() - 1 ? shape.keys : query.size(at);
+    PYNN_CHECK(size == 1 || size == whole, kOp, ": expected attn_mask that broadcasts to the scores (..., ",
+               shape.queries, ", ", shape.keys, ") of query ", shape_of(query), ", got ", shape_of(m));
+    if (at == query.dim() - 1) mask.columns = size, mask.operand.column = stride;
+    else if (at == query.dim() - 2) mask.rows = size, mask.operand.row = stride;
+    else mask.batch[at] = size, mask.operand.batch[at] = stride;
+  }
+  return mask;
+}
+
+template <class Pointer> AttentionOperand<Pointer> operand(Pointer data, const Tensor& tensor) {
+  AttentionOperand<Pointer> result{data, {}, tensor.stride(-2), tensor.stride(-1)};
+  for (int64_t d = 0; d < tensor.dim() - 2; ++d) result.batch[d] = tensor.stride(d);
+  return result;
+}
+template <class T> AttentionOperand<const T*> reading(const Tensor& tensor) { return operand(pointer<T>(tensor), tensor); }
+template <class T> AttentionOperand<T*> writing(Tensor& tensor) { return operand(mutable_pointer<T>(tensor), tensor); }
+
+// (..., H, L, width) stored as (..., L, H, width), so that joining the heads afterwards is free.
+Tensor new_heads(const Tensor& like, int64_t width) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  const size_t rank = sizes.size();
+  sizes[rank - 1] = width;
+  if (rank < 4) return torch::stable::new_empty(like, sizes);
+  std::swap(sizes[rank - 3], sizes[rank - 2]);
+  return torch::stable::transpose(torch::stable::new_empty(like, sizes), -3, -2);
+}
+
+bool is_empty(const AttentionShape& shape) { return shape.heads == 0 || shape.queries == 0 || shape.keys == 0; }
+
+std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, double dropout_p,
+                               bool is_causal, double scale) {
+  AttentionShape shape{};
+  shape.causal = is_causal, shape.scale = scale;
+  check_query_key(shape, query, key);
+  check_value(shape, key, value);
+  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
+  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
+  Tensor out = new_heads(query, shape.value_dim);
+  const ScalarType accumulate = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const std::vector<int64_t> rows(query.sizes().begin(), query.sizes().end() - 1);
+  Tensor lse = torch::stable::new_empty(query, rows, accumulate);
+  if (is_empty(shape)) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return {out, lse};
+  }
+  dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool done = launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<accumulate_t<T>>(lse),
+                                                reading<T>(query), reading<T>(key), reading<T>(value), mask, shape,
+                                                current_stream(query));
+    PYNN_CHECK(done, kOp, ": out of memory");
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Tensor& query, const Tensor& key,
+                                               const Tensor& value, const OptionalTensor& attn_mask,
+                                               const OptionalTensor& dropout_key, const Tensor& out, const Tensor& lse,
+                                               double dropout_p, bool is_causal, double scale, bool mask_gradient) {
+  AttentionShape shape{};
+  shape.causal = is_causal, shape.scale = scale;
+  check_query_key(shape, query, key);
+  check_value(shape, key, value);
+  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
+  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
+  check_same_device(kOp, "out", out, "query", query);
+  check_same_dtype(kOp, "out", out, "query", query);
+  check_rank(kOp, "out", out, query.dim());
+  for (int64_t d = 0; d < query.dim(); ++d)
+    PYNN_CHECK(out.size(d) == (d == query.dim() - 1 ? shape.value_dim : query.size(d)), kOp,
+               ": expected out with the shape of query but a last dimension of ", shape.value_dim, ", got ",
+               shape_of(out));
+  check_same_device(kOp, "grad_out", grad_out, "query", query);
+  check_same_dtype(kOp, "grad_out", grad_out, "query", query);
+  check_same_shape(kOp, "grad_out", grad_out, "out", out);
+  const ScalarType accumulate = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_same_device(kOp, "lse", lse, "query", query);
+  PYNN_CHECK(lse.scalar_type() == accumulate, kOp, ": expected lse to be ", name_of(accumulate), ", got ",
+             name_of(lse.scalar_type()));
+  check_rank(kOp, "lse", lse, query.dim() - 1);
+  for (int64_t d = 0; d < lse.dim(); ++d)
+    PYNN_CHECK(lse.size(d) == query.size(d), kOp, ": expected lse with the shape of query but the last dimension, got ",
+               shape_of(lse));
+  PYNN_CHECK(!mask_gradient || (attn_mask && is_floating(attn_mask->scalar_type())), kOp,
+             ": expected a floating attn_mask to give it a gradient");
+
+  Tensor grad_query = new_heads(query, shape.dim), grad_key = new_heads(key, shape.dim);
+  Tensor grad_value = new_heads(value, shape.value_dim);
+  const std::vector<int64_t> mask_sizes =
+      mask_gradient ? std::vector<int64_t>(attn_mask->sizes().begin(), attn_mask->sizes().end())
+                    : std::vector<int64_t>{0};
+  Tensor grad_mask = torch::stable::new_empty(query, mask_sizes, accumulate);
+  if (is_empty(shape)) {
+    for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_mask}) torch::stable::zero_(*grad);
+  } else {
+    const Tensor log_sums = torch::stable::contiguous(lse);
+    dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      using F = accumulate_t<T>;
+      const bool done = launch::Attention<T>::bwd(
+          writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
+          mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr, reading<T>(grad_out), reading<T>(query),
+          reading<T>(key), reading<T>(value), mask, reading<T>(out), pointer<F>(log_sums), shape,
+          current_stream(query));
+      PYNN_CHECK(done, kOp, ": out of memory");
+    });
+  }
+  if (mask_gradient && attn_mask->scalar_type() != accumulate)
+    grad_mask = torch::stable::to(grad_mask, attn_mask->scalar_type());
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+// The dropout mask of the scores of query and key: (..., H, Lq, Lk), true where an element is kept.
+Tensor keep(const Tensor& query, const Tensor& key, const Tensor& dropout_key, double dropout_p) {
+  AttentionShape shape{};
+  check_query_key(shape, query, key);
+  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
+  std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
+  sizes.back() = shape.keys;
+  Tensor mask = torch::stable::new_empty(query, sizes, ScalarType::Bool);
+  if (is_empty(shape)) return mask;
+  if (shape.dropout_key) launch::attention_keep(mutable_pointer<bool>(mask), shape, current_stream(query));
+  else torch::stable::fill_(mask, 1);
+  return mask;
+}
+
+}  // namespace
+
+PYNN_LIBRARY(m) {
+  m.impl("scaled_dot_product_attention_fwd", TORCH_BOX(&fwd));
+  m.impl("scaled_dot_product_attention_bwd", TORCH_BOX(&bwd));
+  m.impl("scaled_dot_product_attention_keep", TORCH_BOX(&keep));
+}
+
+}  // namespace pynn

@@ -1,0 +1,186 @@
+"""group_norm: group normalisation, per-channel affine and an optional SiLU in one pass.
+
+    y = act((x - mean) * rstd * weight + bias),    rstd = 1 / sqrt(variance + eps)
+
+mean and variance are over the channels of a group and all pixels, act is the identity or silu(z) = z * sigmoid(z).
+Saved for backward: the inputs, mean and rstd; the normalised value is computed again. The paper: Wu and He, "Group
+Normalization", https://arxiv.org/abs/1803.08494.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .. import backends
+from ._function import call, eager, library
+
+library.define(
+    "group_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu)"
+    " -> (Tensor output, Tensor mean, Tensor rstd)"
+)
+library.define(
+    "group_norm_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype is torch.float64 else torch.float32
+
+
+def _fwd_fake(input, weight, bias, num_groups, eps, silu):
+    output = torch.empty_like(input, memory_format=suggest_memory_format(input))
+    statistics = [input.new_empty((input.shape[0], num_groups), dtype=_compute_dtype(input)) for _ in range(2)]
+    return output, *statistics
+
+
+def _bwd_fake(grad_output, input, weight, bias, mean, rstd, num_groups, silu):
+    grad_input = torch.empty_like(input, memory_format=suggest_memory_format(input))
+    dtypes = [_compute_dtype(input) if p is None else p.dtype for p in (weight, bias)]
+    return grad_input, *(input.new_empty(input.shape[1], dtype=dtype) for dtype in dtypes)
+
+
+torch.library.register_fake("pynn::group_norm_fwd", _fwd_fake, lib=library)
+torch.library.register_fake("pynn::group_norm_bwd", _bwd_fake, lib=library)
+
+
+def _per_example(function, info, in_dims, inputs):
+    """A vmap rule: the function on one example after another."""
+    examples = [
+        function(*(i if d is None else i.select(d, n) for i, d in zip(inputs, in_dims, strict=True)))
+        for n in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(column) for column in zip(*examples, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def _backward_in_torch_ops(grad_output, input, weight, bias, num_groups, eps, silu):
+    """What group_norm_bwd computes, from differentiable torch ops."""
+    dtype = _compute_dtype(input)
+    grouped = (input.shape[0], num_groups, input.shape[1] // num_groups, -1)  # (N, G, C / G, pixels)
+    x, dz = (t.to(dtype).reshape(grouped) for t in (input, grad_output))
+    centered = x - x.mean((2, 3), keepdim=True)
+    rstd = (centered.square().mean((2, 3), keepdim=True) + eps).rsqrt()
+    normalized = centered * rstd
+    channel = (1, num_groups, -1, 1)
+    scale = torch.ones_like(x[:1, :, :, :1]) if weight is None else weight.to(dtype).view(channel)
+    if silu:
+        z = normalized * scale if bias is None else normalized * scale + bias.to(dtype).view(channel)
+        gate = z.sigmoid()
+        dz = dz * gate * (1 + z * (1 - gate))
+    grad = dz * scale
+    grad = grad - grad.mean((2, 3), keepdim=True) - normalized * (grad * normalized).mean((2, 3), keepdim=True)
+    grad_weight, grad_bias = ((dz * factor).sum((0, 3)).flatten() for factor in (normalized, 1))
+    return (
+        (grad * rstd).reshape(input.shape).to(input.dtype),
+        grad_weight.to(dtype if weight is None else weight.dtype),
+        grad_bias.to(dtype if bias is None else bias.dtype),
+    )
+
+
+@eager
+class GroupNormBackward(torch.autograd.Function):
+    """(grad_input, grad_weight, grad_bias) of GroupNorm; its own gradient comes from torch ops."""
+
+    @staticmethod
+    def forward(grad_output, input, weight, bias, mean, rstd, num_groups, eps, silu):
+        op = backends.op("group_norm_bwd", input)
+        return op(grad_output, input, weight, bias, mean, rstd, num_groups, silu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.config = inputs[6:]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors = ctx.saved_tensors
+        given = [i for i, t in enumerate(tensors) if t is not None]
+
+        def function(*present):
+            arguments: list[Tensor | None] = [None] * 4
+            for i, t in zip(given, present, strict=True):
+                arguments[i] = t
+            return _backward_in_torch_ops(*arguments, *ctx.config)
+
+        _, vjp = torch.func.vjp(function, *(tensors[i] for i in given))
+        result: list[Tensor | None] = [None] * 9
+        for i, grad in zip(given, vjp(tuple(grads)), strict=True):
+            result[i] = grad
+        return tuple(result)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _per_example(lambda *example: call(GroupNormBackward, *example), info, in_dims, inputs)
+
+
+@eager
+class GroupNorm(torch.autograd.Function):
+    """(output, mean, rstd); only output is differentiable."""
+
+    @staticmethod
+    def forward(input, weight, bias, num_groups, eps, silu):
+        return backends.op("group_norm_fwd", input)(input, weight, bias, num_groups, eps, silu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, *ctx.config = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, grad_output, _mean, _rstd):
+        if grad_output is None:
+            return (None,) * 6
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        grads = call(GroupNormBackward, grad_output, input, weight, bias, mean, rstd, *ctx.config)
+        needed = ctx.needs_input_grad
+        return *(grad if need else None for grad, need in zip(grads, needed[:3], strict=True)), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        input, *rest = inputs
+        if any(d is not None for d in in_dims[1:]) or input.dim() < 3:
+            return _per_example(lambda *example: call(GroupNorm, *example), info, in_dims, inputs)
+        folded = input.movedim(in_dims[0], 0).flatten(0, 1)  # (B * N, C, ...)
+        outputs = call(GroupNorm, folded, *rest)
+        return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0, 0, 0)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Group normalisation, optionally followed by an activation, as torch.nn.functional.group_norm.
+
+    Args:
+        input: (N, C, ...) float64, float32, float16 or bfloat16; contiguous and channels_last are read in place.
+        num_groups: the number of groups, a divisor of C.
+        weight: (C,) scale, in input's dtype, or float32 for half-precision input.
+        bias: (C,) offset, likewise.
+        eps: added to the variance.
+        activation: None, or "silu" to return silu of the normalised value.
+    Returns:
+        (N, C, ...) in input's dtype, channels_last where input is, otherwise contiguous.
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, in torch's words.
+        ValueError: activation is unknown, or a group holds a single value and the batch a single sample.
+    """
+    if activation is not None and activation != "silu":
+        raise ValueError(f'group_norm: expected activation to be None or "silu", got {activation!r}')
+    if input.dim() >= 2 and num_groups > 0 and input.shape[0] * (input.shape[1] // num_groups) == 1:
+        if math.prod(input.shape[2:]) == 1:
+            shape = [1, num_groups, *input.shape[2:]]
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    return call(GroupNorm, input, weight, bias, num_groups, eps, activation == "silu")[0]
