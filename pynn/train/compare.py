@@ -11,6 +11,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,10 +140,10 @@ def compare_step(
         )
     }
     for name, memory_format in _TORCH_FORMATS.items():
-        twin = ddpm.build_model(config, TORCH_LAYERS)
+        twin: Any = ddpm.build_model(config, TORCH_LAYERS)
         twin.load_state_dict(model.state_dict())
         twin.memory_format = memory_format  # of the activations
-        twin = twin.to(device).to(memory_format=memory_format)
+        twin.to(device, memory_format=memory_format)
         opponents[name] = Opponent(twin, TorchLoss(config, device), config)
     order = list(opponents)
     batches = data.batches(len(images.train), config.batch_size, seed=config.seed)

@@ -203,8 +203,10 @@ def config_of(metadata: Any) -> Config:
     try:
         if metadata["recipe"] != RECIPE:
             raise ValueError(f"checkpoint: expected recipe {RECIPE!r}, got {metadata['recipe']!r}")
-        values = metadata["config"].items()
-        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+        config: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in metadata["config"].items()
+        }
+        return Config(**config)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint: no configuration of a {RECIPE} run ({error!r})") from error
 
