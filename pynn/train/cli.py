@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MissingExtraError, ValueError, FloatingPointError, OSError, checkpoint.CorruptCheckpointError) as error:
         print(f"pynn: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
