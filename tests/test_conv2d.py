@@ -269,7 +269,7 @@ def test_reproducible(layer):
     dy = torch.randn(output_like(x, w, **geometry).shape)
 
     def results(x, dy):
-        y, grads = run(lambda *t: ours(*t, "gelu", **geometry), x, w, b, grad_output=dy)
+        y, grads = run(lambda *t: ours(*t, None, "gelu", **geometry), x, w, b, grad_output=dy)
         return y, *grads
 
     expected = results(x, dy)
@@ -305,7 +305,7 @@ def test_nonfinite(weight_shape, dtype):
     y0, _ = truth_of(lambda *t: reference(*t, padding=1), x, w, b)
     assert_nonfinite(ours(x, w, b, padding=1), y0)
     dy = torch.ones(y0.shape, dtype=dtype)
-    dy[0, 0, 0, 0], dy[1, 1, 3, 3] = float("nan"), float("inf")
+    dy[0, 0, 2, 4], dy[1, 1, 3, 3] = float("nan"), float("inf")
     x = torch.randn(x.shape).to(dtype)
     _, g0 = truth_of(lambda *t: reference(*t, padding=1), x, w, grad_output=dy)
     _, g = run(lambda *t: ours(*t, padding=1), x, w, grad_output=dy)
@@ -498,8 +498,7 @@ def bad_call(rng: random.Random):
     elif kind == 9:
         x, dy, dtype = x.to(torch.complex64), dy.to(torch.complex64), torch.complex64
     elif kind == 10:
-        x, dy = torch.randn(2, 4, 6, 6, device="meta"), dy
-        return "a meta tensor among others", lambda: ops.conv2d_bwd_weight(dy.float(), x, [3, 3], stride, padding, dilation, 1, True)
+        return "sparse", lambda: ops.conv2d_bwd_weight(dy.to_sparse(), x, [3, 3], stride, padding, dilation, 1, True)
     else:
         which = rng.randrange(5)
         if which == 0:
@@ -515,7 +514,7 @@ def bad_call(rng: random.Random):
         saved = torch.randn(rng.choice(((2, 6, 6, 5), (2, 6, 6), ()))).to(dtype)
         return "saved", lambda: ops.conv2d_bwd_activation(dy, saved, 3)
     geometry = (stride, padding, dilation, groups)
-    call = rng.randrange(4)
+    call = rng.choice((0, 1) if kind in (2, 4, 6) else (0, 1, 2, 3))
     text = f"{kind}/{call}: {tuple(x.shape)} {x.dtype} {tuple(w.shape)} {w.dtype} {geometry}"
     if call == 0 or kind in (1, 8):
         return text, lambda: ops.conv2d_fwd(x, w, None, None, *geometry, 0, False)
