@@ -6,6 +6,8 @@
 // are added up in registers, then in the unit's scratch; a finished panel goes to the epilogue. The order of every sum
 // depends on the channel counts, the kernel and the pixel's taps only.
 #pragma once
+#include <cmath>
+
 #include "conv2d_geometry.h"
 #include "conv2d_weights.h"
 #include "gemm_tile.h"
@@ -20,7 +22,7 @@ struct Chunk {
   int64_t weight;
 };
 
-// Chunks of about 64 to 128 products: long enough to keep the tile busy, short enough to keep rounding errors small.
+// Chunks of at most sqrt(8 K) and 64 products, about where rounding errors within and between chunks balance.
 inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
                                     int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
@@ -31,7 +33,8 @@ inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, cons
   const int64_t weight_stride = joined ? kernel_width * channels : channels;
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
-  const int64_t together = std::max<int64_t>(1, 64 / length), pieces = ceil_div(length, 96);
+  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 1, 64);
+  const int64_t together = std::max<int64_t>(1, limit / length), pieces = ceil_div(length, limit);
   for (int64_t a = 0; a < outer; ++a)
     for (int64_t r = 0; r < runs; r += together)
       for (int64_t piece = 0; piece < pieces; ++piece) {
