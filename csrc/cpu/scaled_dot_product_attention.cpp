@@ -1,7 +1,7 @@
 // Attention, forward: one pass over the keys with an online softmax.
 //
-// A task is a run of (head, block of kRows queries) pairs. Keys are transposed into panels once per key head of the run;
-// for each block of kKeys keys the task forms a (kRows x kKeys) tile of scores, turns it into exponentials against the
+// A task is a run of (head, block of queries) pairs. Keys are transposed into panels once per key head of the run;
+// for each block of kKeys keys the task forms a (rows x kKeys) tile of scores, turns it into exponentials against the
 // running row maximum, and adds tile x values to the output rows. Blocks beyond the causal diagonal, and keys at the end
 // that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are cut.
 #include <algorithm>
@@ -153,8 +153,8 @@ template <class T> class Forward {
 template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
                        AttentionShape shape, void*) {
-  const int64_t blocks = divide_up(shape.queries, kRows);
-  const int64_t cost = kRows * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
+  const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height);
+  const int64_t cost = height * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
   std::atomic<bool> failed{false};
   parallel_for(shape.heads * blocks, std::max<int64_t>(1, 100000 / cost), [&](int64_t begin, int64_t end) {
     Forward<T> forward(out, lse, query, key, value, mask, shape);
@@ -164,10 +164,10 @@ bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value
     }
     int64_t loaded = -1;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t head = item / blocks, first = item % blocks * kRows;
+      const int64_t head = item / blocks, first = item % blocks * height;
       if (head / shape.group != loaded) forward.load_keys(head);
       loaded = head / shape.group;
-      forward.block(head, first, std::min(kRows, shape.queries - first));
+      forward.block(head, first, std::min(height, shape.queries - first));
     }
   });
   return !failed;

@@ -3,8 +3,8 @@
 //   delta_i = sum_j P_ij G_ij    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
 //   dmask = dS summed over the dimensions in which the mask is broadcast
 //
-// Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of kRows queries
-// of all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
+// Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of queries of
+// all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
 // there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second every
 // block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same bits.
 //
@@ -24,6 +24,7 @@ using namespace attention;
 template <class T> struct Gradients {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Output query, key, value;
+  F* mask;  // (heads, queries, keys), zeroed; nullptr when the mask is broadcast or needs no gradient
 };
 template <class T> struct Inputs {
   using F = accumulate_t<T>;
@@ -164,6 +165,10 @@ template <class T> class Backward {
         multiply_rows<ByColumns>(count, shape_.dim, rows_, score_grads_, queries_, queries_finite_,
                                  key_sums_ + at * width_, width_, true);
       }
+      if (want_query && gradients_.mask)
+        for (int64_t i = 0; i < rows_; ++i)
+          std::copy_n(score_grads_ + i * kStride, count,
+                      gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
       if (want_query)
         multiply_rows<ByRows>(rows_, shape_.dim, count, score_grads_, {keys_.row(at), keys_.stride},
                               keys_finite_[at / kKeys], query_sums_, width_, started);
@@ -176,7 +181,7 @@ template <class T> class Backward {
   }
 
   void write_keys(int64_t head) {
-    const auto& [query, key, value] = gradients_;
+    const auto &key = gradients_.key, &value = gradients_.value;
     write(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_, shape_.dim,
           width_, F(shape_.scale));
     write(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
@@ -280,7 +285,7 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
       for (int64_t head : sharing) more.push_back(index * step + head);
     sharing = std::move(more);
   }
-  const int64_t blocks = divide_up(shape.queries, kRows), row_blocks = mask.rows == 1 ? 1 : blocks;
+  const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height), row_blocks = mask.rows == 1 ? 1 : blocks;
   for_items(matrices * row_blocks, [&](Backward<T>& backward, int64_t item) {
     int64_t matrix = item / row_blocks, first_head = 0;
     for (int64_t d = shape.batch_dims - 1, step = 1; d >= 0; step *= shape.batch[d], --d) {
@@ -288,7 +293,7 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
       matrix /= mask.batch[d];
     }
     const int64_t begin = mask.rows == 1 ? 0 : item % row_blocks, end = mask.rows == 1 ? blocks : begin + 1;
-    const int64_t rows = mask.rows == 1 ? 1 : std::min(kRows, shape.queries - begin * kRows);
+    const int64_t rows = mask.rows == 1 ? 1 : std::min(height, shape.queries - begin * height);
     Scratch scratch;
     double* sums = scratch.take<double>(rows * mask.columns);
     if (scratch.failed) return false;
@@ -296,11 +301,11 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
     for (int64_t head : sharing) {
       backward.load_keys(first_head + head, 0, shape.keys);
       for (int64_t b = begin; b < end; ++b) {
-        backward.load_queries(first_head + head, b * kRows, std::min(kRows, shape.queries - b * kRows));
+        backward.load_queries(first_head + head, b * height, std::min(height, shape.queries - b * height));
         backward.add_mask_gradient(sums);
       }
     }
-    accumulate_t<T>* to = grad_mask + ((item / row_blocks) * mask.rows + (mask.rows == 1 ? 0 : begin * kRows)) * mask.columns;
+    accumulate_t<T>* to = grad_mask + ((item / row_blocks) * mask.rows + (mask.rows == 1 ? 0 : begin * height)) * mask.columns;
     for (int64_t j = 0; j < rows * mask.columns; ++j) to[j] = accumulate_t<T>(sums[j]);
     return true;
   });
@@ -313,9 +318,14 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
                        Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse, AttentionShape shape,
                        void*) {
   const int64_t key_heads = shape.heads / shape.group;
-  const int64_t query_blocks = divide_up(shape.queries, kRows), key_blocks = divide_up(shape.keys, kKeys);
+  const int64_t height = block_rows(shape);
+  const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
   const int64_t blocks = query_blocks * shape.group;  // of queries, per key head
-  const Gradients<T> gradients{grad_query, grad_key, grad_value};
+  // A mask with a number for every score gets its gradient on the way; otherwise the scores are formed once more.
+  const bool whole = grad_mask && mask.rows == shape.queries && mask.columns == shape.keys &&
+                     std::equal(shape.batch, shape.batch + shape.batch_dims, mask.batch);
+  if (whole) std::fill_n(grad_mask, shape.heads * shape.queries * shape.keys, F(0));
+  const Gradients<T> gradients{grad_query, grad_key, grad_value, whole ? grad_mask : nullptr};
   std::vector<F> delta(size_t(key_blocks > 1 ? shape.heads * shape.queries : 0));
   const Inputs<T> in{grad_out, query, key, value, out, lse, key_blocks > 1 ? delta.data() : nullptr};
 
@@ -331,8 +341,8 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   // Runs body on every block of queries of key head `index`, from block `begin` to `end`.
   const auto for_blocks = [&](Backward<T>& backward, int64_t key_head, int64_t begin, int64_t end, const auto& body) {
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b % query_blocks * kRows;
-      backward.load_queries(key_head * shape.group + b / query_blocks, first, std::min(kRows, shape.queries - first));
+      const int64_t first = b % query_blocks * height;
+      backward.load_queries(key_head * shape.group + b / query_blocks, first, std::min(height, shape.queries - first));
       body();
     }
   };
@@ -369,7 +379,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
       return true;
     });
   }
-  if (grad_mask) mask_gradient<T>(grad_mask, mask, shape, for_items);
+  if (grad_mask && !whole) mask_gradient<T>(grad_mask, mask, shape, for_items);
   return !failed;
 }
 

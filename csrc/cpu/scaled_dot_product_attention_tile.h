@@ -13,12 +13,15 @@
 
 namespace pynn::cpu::attention {
 
-inline constexpr int64_t kRows = 64;              // query rows of a block
-inline constexpr int64_t kKeys = 256;             // keys of a block
+inline constexpr int64_t kRows = 64;              // query rows of a block, at most
+inline constexpr int64_t kKeys = 1024;            // keys of a block
 inline constexpr int64_t kStride = kKeys + 16;    // row stride of a score tile, off a power of two
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
 template <class F> inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
 template <class F> inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
+
+// Query rows of a block: a score tile of long rows has fewer of them, so that it stays in the second-level cache.
+inline int64_t block_rows(const AttentionShape& shape) { return shape.keys <= 256 ? kRows : kRows / 2; }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -173,21 +176,21 @@ template <class F> void pack_panels(Matrix<F> from, int64_t rows, int64_t depth,
 }
 
 // How the left operand of a product is stored: element (m, k) at m * row + k * column.
-struct ByRows { static constexpr int64_t row = kStride, column = 1; };         // a score tile
-struct ByColumns { static constexpr int64_t row = 1, column = kStride; };      // a score tile, transposed
-struct ByQueries { static constexpr int64_t row = 1, column = kRows; };        // transposed query rows
+// Sums of `chunk` products are added to a total: the rounding error of a long sum grows with the number of chunks, not of
+// products. An error of a score is multiplied by its size in P, so scores use the shorter chunks.
+struct ByRows { static constexpr int64_t row = kStride, column = 1, chunk = 16; };     // a score tile
+struct ByColumns { static constexpr int64_t row = 1, column = kStride, chunk = 16; };  // a score tile, transposed
+struct ByQueries { static constexpr int64_t row = 1, column = kRows, chunk = 8; };     // transposed query rows
 
-inline constexpr int64_t kChunk = 8;  // products that are summed before they join the total
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
 inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
 
-// One register tile: M rows, N vectors. Sums of kChunk products are added to a total, and the total to C: the rounding
-// error of a long sum grows with the number of chunks instead of the number of products.
+// One register tile: M rows, N vectors.
 template <class Layout, int M, int N, class F>
 void tile(int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
   Vec<F> total[M][N] = {};
-  for (int64_t begin = 0; begin < depth; begin += kChunk) {
-    const int64_t end = depth - begin < kChunk ? depth : begin + kChunk;
+  for (int64_t begin = 0; begin < depth; begin += Layout::chunk) {
+    const int64_t end = depth - begin < Layout::chunk ? depth : begin + Layout::chunk;
     Vec<F> sum[M][N] = {};
     for (int64_t k = begin; k < end; ++k) {
       Vec<F> row[N];
@@ -252,9 +255,9 @@ void multiply_skipping(int64_t rows, int64_t width, int64_t depth, const F* a, M
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t j = 0; j < width; j += kLanes<F>) {
       Vec<F> total{};
-      for (int64_t begin = 0; begin < depth; begin += kChunk) {
+      for (int64_t begin = 0; begin < depth; begin += Layout::chunk) {
         Vec<F> sum{};
-        for (int64_t k = begin; k < depth && k < begin + kChunk; ++k) {
+        for (int64_t k = begin; k < depth && k < begin + Layout::chunk; ++k) {
           const F scalar = a[m * Layout::row + k * Layout::column];
           if (scalar != F(0)) sum = fma(broadcast(scalar), load(b.row(k) + j), sum);
         }
