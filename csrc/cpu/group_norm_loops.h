@@ -70,7 +70,8 @@ template <class A> GroupStats recenter(const GroupStats& s) {
   return {mean - center, s.rstd, center};
 }
 
-// What a channel multiplies and adds: y = act((x - center) * scale + shift), dx = a * dz + b * (x - center) + k.
+// What a channel multiplies and adds: y = act((x - center) * scale + shift) forward, and backward
+// dx = forward scale * dz + (x - center) * scale + shift.
 struct Affine {
   double scale, shift;
 };
@@ -159,17 +160,17 @@ Sums run_backward_sums(const T* dy, const T* x, T* dx, int64_t count, double cen
 
 template <bool kSilu, bool kKeep, class T>
 void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, const Affine& forward,
-                  const Affine& backward, double gain) {
+                  const Affine& backward) {
   using A = accumulate_t<T>;
   const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(forward.scale)), shift = broadcast(A(forward.shift));
-  const Vec<A> b = broadcast(A(backward.scale)), k = broadcast(A(backward.shift)), a = broadcast(A(gain));
+  const Vec<A> b = broadcast(A(backward.scale)), k = broadcast(A(backward.shift));
   const T* from = kKeep ? dx : dy;
   each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
     const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(0));
     Vec<A> dz = whole ? load_compute(from + i) : load_part(from + i, count - i, A(0));
     const Vec<A> d = v - center_v;
     if constexpr (!kKeep) dz = activate_grad<kSilu>(dz, fma(d, scale, shift));
-    const Vec<A> out = fma(a, dz, fma(b, d, k));
+    const Vec<A> out = fma(scale, dz, fma(b, d, k));
     whole ? store_compute(dx + i, out) : store_part(dx + i, count - i, out);
   });
 }
@@ -180,14 +181,12 @@ void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, 
 template <class T> struct Columns {
   using A = accumulate_t<T>;
   A center[kColumns<T>] = {}, scale[kColumns<T>] = {}, shift[kColumns<T>] = {};
-  A gain[kColumns<T>] = {}, slope[kColumns<T>] = {}, constant[kColumns<T>] = {};
+  A slope[kColumns<T>] = {}, constant[kColumns<T>] = {};
 
   void forward(int64_t c, const GroupStats& s, const Affine& affine) {
     center[c] = A(s.center), scale[c] = A(affine.scale), shift[c] = A(affine.shift);
   }
-  void backward(int64_t c, const Affine& affine, double a) {
-    slope[c] = A(affine.scale), constant[c] = A(affine.shift), gain[c] = A(a);
-  }
+  void backward(int64_t c, const Affine& affine) { slope[c] = A(affine.scale), constant[c] = A(affine.shift); }
 };
 
 template <class T> struct ColumnSums {
@@ -303,7 +302,7 @@ template <class T, int kVectors> struct Block {
 
   template <bool kSilu, bool kKeep> void backward(const T* dy, const T* x, T* dx, const Columns<T>& c) const {
     const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
-    const R a = R::coefficients(c.gain), b = R::coefficients(c.slope), k = R::coefficients(c.constant);
+    const R b = R::coefficients(c.slope), k = R::coefficients(c.constant);
     for (int64_t r = 0; r < rows; ++r) {
       R row = R::read(x + r * stride, tail);
       const R dz = R::read((kKeep ? dx : dy) + r * stride, tail);
@@ -311,7 +310,7 @@ template <class T, int kVectors> struct Block {
         const Vec<A> d = row.v[j] - center.v[j];
         Vec<A> grad = dz.v[j];
         if constexpr (!kKeep) grad = activate_grad<kSilu>(grad, fma(d, scale.v[j], shift.v[j]));
-        row.v[j] = fma(a.v[j], grad, fma(b.v[j], d, k.v[j]));
+        row.v[j] = fma(scale.v[j], grad, fma(b.v[j], d, k.v[j]));
       }
       row.write(dx + r * stride, tail);
     }
