@@ -16,26 +16,38 @@ inline constexpr int kFlush = 16;
 inline constexpr int kMaxVectors = 4;            // vectors in a row of columns
 template <class T> inline constexpr int64_t kColumns = kMaxVectors * kComputeLanes<T>;
 
-// 1 / v for v in [1, 2].
-PYNN_HD VecFloat reciprocal(VecFloat v) {
-#if defined(__AVX512F__)
-  const VecFloat guess = _mm512_rcp14_ps(v);
-  return fma(guess, fma(-v, guess, broadcast(1.0f)), guess);
-#else
-  return 1 / v;
-#endif
-}
-PYNN_HD VecDouble reciprocal(VecDouble v) { return 1 / v; }
-
 // sigmoid(z) and sigmoid(-z), both with a small relative error: neither is taken as 1 minus the other.
 template <class V> struct Sigmoid {
   V plus, minus;
   explicit PYNN_HD Sigmoid(V z) {
-    const V e = exp(V(z < 0 ? z : -z)), r = reciprocal(V(e + 1)), er = e * r;
+    const V e = exp(V(z < 0 ? z : -z)), r = 1 / (e + 1), er = e * r;
     plus = z < 0 ? er : r;
     minus = z < 0 ? r : er;
   }
 };
+#if defined(__AVX512F__)
+// With e = exp(-|z|) = 2^(n / 16) e^r from a table of 16 powers and a cubic in |r| <= ln 2 / 32; 1 / (1 + e) by one
+// Newton step. About half the instructions of the general form.
+template <> PYNN_HD Sigmoid<VecFloat>::Sigmoid(VecFloat z) {
+  const VecFloat powers = {
+      0x1p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f, 0x1.3dea64p0f, 0x1.4bfdaep0f,
+      0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f, 0x1.ae89fap0f,
+      0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(z));
+  const VecFloat x = _mm512_max_ps(broadcast(-104.5f), _mm512_or_ps(z, broadcast(-0.0f)));  // NaN stays NaN
+  const float magic = 0x1.8p19f;  // adding it leaves the nearest multiple of 1/16
+  const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic));
+  const VecFloat n = shifted - magic;
+  const VecFloat r = fma(n, broadcast(0x1.e8082ep-16f), fma(n, broadcast(-0x1.62e8p-1f), x));
+  const VecFloat p = fma(r * r, fma(r, broadcast(0x1.555556p-3f), broadcast(0.5f)), r);
+  const VecFloat power = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), powers);
+  const VecFloat e = _mm512_maskz_scalef_ps(__mmask16(-1), fma(power, p, power), n);  // takes the floor of n
+  const VecFloat d = e + 1.0f, guess = _mm512_maskz_rcp14_ps(__mmask16(-1), d);
+  const VecFloat inverse = fma(guess, fma(-d, guess, broadcast(1.0f)), guess);
+  plus = _mm512_mask_mul_ps(inverse, negative, e, inverse);
+  minus = _mm512_mask_mul_ps(inverse, __mmask16(~negative), e, inverse);
+}
+#endif
 template <bool kSilu, class V> PYNN_HD V activate(V z) {
   if constexpr (kSilu) return z * Sigmoid<V>(z).plus;
   return z;
