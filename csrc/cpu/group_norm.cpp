@@ -112,7 +112,7 @@ template <bool kSilu, class T> struct ChannelsLast {
   template <bool kSecond> void moments(const Part& p, const T* x, const GroupStats* stats, Sums* group_sums) const {
     std::fill(group_sums, group_sums + p.groups, Sums{});
     p.each_chunk([&](int64_t first, int64_t count) {
-      Columns<T> columns;
+      Columns<T> columns(count);
       ColumnSums<T> sums;
       each_column(first, count, [&](int64_t c, int64_t g) { columns.center[c] = A(stats[g].center); });
       with_vectors<T>(count, [&](auto vectors) {
@@ -141,7 +141,7 @@ template <bool kSilu, class T> struct ChannelsLast {
       stats[g] = recenter<A>(stats[g]);
     }
     p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns;
+      Columns<T> columns(chunk);
       each_column(first, chunk, [&](int64_t c, int64_t g) {
         columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
       });
@@ -172,7 +172,7 @@ template <bool kSilu, class T> struct ChannelsLast {
     }
     std::fill(sums, sums + p.groups, Sums{});
     p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns;
+      Columns<T> columns(chunk);
       ColumnSums<T> channel_sums;
       each_column(first, chunk, [&](int64_t c, int64_t g) {
         columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
@@ -192,7 +192,7 @@ template <bool kSilu, class T> struct ChannelsLast {
     Affine back[kColumns<T>];
     for (int64_t g = 0; g < p.groups; ++g) back[g] = backward_affine(stats[g], sums[g], count);
     p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns;
+      Columns<T> columns(chunk);
       each_column(first, chunk, [&](int64_t c, int64_t g) {
         columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
         columns.backward(c, back[g]);

@@ -116,6 +116,7 @@ template <bool kSecond, class T> Sums run_moments(const T* x, int64_t count, acc
     Vec<A> first[kUnroll] = {}, second[kUnroll] = {};
     const int64_t end = std::min(count, i + int64_t(kFlush) * kUnroll * kStep);
     for (; i + kUnroll * kStep <= end; i += kUnroll * kStep)
+#pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
         const Vec<A> d = load_compute(x + i + u * kStep) - center_v;
         first[u] += d;
@@ -149,23 +150,32 @@ Sums run_backward_sums(const T* dy, const T* x, T* dx, int64_t count, double cen
   using A = accumulate_t<T>;
   constexpr int kStep = kComputeLanes<T>;
   const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(affine.scale)), shift = broadcast(A(affine.shift));
+  const auto add = [&](int64_t i, auto whole, Vec<A>& first, Vec<A>& second) {
+    const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(center));
+    const Vec<A> grad = whole ? load_compute(dy + i) : load_part(dy + i, count - i, A(0));
+    const Vec<A> d = v - center_v, dz = activate_grad<kSilu>(grad, fma(d, scale, shift));
+    if constexpr (kKeep) whole ? store_compute(dx + i, dz) : store_part(dx + i, count - i, dz);
+    first += dz;
+    second = fma(dz, d, second);
+  };
   Sums total;
-  for (int64_t start = 0; start < count; start += 2 * kFlush * kStep) {
-    const int64_t length = std::min<int64_t>(count - start, 2 * kFlush * kStep);
-    Vec<A> first[2] = {}, second[2] = {};
-    int turn = 0;
-    each_vector<kStep>(length, [&](int64_t offset, auto whole) {
-      const int64_t i = start + offset;
-      const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(center));
-      const Vec<A> grad = whole ? load_compute(dy + i) : load_part(dy + i, count - i, A(0));
-      const Vec<A> d = v - center_v, dz = activate_grad<kSilu>(grad, fma(d, scale, shift));
-      if constexpr (kKeep) whole ? store_compute(dx + i, dz) : store_part(dx + i, count - i, dz);
-      first[turn] += dz;
-      second[turn] = fma(dz, d, second[turn]);
-      turn ^= 1;
-    });
-    total.first += add_lanes(first[0] + first[1]);
-    total.second += add_lanes(second[0] + second[1]);
+  for (int64_t i = 0; i < count;) {
+    Vec<A> first0 = {}, first1 = {}, second0 = {}, second1 = {};
+    const int64_t end = std::min<int64_t>(count, i + 2 * kFlush * kStep);
+    for (; i + 2 * kStep <= end; i += 2 * kStep) {
+      add(i, std::true_type{}, first0, second0);
+      add(i + kStep, std::true_type{}, first1, second1);
+    }
+    if (i + kStep <= end) {
+      add(i, std::true_type{}, first0, second0);
+      i += kStep;
+    }
+    if (i < end) {
+      add(i, std::false_type{}, first1, second1);
+      i = end;
+    }
+    total.first += add_lanes(first0 + first1);
+    total.second += add_lanes(second0 + second1);
   }
   return total;
 }
@@ -192,9 +202,12 @@ void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, 
 // Coefficients of each column, as the vector loops read them. Lanes past the last column stay 0.
 template <class T> struct Columns {
   using A = accumulate_t<T>;
-  A center[kColumns<T>] = {}, scale[kColumns<T>] = {}, shift[kColumns<T>] = {};
-  A slope[kColumns<T>] = {}, constant[kColumns<T>] = {};
+  A center[kColumns<T>], scale[kColumns<T>], shift[kColumns<T>], slope[kColumns<T>], constant[kColumns<T>];
 
+  explicit Columns(int64_t count) {
+    const int64_t last = (count - 1) / kComputeLanes<T> * kComputeLanes<T>;
+    for (A* values : {center, scale, shift, slope, constant}) store(values + last, Vec<A>{});
+  }
   void forward(int64_t c, const GroupStats& s, const Affine& affine) {
     center[c] = A(s.center), scale[c] = A(affine.scale), shift[c] = A(affine.shift);
   }
@@ -223,17 +236,20 @@ template <class T, int kVectors> struct Row {
   static constexpr int kStep = kComputeLanes<T>;
   static PYNN_HD Row coefficients(const A* from) {
     Row row;
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) row.v[j] = load(from + j * kStep);
     return row;
   }
   static PYNN_HD Row read(const T* from, int64_t tail) {
     Row row;
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors - 1; ++j) row.v[j] = load_compute(from + j * kStep);
     const T* last = from + (kVectors - 1) * kStep;
     row.v[kVectors - 1] = tail == kStep ? load_compute(last) : load_part(last, tail, A(0));
     return row;
   }
   PYNN_HD void write(T* to, int64_t tail) const {
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors - 1; ++j) store_compute(to + j * kStep, v[j]);
     T* last = to + (kVectors - 1) * kStep;
     tail == kStep ? store_compute(last, v[kVectors - 1]) : store_part(last, tail, v[kVectors - 1]);
@@ -255,8 +271,10 @@ template <class T, int kVectors, class Each> void sum_rows(int64_t rows, ColumnS
     Vec<A> first[kUnroll][kVectors] = {}, second[kUnroll][kVectors] = {};
     int64_t r = start;
     for (; r + kUnroll <= end; r += kUnroll)
+#pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) each(r + u, first[u], second[u]);
     for (; r < end; ++r) each(r, first[0], second[0]);
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       if constexpr (kUnroll == 2) first[0][j] += first[1][j], second[0][j] += second[1][j];
       add_to(sums.first + j * kStep, first[0][j]);
@@ -278,6 +296,7 @@ template <class T, int kVectors> struct Block {
     const R center = R::coefficients(c.center);
     sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
       const R row = R::read(x + r * stride, tail);
+#pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         const Vec<A> d = row.v[j] - center.v[j];
         first[j] += d;
@@ -290,6 +309,7 @@ template <class T, int kVectors> struct Block {
     const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
     for (int64_t r = 0; r < rows; ++r) {
       R row = R::read(x + r * stride, tail);
+#pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j)
         row.v[j] = activate<kSilu>(fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]));
       row.write(y + r * stride, tail);
@@ -302,6 +322,7 @@ template <class T, int kVectors> struct Block {
     sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
       const R row = R::read(x + r * stride, tail);
       R dz = R::read(dy + r * stride, tail);
+#pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         const Vec<A> d = row.v[j] - center.v[j];
         dz.v[j] = activate_grad<kSilu>(dz.v[j], fma(d, scale.v[j], shift.v[j]));
@@ -318,6 +339,7 @@ template <class T, int kVectors> struct Block {
     for (int64_t r = 0; r < rows; ++r) {
       R row = R::read(x + r * stride, tail);
       const R dz = R::read((kKeep ? dx : dy) + r * stride, tail);
+#pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         const Vec<A> d = row.v[j] - center.v[j];
         Vec<A> grad = dz.v[j];
