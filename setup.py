@@ -53,9 +53,16 @@ def torch_directory():
 
 
 def cuda_home():
+    """A CUDA toolkit with a compiler, headers and the static runtime, or None."""
     nvcc = shutil.which("nvcc")
-    home = Path(os.environ.get("CUDA_HOME") or (Path(nvcc).resolve().parents[1] if nvcc else "/usr/local/cuda"))
-    return home if (home / "bin" / "nvcc").exists() else None
+    candidates = [os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
+    needed = ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a")
+    for home in (Path(candidate) for candidate in candidates if candidate):
+        if all((home / file).exists() for file in needed):
+            return home
+    if nvcc:
+        print(f"{nvcc} found, but no toolkit around it: set CUDA_HOME to build the CUDA kernels", file=sys.stderr)
+    return None
 
 
 def quote(path):

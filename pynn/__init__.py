@@ -1,7 +1,8 @@
 """pynn: fused neural-network kernels for PyTorch in C++, CUDA C++ and Triton."""
 
-from . import backends, nn, ops
+__version__ = "0.1.0"
+
+from . import backends, diffusion, models, nn, ops
 from .backends import backend, explain
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "backend", "backends", "explain", "nn", "ops"]
+__all__ = ["__version__", "backend", "backends", "diffusion", "explain", "models", "nn", "ops"]

@@ -145,7 +145,13 @@ def test_generated_input(p):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_on_integers(backend, dtype, channels_last):
     """P4: groups made of mean +- 2 have variance 4; with eps = 0 every value on the way is exact."""
-    for shape, groups in (((4, 32, 8, 8), 8), ((3, 24, 7, 2), 4), ((2, 130, 5, 4), 1), ((4, 64), 2), ((2, 12, 3, 2), 6)):
+    for shape, groups in (
+        ((4, 32, 8, 8), 8),
+        ((3, 24, 7, 2), 4),
+        ((2, 130, 5, 4), 1),
+        ((4, 64), 2),
+        ((2, 12, 3, 2), 6),
+    ):
         half = shape[0], groups, torch.Size(shape[1:]).numel() // groups // 2
         sign = torch.cat([torch.full(half, 2.0), torch.full(half, -2.0)], -1)
         sign = sign.gather(-1, torch.rand(sign.shape).argsort(-1))
@@ -300,10 +306,19 @@ def test_statistics_are_not_differentiable():
 
 ERRORS = [
     (lambda f: f(torch.randn(4), 2), "Expected at least 2 dimensions for input tensor but received 1"),
-    (lambda f: f(torch.randn(2, 4, 3), 3), "Expected number of channels in input to be divisible by num_groups, but got"),
+    (
+        lambda f: f(torch.randn(2, 4, 3), 3),
+        "Expected number of channels in input to be divisible by num_groups, but got",
+    ),
     (lambda f: f(torch.randn(2, 4, 3), -2), "Expected num groups to be greater than 0, got -2"),
-    (lambda f: f(torch.randn(2, 4, 3), 2, torch.randn(3)), "Expected weight to be a vector of size equal to the number"),
-    (lambda f: f(torch.randn(2, 4, 3), 2, None, torch.randn(4, 1)), "Expected bias to be a vector of size equal to the"),
+    (
+        lambda f: f(torch.randn(2, 4, 3), 2, torch.randn(3)),
+        "Expected weight to be a vector of size equal to the number",
+    ),
+    (
+        lambda f: f(torch.randn(2, 4, 3), 2, None, torch.randn(4, 1)),
+        "Expected bias to be a vector of size equal to the",
+    ),
     (lambda f: f(torch.randn(1, 4, 1, 1), 4), r"Expected more than 1 value per channel when training, got input size"),
 ]
 

@@ -33,7 +33,7 @@ template <class T, class A> void store_row(T* row, int64_t stride, const A* valu
 // What happens to a finished block of sums.
 template <class T> struct Epilogue {
   using A = accumulate_t<T>;
-  const A* bias;  // padded by kTileWidth, or null
+  const A* bias;
   const T* residual;
   Strides4 r;
   T* y;
@@ -50,51 +50,40 @@ template <class T> struct Epilogue {
     store_row(y + at, stride, values, count);
   }
 
-  void operator()(const Block<A>& b) const { s.c == 1 ? channels_last(b) : channels_first(b); }
+  void operator()(const Panel<A>& p) const { s.c == 1 ? channels_last(p) : channels_first(p); }
 
-  void channels_last(const Block<A>& b) const {
-    int64_t image, row, column;
-    locate(b, b.first, image, row, column);
-    A* values = b.values;
-    for (int64_t p = 0; p < b.count; ++p, values += b.stride) {
-      if (bias) add_row(values, bias + b.channel, 1, b.channels);
-      line(values, b.channels, image * s.n + b.channel + row * s.h + column * s.w, 1,
-           image * r.n + b.channel * r.c + row * r.h + column * r.w, r.c);
-      if (++column == width) {
-        column = 0;
-        if (++row == b.row + b.row_count) row = b.row, ++image;
-      }
-    }
-  }
-
-  // Lines of pixels: whole images where rows touch in y and in the residual, single rows elsewhere.
-  void channels_first(const Block<A>& b) const {
-    transpose_out(b.values, b.stride, b.count, b.channels, b.spare, kBlock);
-    const bool rows_touch = s.h == width * s.w && (!residual || r.h == width * r.w);
-    for (int64_t p = 0, length; p < b.count; p += length) {
-      int64_t image, row, column;
-      locate(b, b.first + p, image, row, column);
-      const int64_t rows_left = rows_touch ? b.row + b.row_count - row : 1;
-      length = std::min(b.count - p, rows_left * width - column);
-      const int64_t at = image * s.n + row * s.h + column * s.w, r_at = image * r.n + row * r.h + column * r.w;
-      for (int64_t c = 0; c < b.channels; ++c) {
-        A line_values[kBlock + kLanes<A>];
-        A* values = b.spare + c * kBlock + p;
-        if (p % kLanes<A> || activation != Activation::none) {  // activations work on whole vectors: do not spill over
-          std::copy_n(values, length, line_values);
-          std::fill_n(line_values + length, round_up(length, kLanes<A>) - length, A(0));
-          values = line_values;
+  void channels_last(const Panel<A>& p) const {
+    A* values = p.values;
+    const Unit& u = p.unit;
+    for (int64_t n = u.image; n < u.image + u.images; ++n)
+      for (int64_t i = u.row; i < u.row + u.rows; ++i) {
+        const int64_t at = n * s.n + p.channel + i * s.h, r_at = n * r.n + p.channel * r.c + i * r.h;
+        for (int64_t j = 0; j < width; ++j, values += p.stride) {
+          if (bias) add_row(values, bias + p.channel, 1, p.channels);
+          line(values, p.channels, at + j * s.w, 1, r_at + j * r.w, r.c);
         }
-        if (bias) add_row(values, bias + b.channel + c, 0, length);
-        line(values, length, at + (b.channel + c) * s.c, s.w, r_at + (b.channel + c) * r.c, r.w);
       }
-    }
   }
 
-  void locate(const Block<A>& b, int64_t pixel, int64_t& image, int64_t& row, int64_t& column) const {
-    image = b.image + pixel / (b.row_count * width);
-    row = b.row + pixel / width % b.row_count;
-    column = pixel % width;
+  // Lines of pixels: across rows where they touch in y and in the residual, single rows elsewhere.
+  void channels_first(const Panel<A>& p) const {
+    constexpr int64_t kLine = 128;
+    A turned[4 * kLanes<A> * kLine];
+    const Unit& u = p.unit;
+    const bool rows_touch = s.h == width * s.w && (!residual || r.h == width * r.w);
+    const int64_t run = rows_touch ? u.rows * width : width, runs = rows_touch ? 1 : u.rows;
+    for (int64_t n = 0; n < u.images; ++n)
+      for (int64_t i = 0; i < runs; ++i)
+        for (int64_t first = 0; first < run; first += kLine) {
+          const int64_t count = std::min(kLine, run - first), image = u.image + n, row = u.row + i;
+          transpose_out(p.values + ((n * u.rows + i) * width + first) * p.stride, p.stride, count, p.channels, turned, kLine);
+          const int64_t at = image * s.n + row * s.h + first * s.w, r_at = image * r.n + row * r.h + first * r.w;
+          for (int64_t c = 0; c < p.channels; ++c) {
+            A* values = turned + c * kLine;
+            if (bias) add_row(values, bias + p.channel + c, 0, count);
+            line(values, count, at + (p.channel + c) * s.c, s.w, r_at + (p.channel + c) * r.c, r.w);
+          }
+        }
   }
 };
 
@@ -128,16 +117,16 @@ void conv2d_fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, 
                 const Conv2dShape& d, void*) {
   using A = accumulate_t<T>;
   const int64_t in = d.in_channels / d.groups, out = d.out_channels / d.groups;
-  const Window window{d.batch, d.groups, in, d.in_height, d.in_width, out, d.out_height, d.out_width, d.kernel_height,
-                      d.kernel_width, d.stride_height, d.stride_width, d.dilation_height, d.dilation_width, d.pad_top,
-                      d.pad_left};
+  const Window window{d.batch, d.groups, in, out,
+                      {d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top},
+                      {d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left}};
   const WeightView view{out * w_strides.n, w_strides.n, w_strides.c, w_strides.h, w_strides.w};
   const PackedWeights<A> weights(w, view, window);
   const Buffer<A> bias_values(bias ? d.out_channels : 0);
   for (int64_t o = 0; bias && o < d.out_channels; ++o) bias_values.get()[o] = to_float(bias[o * bias_stride]);
   const Epilogue<T> epilogue{bias ? bias_values.get() : nullptr, residual, residual_strides, y, y_strides, pre, activation,
                              d.out_width};
-  Correlation<A>(window, weights, x_strides, x).run(x, x_strides, epilogue);
+  Correlation<T>(x, x_strides, window, weights).run(epilogue);
 }
 
 template <class T>
@@ -149,14 +138,15 @@ void conv2d_bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4 w_s
   for (const Phase& v : phases(d.in_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top))
     for (const Phase& h : columns) {
       const bool reached = v.taps && h.taps;
-      const Window window{d.batch, d.groups, out, d.out_height, d.out_width, in, v.count, h.count, reached ? v.taps : 0,
-                          reached ? h.taps : 0, 1, 1, v.step, h.step, v.pad, h.pad};
+      const Window window{d.batch, d.groups, out, in,
+                          {d.out_height, v.count, reached ? v.taps : 0, 1, v.step, v.pad},
+                          {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
       const WeightView view{out * w_strides.n, w_strides.c, w_strides.n, -v.tap_step * w_strides.h, -h.tap_step * w_strides.w};
       const PackedWeights<A> weights(w + v.last_tap * w_strides.h + h.last_tap * w_strides.w, view, window);
       const Strides4 phase_strides{dx_strides.n, dx_strides.c, dx_strides.h * d.stride_height, dx_strides.w * d.stride_width};
       const Epilogue<T> epilogue{nullptr, nullptr, {}, dx + v.first * dx_strides.h + h.first * dx_strides.w, phase_strides,
                                  nullptr, Activation::none, h.count};
-      Correlation<A>(window, weights, dy_strides, dy).run(dy, dy_strides, epilogue);
+      Correlation<T>(dy, dy_strides, window, weights).run(epilogue);
     }
 }
 

@@ -1,316 +1,226 @@
-// One correlation over padded images, the core of the forward pass and of the input gradient:
+// One correlation, the core of the forward pass and of the input gradient:
 //   out[n, o, i, j] = sum over c, a, b of x[n, c, i * stride - pad + a * dilation, ...] * w[o, c, a, b]
-// A unit is a band of output rows of one image, or several small images, times one group. It packs its input once
-// (channels last, padded, compute dtype; or reads it in place), then works through blocks of kBlock pixels: for each
-// panel of output channels, sum over chunks of K in registers, add the chunks in the block's scratch, hand the finished
-// block to the epilogue. The order of every sum depends on the channel counts and the kernel only.
+// A unit is a few images, or a band of rows of one image, times one group. It reads its input in place when that is
+// channels last in the compute dtype, otherwise it packs it once. Output pixels are sorted by the set of filter taps
+// that fall inside the image, so no tile ever multiplies padding. For each panel of output channels, chunks of the sum
+// are added up in registers, then in the unit's scratch; a finished panel goes to the epilogue. The order of every sum
+// depends on the channel counts, the kernel and the pixel's taps only.
 #pragma once
-#include <vector>
-
-#include "conv2d.h"
-#include "conv2d_pack.h"
+#include "conv2d_geometry.h"
+#include "conv2d_weights.h"
 #include "gemm_tile.h"
 #include "parallel.h"
 
 namespace pynn::cpu {
 
-// Per group: channels in and out. Pads may be negative (a crop).
-struct Window {
-  int64_t batch, groups, in_channels, in_height, in_width, out_channels, out_height, out_width;
-  int64_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width, pad_top, pad_left;
-};
-
-// Where to find weight (o, c, a, b) of a group, o and c within the group.
-struct WeightView {
-  int64_t group, o, c, a, b;
-};
-
-// The weights of every group in compute dtype, in the order the tiles read them: panels of kTileWidth output channels
-// (the last may be one vector), each [kernel row][kernel column][in channel][lane]; or, for few output channels, one
-// plain row [kernel row][kernel column][in channel] per channel; or, depthwise, [kernel row][kernel column][channel].
-enum class Form { panels, dots, depthwise };
-
-template <class A> class PackedWeights {
- public:
-  template <class T> PackedWeights(const T* w, const WeightView& view, const Window& window)
-      : form_(form_of(window)), group_size_(size_of(window)), data_(group_size_ * (form_ == Form::depthwise ? 1 : window.groups)) {
-    constexpr int L = kLanes<A>, W = kTileWidth<A>;
-    const int64_t taps = window.kernel_height * window.kernel_width, inner = window.in_channels, depth = taps * inner;
-    if (form_ == Form::depthwise) {
-      const int64_t channels = window.groups * window.out_channels, padded = round_up(channels, L);
-      std::fill_n(data_.get(), group_size_, A(0));
-      for (int64_t t = 0; t < taps; ++t)
-        for (int64_t o = 0; o < channels; ++o)
-          data_.get()[t * padded + o] =
-              to_float(w[o / window.out_channels * view.group + o % window.out_channels * view.o +
-                         t / window.kernel_width * view.a + t % window.kernel_width * view.b]);
-      return;
-    }
-    for (int64_t g = 0; g < window.groups; ++g) {
-      A* to = data_.get() + g * group_size_;
-      const T* from = w + g * view.group;
-      if (form_ == Form::dots) {
-        for (int64_t o = 0; o < window.out_channels; ++o)
-          for (int64_t t = 0; t < taps; ++t)
-            for (int64_t c = 0; c < inner; ++c)
-              to[(o * taps + t) * inner + c] = to_float(from[o * view.o + c * view.c + t / window.kernel_width * view.a +
-                                                             t % window.kernel_width * view.b]);
-        continue;
-      }
-      for (int64_t o = 0; o < window.out_channels; o += W, to += depth * W)
-        pack_panel(from + o * view.o, view, window, std::min<int64_t>(W, window.out_channels - o), to);
-    }
-  }
-  Form form() const { return form_; }
-  const A* group(int64_t g) const { return data_.get() + g * group_size_; }
-
-  static Form form_of(const Window& w) {
-    if (w.in_channels == 1 && w.groups > 1) return Form::depthwise;
-    return w.out_channels <= 4 && w.in_channels * w.kernel_width >= kLanes<A> ? Form::dots : Form::panels;
-  }
-
- private:
-  static int64_t size_of(const Window& w) {
-    const int64_t taps = w.kernel_height * w.kernel_width;
-    if (form_of(w) == Form::depthwise) return taps * round_up(w.groups * w.out_channels, kLanes<A>);
-    const int64_t columns = form_of(w) == Form::dots ? w.out_channels : round_up(w.out_channels, kLanes<A>);
-    return columns * taps * w.in_channels;
-  }
-
-  template <class T> static void pack_panel(const T* from, const WeightView& view, const Window& window, int64_t columns, A* to) {
-    constexpr int L = kLanes<A>;
-    const int64_t width = round_up(columns, L), inner = window.in_channels, kw = window.kernel_width;
-    const int64_t taps = window.kernel_height * kw;
-    if (columns < width) std::fill_n(to, taps * inner * width, A(0));
-    if (view.b == 1 && view.a == kw && view.c == taps && taps * inner >= L) {
-      // A filter is one run of memory, (c, tap) order: square transposes, each vector stored where its tap belongs.
-      for (int64_t o = 0; o + L <= columns; o += L)
-        transpose_in(from + o * view.o, view.o, taps * inner, L, to + o,
-                     [&](int64_t q) { return (q % taps * inner + q / taps) * width; });
-      from += columns / L * L * view.o, to += columns / L * L, columns %= L;
-    }
-    for (int64_t c = 0; c < inner; ++c)
-      for (int64_t t = 0; t < taps; ++t) {
-        const T* row = from + c * view.c + t / kw * view.a + t % kw * view.b;
-        A* target = to + (t * inner + c) * width;
-        for (int64_t o = 0; o < columns; ++o) target[o] = to_float(row[o * view.o]);
-      }
-  }
-
-  Form form_;
-  int64_t group_size_;
-  Buffer<A> data_;
-};
-
-// A part of K summed in registers: `runs` runs of `length` consecutive elements of the packed input.
+// A part of K that one tile sums in registers, relative to a pixel's first tap.
 struct Chunk {
-  int64_t from, runs, length, run_stride, weight;
+  int64_t from;
+  Runs runs;
+  int64_t weight;
 };
 
 // Chunks of about 64 to 128 products: long enough to keep the tile busy, short enough to keep rounding errors small.
-inline std::vector<Chunk> chunks_of(const Window& w, int64_t row_stride, int64_t column_stride) {
-  const bool joined = w.dilation_width == 1 && column_stride == w.in_channels;  // taps of a kernel row touch
-  const int64_t outer = joined ? 1 : w.kernel_height, runs = joined ? w.kernel_height : w.kernel_width;
-  const int64_t length = joined ? w.kernel_width * w.in_channels : w.in_channels;
-  const int64_t run_stride = joined ? w.dilation_height * row_stride : w.dilation_width * column_stride;
+inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
+                                    int64_t column_stride) {
+  const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
+  const bool joined = window.joined();
+  const int64_t outer = joined ? 1 : rows.taps, runs = joined ? rows.taps : columns.taps;
+  const int64_t length = joined ? columns.taps * channels : channels;
+  const int64_t run_stride = joined ? window.h.dilation * row_stride : window.w.dilation * column_stride;
+  const int64_t weight_stride = joined ? kernel_width * channels : channels;
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
-  const int64_t whole = std::max<int64_t>(1, 64 / length), pieces = ceil_div(length, 96);
+  const int64_t together = std::max<int64_t>(1, 64 / length), pieces = ceil_div(length, 96);
   for (int64_t a = 0; a < outer; ++a)
-    for (int64_t r = 0; r < runs; r += whole)
+    for (int64_t r = 0; r < runs; r += together)
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t begin = length * piece / pieces, end = length * (piece + 1) / pieces;
-        chunks.push_back({a * w.dilation_height * row_stride + r * run_stride + begin, std::min(whole, runs - r),
-                          end - begin, run_stride, (a * runs + r) * length + begin});
+        const int64_t weight = ((rows.tap + a) * kernel_width + columns.tap) * channels + r * weight_stride + begin;
+        chunks.push_back({a * window.h.dilation * row_stride + r * run_stride + begin,
+                          {std::min(together, runs - r), end - begin, run_stride, weight_stride}, weight});
       }
   return chunks;
 }
 
-inline constexpr int64_t kBlock = 8 * kTileRows;  // pixels
-
-// A block of finished sums: pixels [first, first + count) of the rows [row, ...) of images [image, ...), where a pixel
-// counts through row_count rows of out_width pixels per image; channels [channel, channel + channels) of all groups.
-template <class A> struct Block {
-  int64_t image, row, row_count, first, count, channel, channels;
-  int64_t stride;  // whole vectors
+// A finished panel: all pixels of a unit in raster order, channels [channel, channel + channels) of all groups.
+template <class A>
+struct Panel {
+  const Unit& unit;
+  int64_t channel, channels;
   A* values;       // [pixel][stride]
-  A* spare;        // as large, for the epilogue
+  int64_t stride;  // whole vectors
 };
 
-// How the output rows are cut into units, from shapes only.
-struct Units {
-  int64_t images, rows, per_image, count;  // images per unit (1 unless rows is a whole image), rows per unit
+template <class T>
+class Correlation {
+  using A = accumulate_t<T>;
+  static constexpr int L = kLanes<A>, W = kTileWidth<A>;
+  static constexpr int64_t kDepthwiseChannels = 4 * L;
+  static constexpr int64_t kBlock = 8 * kTileRows;  // pixels that share a chunk of weights in the first-level cache
 
-  Units(const Window& w, int64_t element_size, int64_t channels) {
-    const int64_t width = (w.out_width - 1) * w.stride_width + (w.kernel_width - 1) * w.dilation_width + 1;
-    const int64_t overlap = (w.kernel_height - 1) * w.dilation_height + 1;
-    const int64_t row_bytes = std::max<int64_t>(1, width * channels * element_size);
-    const int64_t budget = 192 << 10;
-    const int64_t image_bytes = std::max<int64_t>(1, ((w.out_height - 1) * w.stride_height + overlap) * row_bytes);
-    const int64_t pixels = w.out_height * w.out_width;
-    if (image_bytes <= budget && (w.batch >= 8 || pixels <= 2 * kBlock)) {
-      rows = w.out_height;
-      images = std::clamp<int64_t>(std::min(2 * kBlock / pixels, budget / image_bytes), 1, std::max<int64_t>(1, w.batch / 4));
-    } else {
-      images = 1;
-      const int64_t fit = (budget / row_bytes - overlap) / w.stride_height + 1;
-      const int64_t parts = std::max<int64_t>(ceil_div(w.out_height, std::max<int64_t>(fit, 1)), std::min<int64_t>(ceil_div(8, w.batch), pixels / kBlock));
-      rows = ceil_div(w.out_height, std::max<int64_t>(parts, 1));
-    }
-    per_image = ceil_div(w.out_height, rows);
-    count = ceil_div(w.batch, images) * per_image;
-  }
-};
-
-template <class A> struct Correlation {
-  const Window& window;
-  const PackedWeights<A>& weights;
-  Units units;
-  bool in_place;
-  int64_t channels;  // of a packed pixel
-  int64_t packed_rows, packed_columns;
-  Strides4 packed;  // strides of the packed or in-place input
-  std::vector<Chunk> chunks;
-
-  template <class T> Correlation(const Window& w, const PackedWeights<A>& packed_weights, const Strides4& s, const T*)
-      : window(w),
-        weights(packed_weights),
-        units(w, sizeof(A), packed_channels()),
-        in_place(sizeof(T) == sizeof(A) && weights.form() != Form::depthwise && (s.c == 1 || w.in_channels == 1) && inside()),
-        channels(packed_channels()) {
-    packed_rows = (units.rows - 1) * w.stride_height + (w.kernel_height - 1) * w.dilation_height + 1;
-    packed_columns = (w.out_width - 1) * w.stride_width + (w.kernel_width - 1) * w.dilation_width + 1;
-    packed = in_place ? s : Strides4{packed_rows * packed_columns * channels, 1, packed_columns * channels, channels};
-    chunks = chunks_of(w, packed.h, packed.w);
+ public:
+  Correlation(const T* x, const Strides4& s, const Window& window, const PackedWeights<A>& weights)
+      : x_(x), s_(s), window_(window), core_(window.core()), weights_(weights), depthwise_(window.depthwise()),
+        channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
+        units_(core_, channels_ * sizeof(A)), rows_(spans_of(core_.h)), columns_(spans_of(core_.w)) {
+    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1) &&
+                (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
+    const int64_t width = core_.w.in;
+    packed_ = in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
+    for (const Span& rows : rows_)
+      for (const Span& columns : columns_)
+        chunks_.push_back(depthwise_ ? std::vector<Chunk>() : chunks_of(core_, rows, columns, packed_.h, packed_.w));
   }
 
-  int64_t packed_channels() const {
-    return weights.form() == Form::depthwise ? std::min<int64_t>(window.groups * window.out_channels, 4 * kLanes<A>) : window.in_channels;
-  }
-  // Channels are split over units: groups, or blocks of depthwise channels.
-  int64_t splits() const {
-    return weights.form() == Form::depthwise ? ceil_div(window.groups * window.out_channels, channels) : window.groups;
-  }
-  bool inside() const {  // no tap falls outside the image
-    const Window& w = window;
-    return w.pad_top <= 0 && w.pad_left <= 0 &&
-           (w.out_height - 1) * w.stride_height - w.pad_top + (w.kernel_height - 1) * w.dilation_height < w.in_height &&
-           (w.out_width - 1) * w.stride_width - w.pad_left + (w.kernel_width - 1) * w.dilation_width < w.in_width;
-  }
-
-  static constexpr int64_t block_size() { return 2 * kBlock * 4 * kLanes<A>; }
-
-  template <class T, class Finish> void run(const T* x, const Strides4& s, const Finish& finish) const {
-    const int64_t unit_pixels = units.images * units.rows * window.out_width;
-    const int64_t input_size = in_place ? 0 : round_up(units.images * packed.n + 4 * kLanes<A>, 16);
-    const int64_t slot_size = block_size() + input_size;
-    const int64_t slots = std::min<int64_t>(units.count * splits(), torch::stable::get_num_threads());
+  // finish(panel) is called once for every unit and panel.
+  template <class Finish>
+  void run(const Finish& finish) const {
+    const int64_t splits = depthwise_ ? ceil_div(window_.groups * window_.out_channels, channels_) : window_.groups;
+    const int64_t work = units_.count * splits, slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t pixels = units_.images * units_.rows * core_.w.out;
+    const int64_t input_size = in_place_ ? 0 : round_up(units_.images * packed_.n + 4 * L, 16);
+    const int64_t slot_size = input_size + pixels * (depthwise_ ? kDepthwiseChannels : W);
     const Buffer<A> scratch(slots * slot_size);
-    const Buffer<int64_t> offsets(slots * (unit_pixels + kTileRows));
+    const Buffer<int64_t> lists(slots * 2 * (pixels + kDotRows));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot)
-        for (int64_t u = slot; u < units.count * splits(); u += slots) {
-          A* block = scratch.get() + slot * slot_size;
-          unit(u / splits(), u % splits(), x, s, block, block + block_size(), offsets.get() + slot * (unit_pixels + kTileRows),
-               finish);
+        for (int64_t i = slot; i < work; i += slots) {
+          A* input = scratch.get() + slot * slot_size;
+          int64_t* offsets = lists.get() + slot * 2 * (pixels + kDotRows);
+          run_unit(Unit(core_, units_, i / splits), i % splits, input, input + input_size, offsets,
+                   offsets + pixels + kDotRows, finish);
         }
     });
   }
 
  private:
-  template <class T, class Finish>
-  void unit(int64_t index, int64_t split, const T* x, const Strides4& s, A* block, A* input, int64_t* offsets,
-            const Finish& finish) const {
-    const Window& w = window;
-    const bool depthwise = weights.form() == Form::depthwise;
-    const int64_t image = index / units.per_image * units.images, row = index % units.per_image * units.rows;
-    const int64_t images = std::min(units.images, w.batch - image), rows = std::min(units.rows, w.out_height - row);
-    const int64_t top = row * w.stride_height - w.pad_top, first_channel = split * channels;
-    const int64_t here = depthwise ? std::min(channels, w.groups * w.out_channels - first_channel) : channels;
-
+  template <class Finish>
+  void run_unit(const Unit& unit, int64_t split, A* input, A* sums, int64_t* offsets, int64_t* places,
+                const Finish& finish) const {
+    const int64_t first = split * channels_, outputs = window_.groups * window_.out_channels;
+    const int64_t here = depthwise_ ? std::min(channels_, outputs - first) : channels_;
     const A* base = input;
-    if (in_place) {
-      if constexpr (sizeof(T) == sizeof(A)) base = x + image * s.n + first_channel * s.c + top * s.h - w.pad_left * s.w;
+    if (in_place_) {
+      if constexpr (sizeof(T) == sizeof(A)) base = x_ + unit.image * s_.n + first * s_.c + unit.in_row * s_.h;
+    } else if (window_.patches()) {
+      pack_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
     } else {
-      const Channels taken{first_channel, here, depthwise ? w.out_channels : 1, channels};
-      const int64_t used_rows = (rows - 1) * w.stride_height + (w.kernel_height - 1) * w.dilation_height + 1;
-      for (int64_t i = 0; i < images; ++i)
-        pack_image<T, A>(x + (image + i) * s.n, s, w.in_height, w.in_width, taken,
-                         {top, -w.pad_left, used_rows, packed_columns}, input + i * packed.n);
+      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1, channels_};
+      for (int64_t n = 0; n < unit.images; ++n)
+        pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, input + n * packed_.n);
     }
-    const int64_t pixels = images * rows * w.out_width;
+    const std::vector<int64_t> classes = sort_pixels(unit, offsets, places);
+    if (depthwise_) {
+      for (size_t k = 0; k + 1 < classes.size(); ++k)
+        depthwise_class(k, base, offsets, places, classes[k], classes[k + 1], first, here, sums);
+      finish(Panel<A>{unit, first, here, sums, kDepthwiseChannels});
+      return;
+    }
+    const A* group = weights_.group(split);
+    for (int64_t o = 0; o < core_.out_channels; o += W) {
+      const int64_t channels = std::min<int64_t>(W, core_.out_channels - o), width = round_up(channels, L);
+      for (size_t k = 0; k + 1 < classes.size(); ++k)
+        dense_class(chunks_[k], base, offsets, places, classes[k], classes[k + 1], group + o * core_.depth(), channels,
+                    width, sums);
+      finish(Panel<A>{unit, split * core_.out_channels + o, channels, sums, width});
+    }
+  }
+
+  // Lists the pixels of a unit class by class: where their first tap is, and their place in raster order. Returns the
+  // class boundaries, one class for each pair of spans.
+  std::vector<int64_t> sort_pixels(const Unit& unit, int64_t* offsets, int64_t* places) const {
+    std::vector<int64_t> boundaries{0};
     int64_t p = 0;
-    for (int64_t n = 0; n < images; ++n)
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < w.out_width; ++j)
-          offsets[p++] = n * packed.n + i * w.stride_height * packed.h + j * w.stride_width * packed.w;
-    for (; p < pixels + kTileRows; ++p) offsets[p] = offsets[pixels - 1];  // the rows that complete the last tile
-
-    Block<A> done{image, row, rows, 0, 0, 0, 0, 0, block, block + block_size() / 2};
-    for (done.first = 0; done.first < pixels; done.first += kBlock) {
-      done.count = std::min(kBlock, pixels - done.first);
-      if (depthwise) {
-        done.channel = first_channel, done.channels = here, done.stride = 4 * kLanes<A>;
-        depthwise_block(base, offsets + done.first, first_channel, here, done);
-        finish(done);
-        continue;
+    for (const Span& rows : rows_)
+      for (const Span& columns : columns_) {
+        const int64_t begin = std::max(rows.first, unit.row), end = std::min(rows.last, unit.row + unit.rows);
+        for (int64_t n = 0; n < unit.images; ++n)
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t at = n * packed_.n + (core_.h.input(i, rows.tap) - unit.in_row) * packed_.h;
+            const int64_t place = (n * unit.rows + i - unit.row) * core_.w.out;
+            for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
+              offsets[p] = at + core_.w.input(j, columns.tap) * packed_.w;
+              places[p] = place + j;
+            }
+          }
+        boundaries.push_back(p);
       }
-      for (int64_t o = 0; o < w.out_channels; o += kTileWidth<A>) {
-        done.channel = split * w.out_channels + o;
-        done.channels = std::min<int64_t>(kTileWidth<A>, w.out_channels - o);
-        done.stride = round_up(done.channels, kLanes<A>);
-        dense_block(base, offsets + done.first, weights.group(split), o, done);
-        finish(done);
-      }
-    }
+    return boundaries;
   }
 
-  void dense_block(const A* base, const int64_t* offsets, const A* group, int64_t o, const Block<A>& done) const {
-    const int64_t depth = window.kernel_height * window.kernel_width * window.in_channels;
-    if (chunks.empty()) std::fill_n(done.values, kBlock * done.stride, A(0));
-    for (const Chunk& chunk : chunks) {
-      const bool more = &chunk != &chunks.front();
-      const A* from = base + chunk.from;
-      if (weights.form() == Form::dots) {
-        for (int64_t p = 0; p < done.count; p += kDotRows) {
-          dot_tile(from, offsets + p, chunk.runs, chunk.length, chunk.run_stride, group + o * depth + chunk.weight, depth,
-                   int(done.channels), done.values + p * done.stride, done.stride, more);
+  void dense_class(const std::vector<Chunk>& chunks, const A* base, const int64_t* offsets, const int64_t* places,
+                   int64_t first, int64_t last, const A* weights, int64_t channels, int64_t width, A* sums) const {
+    if (chunks.empty())
+      for (int64_t p = first; p < last; ++p) std::fill_n(sums + places[p] * width, width, A(0));
+    for (int64_t block = first; block < last; block += kBlock) {
+      const int64_t count = std::min(kBlock, last - block), tiles = ceil_div(count, kTileRows);
+      for (const Chunk& chunk : chunks) {
+        const bool more = &chunk != &chunks.front();
+        const A* from = base + chunk.from;
+        if (weights_.form() == Form::dots) {
+          dots(chunk, from, offsets + block, places + block, count, weights + chunk.weight, channels, width, sums, more);
+          continue;
         }
-        continue;
-      }
-      const A* b = group + o * depth + chunk.weight * done.stride;
-      for (int64_t p = 0; p < done.count; p += kTileRows) {
-        A* to = done.values + p * done.stride;
-        if (done.stride == kTileWidth<A>)
-          multiply_tile<kTileVectors>(from, offsets + p, chunk.runs, chunk.length, chunk.run_stride, b, to, more);
-        else
-          multiply_tile<1>(from, offsets + p, chunk.runs, chunk.length, chunk.run_stride, b, to, more);
+        const A* b = weights + chunk.weight * width;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t p = block + count * tile / tiles, rows = block + count * (tile + 1) / tiles - p;
+          if (width == W)
+            multiply_rows<kTileVectors>(TileHeights(), rows, from, offsets + p, chunk.runs, b, sums, places + p, more);
+          else
+            multiply_rows<1>(TileHeights(), rows, from, offsets + p, chunk.runs, b, sums, places + p, more);
+        }
       }
     }
   }
 
-  void depthwise_block(const A* base, const int64_t* offsets, int64_t first, int64_t count, const Block<A>& done) const {
-    constexpr int L = kLanes<A>, R = 4;
-    const Window& w = window;
-    const int64_t padded = round_up(w.groups * w.out_channels, L);
+  void dots(const Chunk& chunk, const A* from, const int64_t* offsets, const int64_t* places, int64_t count,
+            const A* weights, int64_t channels, int64_t width, A* sums, bool more) const {
+    for (int64_t p = 0; p < count; p += kDotRows) {
+      int64_t four[kDotRows];
+      for (int64_t i = 0; i < kDotRows; ++i) four[i] = offsets[std::min(p + i, count - 1)];
+      dot_tile(std::min<int64_t>(kDotRows, count - p), from, four, chunk.runs, weights, core_.depth(), channels, sums,
+               places + p, width, more);
+    }
+  }
+
+  // Channels are the vector dimension; each kernel row is summed on its own.
+  void depthwise_class(size_t index, const A* base, const int64_t* offsets, const int64_t* places, int64_t first,
+                       int64_t last, int64_t channel, int64_t count, A* sums) const {
+    constexpr int R = 4;
+    const Span &rows = rows_[index / columns_.size()], &columns = columns_[index % columns_.size()];
+    const int64_t padded = round_up(window_.groups * window_.out_channels, L);
     for (int64_t c = 0; c < count; c += L)
-      for (int64_t p = 0; p < done.count; p += R) {
+      for (int64_t p = first; p < last; p += R) {
         Vec<A> total[R] = {};
-        for (int64_t a = 0; a < w.kernel_height; ++a) {
-          const A* filter = weights.group(0) + a * w.kernel_width * padded + first + c;
-          const A* from = base + a * w.dilation_height * packed.h + c;
+        const A* pixel[R];
+        for (int i = 0; i < R; ++i) pixel[i] = base + offsets[std::min(p + i, last - 1)] + c;
+        for (int64_t a = 0; a < rows.taps; ++a) {
+          const A* filter = weights_.group(0) + ((rows.tap + a) * core_.w.kernel + columns.tap) * padded + channel + c;
+          int64_t from = a * core_.h.dilation * packed_.h;
           Vec<A> sum[R] = {};
-          for (int64_t b = 0; b < w.kernel_width; ++b, filter += padded, from += w.dilation_width * packed.w) {
+          for (int64_t b = 0; b < columns.taps; ++b, filter += padded, from += core_.w.dilation * packed_.w) {
             const Vec<A> weight = load(filter);
 #pragma GCC unroll 4
-            for (int i = 0; i < R; ++i) sum[i] = fma(load(from + offsets[p + i]), weight, sum[i]);
+            for (int i = 0; i < R; ++i) sum[i] = fma(load(pixel[i] + from), weight, sum[i]);
           }
 #pragma GCC unroll 4
           for (int i = 0; i < R; ++i) total[i] += sum[i];
         }
-        for (int i = 0; i < R; ++i) store(done.values + (p + i) * done.stride + c, total[i]);
+        for (int i = 0; i < R && p + i < last; ++i) store(sums + places[p + i] * kDepthwiseChannels + c, total[i]);
       }
   }
+
+  const T* x_;
+  Strides4 s_;
+  Window window_, core_;
+  const PackedWeights<A>& weights_;
+  bool depthwise_, in_place_;
+  int64_t channels_;  // of a packed pixel
+  Units units_;
+  std::vector<Span> rows_, columns_;
+  Strides4 packed_;                         // strides of the packed or in-place input
+  std::vector<std::vector<Chunk>> chunks_;  // for each pair of spans
 };
 
 }  // namespace pynn::cpu

@@ -102,46 +102,26 @@ void transpose_out(const A* from, int64_t from_stride, int64_t count, int64_t ch
     for (int64_t p = 0; p < count; ++p) to[c * stride + p] = from[p * from_stride + c];
 }
 
-// A rectangle of one image, possibly reaching past its edges.
-struct Rectangle {
-  int64_t top, left, rows, columns;
+// The part of an image that a copy takes: rows [row, row + rows) of `width` pixels; channel c of the copy is channel
+// (first + c) / repeat of the image; a pixel of the copy takes `pixel` elements.
+struct Part {
+  int64_t row, rows, width, first, channels, repeat, pixel;
 };
 
-// Which channels of an image a copy takes: channel c of the copy is channel (first + c) / repeat of the image; a pixel
-// of the copy takes `pixel` elements.
-struct Channels {
-  int64_t first, count, repeat, pixel;
-};
-
-// Copies a rectangle of an image into to[row][column][channel], zero outside the image.
+// Copies a part of an image into to[row][column][channel].
 template <class T, class A>
-void pack_image(const T* image, const Strides4& s, int64_t height, int64_t width, const Channels& channels,
-                const Rectangle& at, A* to) {
-  const int64_t pixel = channels.pixel, count = channels.count, row_size = at.columns * pixel;
-  const int64_t first_row = std::clamp<int64_t>(-at.top, 0, at.rows);
-  const int64_t last_row = std::clamp<int64_t>(height - at.top, first_row, at.rows);
-  const int64_t first = std::clamp<int64_t>(-at.left, 0, at.columns);
-  const int64_t last = std::clamp<int64_t>(width - at.left, first, at.columns);
-  const int64_t rows = last_row - first_row, columns = last - first;
-  std::fill_n(to, first_row * row_size, A(0));
-  std::fill_n(to + last_row * row_size, (at.rows - last_row) * row_size, A(0));
-  if (columns != at.columns)
-    for (int64_t r = first_row; r < last_row; ++r) {
-      std::fill_n(to + r * row_size, first * pixel, A(0));
-      std::fill_n(to + r * row_size + last * pixel, (at.columns - last) * pixel, A(0));
-    }
-  if (rows == 0 || columns == 0) return;
-  const T* from = image + (at.top + first_row) * s.h + (at.left + first) * s.w;
-  to += first_row * row_size + first * pixel;
-
-  if (channels.repeat != 1) {
+void pack_image(const T* image, const Strides4& s, const Part& part, A* to) {
+  const int64_t rows = part.rows, columns = part.width, count = part.channels, pixel = part.pixel;
+  const int64_t row_size = columns * pixel;
+  const T* from = image + part.row * s.h;
+  if (part.repeat != 1) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t q = 0; q < columns; ++q)
         for (int64_t c = 0; c < count; ++c)
-          to[r * row_size + q * pixel + c] = to_float(from[(channels.first + c) / channels.repeat * s.c + r * s.h + q * s.w]);
+          to[r * row_size + q * pixel + c] = to_float(from[(part.first + c) / part.repeat * s.c + r * s.h + q * s.w]);
     return;
   }
-  from += channels.first * s.c;
+  from += part.first * s.c;
   if (s.c == 1) {
     const bool dense = s.w == count && pixel == count;  // pixels follow each other in memory
     const int64_t runs = dense ? 1 : columns, length = dense ? columns * count : count;
@@ -151,13 +131,8 @@ void pack_image(const T* image, const Strides4& s, int64_t height, int64_t width
         A* target = to + r * row_size + q * pixel;
         for (int64_t i = 0; i < length; ++i) target[i] = to_float(source[i]);
       }
-  } else if (s.w == 1 && s.h == columns && columns < 4 * kLanes<A>) {
-    int64_t row = 0, start = 0;  // short rows that touch are one run of pixels, visited almost in order
-    transpose_in(from, s.c, rows * columns, count, to, [&](int64_t p) {
-      while (p < start) --row, start -= columns;
-      while (p >= start + columns) ++row, start += columns;
-      return row * row_size + (p - start) * pixel;
-    });
+  } else if (s.w == 1 && s.h == columns) {  // rows touch: one run of pixels
+    transpose_in(from, s.c, rows * columns, count, to, [=](int64_t p) { return p * pixel; });
   } else if (s.w == 1) {
     for (int64_t r = 0; r < rows; ++r)
       transpose_in(from + r * s.h, s.c, columns, count, to + r * row_size, [=](int64_t p) { return p * pixel; });

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "diffusion_math.h"
 #include "normal.h"
 #include "parallel.h"
 
@@ -20,12 +21,6 @@ constexpr int64_t kGrain = 1 << 15;  // elements per thread at least
 constexpr int kPartialSums = 16;
 
 int64_t blocks_per_row(const DiffusionShape& shape) { return (shape.inner + kBlock - 1) / kBlock; }
-
-template <class T>
-accumulate_t<T> row_value(const double* table, int64_t row, int columns, int column) {
-  return accumulate_t<T>(table[row * columns + column]);
-}
-int64_t row_of(const int64_t* t, const DiffusionShape& shape, int64_t b) { return t[shape.t_count == 1 ? 0 : b]; }
 
 // The noise of one block, in the compute type. A block is a slice of one row or, where rows are short, a few whole
 // rows: with a single key their noise is consecutive and is generated in one go.
@@ -93,42 +88,6 @@ void for_each_block(const DiffusionShape& shape, const Body& body) {
   });
 }
 
-// sqrt(signal_t / signal_s) and sqrt(1 - signal_t / signal_s): the jump from level s to level t in float64. The
-// difference is taken where it cancels least.
-struct JumpScale {
-  double signal, noise;
-};
-JumpScale jump_scale(const double* table, const int64_t* t, const int64_t* s, const DiffusionShape& shape, int64_t b) {
-  const double* to = table + (row_of(t, shape, b) + 1) * kForwardColumns;
-  const double* from = table + (s ? row_of(s, shape, b) + 1 : 0) * kForwardColumns;
-  const double ratio = to[kSignalPower] / from[kSignalPower];
-  const double added = to[kNoisePower] < from[kSignalPower]
-                           ? (to[kNoisePower] - from[kNoisePower]) / from[kSignalPower]
-                           : 1.0 - ratio;
-  return {std::sqrt(ratio), std::sqrt(added)};
-}
-
-// The coefficients of one row of reverse_step, in the compute type.
-template <class C>
-struct ReverseRow {
-  C x_to_x0, output_to_x0, x0_to_mean, x_to_mean, x_direct, output_direct, sigma, log_min, log_range, low, high;
-
-  ReverseRow(const double* table, int64_t row, const ReverseClip& clip) {
-    const double* r = table + row * kReverseColumns;
-    x_to_x0 = C(r[kXToX0]), output_to_x0 = C(r[kOutputToX0]);
-    x0_to_mean = C(r[kX0ToMean]), x_to_mean = C(r[kXToMean]);
-    // Where nothing is clipped, mean is linear in x and output: two rounded products instead of four.
-    x_direct = C(r[kX0ToMean] * r[kXToX0] + r[kXToMean]), output_direct = C(r[kX0ToMean] * r[kOutputToX0]);
-    sigma = C(r[kSigma]), log_min = C(r[kLogVarianceMin]), log_range = C(r[kLogVarianceMax] - r[kLogVarianceMin]);
-    low = clip.enabled ? C(clip.low) : -C(INFINITY), high = clip.enabled ? C(clip.high) : C(INFINITY);
-  }
-  C learned_sigma(C v) const {
-    const C half_log = C(0.5) * (log_min + (v + C(1)) * C(0.5) * log_range);
-    if constexpr (sizeof(C) == sizeof(float)) return sigma * exp_ieee(half_log);
-    return sigma * std::exp(half_log);
-  }
-};
-
 }  // namespace
 
 template <class T>
@@ -146,7 +105,7 @@ void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_
                                     const double* table, Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
-    const JumpScale scale = jump_scale(table, t, s, shape, b);
+    const JumpScale scale(table, t, s, shape, b);
     const C signal = C(scale.signal), sigma = C(scale.noise);
     const C* __restrict z = block.fill(noise, b, begin, count);
     const int64_t at = b * shape.inner + begin;
@@ -163,7 +122,7 @@ void Diffusion<T>::forward_jump_bwd(T* dx, const T* dy, const int64_t* t, const 
                                     bool of_noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>&) {
-    const JumpScale scale = jump_scale(table, t, s, shape, b);
+    const JumpScale scale(table, t, s, shape, b);
     const C factor = C(of_noise ? scale.noise : scale.signal);
     const T* __restrict from = dy + b * shape.inner + begin;
     T* __restrict to = dx + b * shape.inner + begin;
@@ -187,11 +146,8 @@ void Diffusion<T>::reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output
       for (int64_t j = 0; j < count; ++j) sigma[j] = row.learned_sigma(to_float(variance[at + j]));
     const auto step = [&](int64_t j, C sigma_j) {
       const C xj = to_float(px[j]), oj = to_float(po[j]);
-      const C x0 = row.x_to_x0 * xj + row.output_to_x0 * oj;
-      const C clipped = x0 < row.low ? row.low : (x0 > row.high ? row.high : x0);
-      const C through_clip = row.x0_to_mean * clipped + row.x_to_mean * xj;
-      const C direct = row.x_direct * xj + row.output_direct * oj;
-      py[j] = from_float<T>((clipped == x0 ? direct : through_clip) + sigma_j * z[j]);
+      const C x0 = row.x0(xj, oj), clipped = row.clipped(x0);
+      py[j] = from_float<T>(row.mean(xj, oj, x0, clipped) + sigma_j * z[j]);
       return clipped;
     };
     if (x0_out)
@@ -215,17 +171,14 @@ void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy
     const T* __restrict px = x + at;
     const T* __restrict po = output + at;
     for (int64_t j = 0; j < count; ++j) {
-      const C x0 = row.x_to_x0 * to_float(px[j]) + row.output_to_x0 * to_float(po[j]), gj = to_float(g[j]);
-      const bool inside = !(x0 < row.low || x0 > row.high);
-      dx[at + j] = from_float<T>((inside ? row.x_direct : row.x_to_mean) * gj);
-      doutput[at + j] = from_float<T>((inside ? row.output_direct : C(0)) * gj);
+      const C x0 = row.x0(to_float(px[j]), to_float(po[j])), gj = to_float(g[j]);
+      dx[at + j] = from_float<T>(row.x_slope(x0) * gj);
+      doutput[at + j] = from_float<T>(row.output_slope(x0) * gj);
     }
     if (!dvariance) return;
     const C* z = row.sigma == C(0) ? kZeros<C> : block.fill(noise, b, begin, count);
-    for (int64_t j = 0; j < count; ++j) {
-      const C sigma = row.learned_sigma(to_float(variance[at + j]));
-      dvariance[at + j] = from_float<T>(to_float(g[j]) * z[j] * sigma * (C(0.25) * row.log_range));
-    }
+    for (int64_t j = 0; j < count; ++j)
+      dvariance[at + j] = from_float<T>(to_float(g[j]) * z[j] * row.learned_sigma_slope(to_float(variance[at + j])));
   });
 }
 
@@ -236,13 +189,12 @@ void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0,
   const int64_t per_row = blocks_per_row(shape);
   std::vector<double> partial(size_t(shape.batch * per_row));
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
-    const int64_t row = row_of(t, shape, b), at = b * shape.inner + begin;
-    const C from_x0 = row_value<T>(table, row, kLossColumns, kX0ToTarget);
-    const C from_noise = row_value<T>(table, row, kLossColumns, kNoiseToTarget);
+    const LossRow<C> row(table, row_of(t, shape, b));
     const C* __restrict z = block.fill(noise, b, begin, count);
+    const int64_t at = b * shape.inner + begin;
     C sum[kPartialSums] = {};
     const auto squared = [&](int64_t j) {
-      const C d = to_float(output[at + j]) - (from_x0 * to_float(x0[at + j]) + from_noise * z[j]);
+      const C d = row.error(to_float(output[at + j]), to_float(x0[at + j]), z[j]);
       return d * d;
     };
     int64_t j = 0;
@@ -256,7 +208,7 @@ void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0,
   for (int64_t b = 0; b < shape.batch; ++b) {
     double total = 0;
     for (int64_t i = 0; i < per_row; ++i) total += partial[size_t(b * per_row + i)];
-    loss[b] = accumulate_t<T>(total * table[row_of(t, shape, b) * kLossColumns + kWeight] / double(shape.inner));
+    loss[b] = accumulate_t<T>(total * LossRow<C>(table, row_of(t, shape, b)).weight / double(shape.inner));
   }
 }
 
@@ -265,17 +217,16 @@ void Diffusion<T>::loss_bwd(T* doutput, T* dx0, const accumulate_t<T>* dloss, co
                             const int64_t* t, const double* table, Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
-    const int64_t row = row_of(t, shape, b), at = b * shape.inner + begin;
-    const C from_x0 = row_value<T>(table, row, kLossColumns, kX0ToTarget);
-    const C from_noise = row_value<T>(table, row, kLossColumns, kNoiseToTarget);
-    const C scale = C(2 * table[row * kLossColumns + kWeight] / double(shape.inner) * double(dloss[b]));
+    const LossRow<C> row(table, row_of(t, shape, b));
+    const C scale = C(2 * row.weight / double(shape.inner) * double(dloss[b]));
     const C* __restrict z = block.fill(noise, b, begin, count);
+    const int64_t at = b * shape.inner + begin;
     const T* __restrict po = output + at;
     const T* __restrict p0 = x0 + at;
     for (int64_t j = 0; j < count; ++j) {
-      const C d = scale * (to_float(po[j]) - (from_x0 * to_float(p0[j]) + from_noise * z[j]));
+      const C d = scale * row.error(to_float(po[j]), to_float(p0[j]), z[j]);
       doutput[at + j] = from_float<T>(d);
-      if (dx0) dx0[at + j] = from_float<T>(-from_x0 * d);
+      if (dx0) dx0[at + j] = from_float<T>(-row.from_x0 * d);
     }
   });
 }

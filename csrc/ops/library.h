@@ -158,22 +158,35 @@ auto dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
   }
 }
 
-// The stream torch launches on for this tensor's device. Looked up at run time, so that libpynn_cuda.so also loads
-// beside a CPU-only torch.
-inline void* current_stream([[maybe_unused]] const Tensor& tensor) {
 #ifdef PYNN_CUDA
+// Makes the tensor's device current for as long as it lives, and converts to the stream torch launches on there.
+class Stream {
+ public:
+  explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()), stream_(get(tensor.get_device_index())) {}
+  operator void*() const { return stream_; }
+
+ private:
+  static void* get(int32_t device);
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+
+// Looked up at run time, so that libpynn_cuda.so also loads beside a CPU-only torch.
+inline void* Stream::get(int32_t device) {
   using Get = int32_t (*)(int32_t, void**);
-  static const Get get = [] {
+  static const Get get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
     return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  PYNN_CHECK(get, "pynn: a CUDA tensor needs a CUDA build of torch");
+  PYNN_CHECK(get_stream, "pynn: a CUDA tensor needs a CUDA build of torch");
   void* stream = nullptr;
-  PYNN_CHECK(get(tensor.get_device_index(), &stream) == 0, "pynn: torch gave no current CUDA stream");
+  PYNN_CHECK(get_stream(device, &stream) == 0, "pynn: torch gave no current CUDA stream");
   return stream;
-#else
-  return nullptr;
-#endif
 }
+// A temporary in a launcher's argument list lives until the launch is done.
+inline Stream current_stream(const Tensor& tensor) { return Stream(tensor); }
+#else
+inline void* current_stream(const Tensor&) { return nullptr; }
+#endif
 
 }  // namespace pynn

@@ -169,7 +169,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return blocked.logical_not()
         dtype = next(m.dtype for m in masks if m.dtype != torch.bool)
         zero = masks[0].new_zeros((), dtype=dtype)
-        return functools.reduce(torch.add, (torch.where(m, -math.inf, zero) if m.dtype == torch.bool else m for m in masks))
+        floats = (torch.where(m, -math.inf, zero) if m.dtype == torch.bool else m for m in masks)
+        return functools.reduce(torch.add, floats)
 
     def _append(self, k, v, sequence_dim):
         """Adds bias_k, bias_v and the zero key along the sequence."""

@@ -34,23 +34,35 @@ def _new_heads(like, width):  # stored as (..., L, H, width)
     return like.new_empty(sizes).transpose(-3, -2)
 
 
-def _accumulate(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _check_devices(query, *others):  # an operand on meta beside real ones reaches these rules instead of the kernels
+    for t in others:
+        if t is not None and t.device != query.device:
+            raise RuntimeError(
+                "scaled_dot_product_attention: expected all operands to be on the same device, "
+                f"got {query.device} and {t.device}"
+            )
+
+
+def _lse_dtype(dtype):
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 @torch.library.register_fake("pynn::scaled_dot_product_attention_fwd", lib=library)
 def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
-    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_accumulate(query.dtype))
+    _check_devices(query, key, value, attn_mask, dropout_key)
+    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query.dtype))
 
 
 @torch.library.register_fake("pynn::scaled_dot_product_attention_bwd", lib=library)
 def _(grad_out, query, key, value, attn_mask, dropout_key, out, lse, dropout_p, is_causal, scale, mask_gradient):
-    grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else lse.new_empty(0)
+    _check_devices(query, grad_out, key, value, attn_mask, dropout_key, out, lse)
+    grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask)
 
 
 @torch.library.register_fake("pynn::scaled_dot_product_attention_keep", lib=library)
 def _(query, key, dropout_key, dropout_p):
+    _check_devices(query, key, dropout_key)
     return query.new_empty((*query.shape[:-1], key.shape[-2]), dtype=torch.bool)
 
 

@@ -1,0 +1,61 @@
+# make demo   trains and samples a diffusion model on this machine (about three minutes on two cores)
+# make test   builds everything and runs the tests
+# Both set up their own virtual environment in .venv, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Torch for the environment. A machine with a GPU wants a CUDA build: make TORCH=torch ...
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-isa lint format bench packaging build clean
+demo: build
+	$(BIN)/pynn train ddpm --out runs/demo --overwrite
+
+test: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The same kernels for older CPUs: the op tests again on the other instruction sets.
+ISA_TESTS := tests/test_conv2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
+	tests/test_scaled_dot_product_attention.py
+test-isa: build
+	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q $(ISA_TESTS)
+	PYNN_CPU_ISA=baseline OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q $(ISA_TESTS)
+
+# Installs the wheel into fresh environments, with and without build isolation, on the oldest and the newest torch.
+packaging: build
+	$(BIN)/python tests/packaging_check.py
+
+# A short benchmark run: fails on wrong results, never on time.
+bench: build
+	$(BIN)/python -m bench --quick
+
+CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+build: $(STAMP)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(STAMP): pyproject.toml
+	@command -v g++ >/dev/null || { echo "pynn needs a C++ compiler: apt-get install g++"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ echo "no virtual environment could be made: apt-get install python3-venv python3-dev"; exit 1; }
+	$(BIN)/pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q --no-build-isolation -e ".[train,bench,dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info pynn/lib pynn/_core*.so
