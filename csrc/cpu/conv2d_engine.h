@@ -24,7 +24,7 @@ struct Chunk {
 inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
                                     int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
-  const bool joined = window.w.dilation == 1 && column_stride == channels;  // the taps of a kernel row touch
+  const bool joined = window.joined();
   const int64_t outer = joined ? 1 : rows.taps, runs = joined ? rows.taps : columns.taps;
   const int64_t length = joined ? columns.taps * channels : channels;
   const int64_t run_stride = joined ? window.h.dilation * row_stride : window.w.dilation * column_stride;
@@ -64,7 +64,8 @@ class Correlation {
       : x_(x), s_(s), window_(window), core_(window.core()), weights_(weights), depthwise_(window.depthwise()),
         channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
         units_(core_, channels_ * sizeof(A)), rows_(spans_of(core_.h)), columns_(spans_of(core_.w)) {
-    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1);
+    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1) &&
+                (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
     packed_ = in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
     for (const Span& rows : rows_)

@@ -54,6 +54,8 @@ struct Window {
   // Few input channels: every pixel gets its whole patch as one row, zeros where the filter leaves the image.
   bool patches() const { return in_channels > 0 && in_channels <= 4 && taps() > 1 && !(in_channels == 1 && groups > 1); }
   bool depthwise() const { return in_channels == 1 && groups > 1; }
+  // The taps of a kernel row lie side by side in a dense image: they are one run of memory.
+  bool joined() const { return w.dilation == 1 || w.kernel == 1; }
   // What the tiles compute: the window itself, or a 1 x 1 correlation of patches.
   Window core() const {
     if (!patches()) return *this;

@@ -15,22 +15,6 @@ namespace pynn::cpu {
 namespace {
 using namespace attention;
 
-// Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
-template <bool kMasked, class F> F finish_scores(F* s, int64_t count, F scale, const F* mask) {
-  Vec<F> top = broadcast(-kInfinity<F>);
-  for (int64_t j = 0; j < count; j += kLanes<F>) {
-    Vec<F> x = load(s + j) * scale;
-    if constexpr (kMasked) {
-      const Vec<F> m = load(mask + j);
-      x = m == -kInfinity<F> ? m : x + m;
-    }
-    if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
-    store(s + j, x);
-    top = x > top ? x : top;
-  }
-  return max_lanes<F>(top);
-}
-
 // s = exp(s - top), times the dropout factor; returns the sum before dropout.
 template <class F> F exponentials(F* s, int64_t count, F top, const F* factors) {
   Vec<F> sum{};
@@ -46,8 +30,9 @@ template <class T> class Forward {
  public:
   using F = accumulate_t<T>;
   using Launcher = launch::Attention<T>;
+  using Lse = typename Launcher::Lse;
 
-  Forward(typename Launcher::Output out, F* lse, typename Launcher::Input query, typename Launcher::Input key,
+  Forward(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
           typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionShape& shape)
       : out_(out), lse_(lse), query_(query), key_(key), value_(value), mask_(mask), shape_(shape) {
     const int64_t width = padded<F>(shape.dim), value_width = padded<F>(shape.value_dim);
@@ -142,16 +127,18 @@ template <class T> class Forward {
 
   void write(int64_t head, int64_t first, int64_t rows, const F* top, const F* total) {
     T* out = head_start(out_, shape_, head, 1) + first * out_.row;
+    const bool exact = shape_.keys > kKeys;  // a row in one block of keys needs no lse in the backward
     for (int64_t i = 0; i < rows; ++i, out += out_.row) {
       const F divisor = total[i] == F(0) ? F(1) : total[i];
       const F* row = sums_ + i * padded<F>(shape_.value_dim);
       for (int64_t j = 0; j < shape_.value_dim; ++j) out[j * out_.column] = from_float<T>(row[j] / divisor);
-      lse_[head * shape_.queries + first + i] = total[i] == F(0) ? -kInfinity<F> : top[i] + std::log(total[i]);
+      lse_[head * shape_.queries + first + i] =
+          total[i] == F(0) ? -kInfinity<Lse> : Lse(top[i]) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));
     }
   }
 
   typename Launcher::Output out_;
-  F* lse_;
+  Lse* lse_;
   typename Launcher::Input query_, key_, value_;
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
@@ -164,7 +151,7 @@ template <class T> class Forward {
 }  // namespace
 
 template <class T>
-bool Attention<T>::fwd(Output out, F* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
+bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
                        AttentionShape shape, void*) {
   const int64_t blocks = divide_up(shape.queries, kRows);
   const int64_t cost = kRows * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
@@ -200,7 +187,7 @@ void attention_keep(bool* keep, AttentionShape shape, void*) {
 }
 
 #define PYNN_INSTANTIATE(T)                                                                                            \
-  template bool Attention<T>::fwd(Output, F*, Input, Input, Input, AttentionMaskOperand, AttentionShape, void*);
+  template bool Attention<T>::fwd(Output, Lse*, Input, Input, Input, AttentionMaskOperand, AttentionShape, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

@@ -28,42 +28,41 @@ template <class T> struct Gradients {
 template <class T> struct Inputs {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Input grad_out, query, key, value, out;
-  const F* lse;
+  const typename launch::Attention<T>::Lse* lse;
   F* delta;  // (heads, queries), used when a row has more than one block of keys
 };
 
-// P and G of one row: s becomes P, g becomes G; returns sum_j P G. Masked entries become 0 whatever they held.
-template <bool kMasked, class F>
-F probabilities(F* s, F* g, int64_t count, F scale, const F* mask, F lse, const F* factors) {
-  Vec<F> sum{};
+// Weights of one row against `shift`, and G: s becomes exp(s - shift), g becomes G. Masked entries become 0 whatever
+// they held. Returns (sum_j s, sum_j s G).
+template <bool kMasked, class F> std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
+  Vec<F> sum{}, dot{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    Vec<F> x = load(s + j) * scale, d = load(g + j);
+    const Vec<F> x = load(s + j);
+    Vec<F> d = load(g + j), p = exp(x - shift);
     if (factors) d *= load(factors + j);
-    if constexpr (kMasked) {
-      const Vec<F> m = load(mask + j);
-      x = m == -kInfinity<F> ? m : x + m;
-    }
-    Vec<F> p = exp(x - lse);
     if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
     if (count - j < kLanes<F>) {
       p = keep_first<F>(p, count - j, F(0));
       d = keep_first<F>(d, count - j, F(0));
     }
     if constexpr (kMasked) d = p == F(0) ? Vec<F>{} : d;
-    sum = fma(p, d, sum);
+    sum += p;
+    dot = fma(p, d, dot);
     store(s + j, p);
     store(g + j, d);
   }
-  return sum_lanes<F>(sum);
+  return {sum_lanes<F>(sum), sum_lanes<F>(dot)};
 }
 
-// g = P (G - delta), s = P times the dropout factor.
-template <class F> void score_gradients(F* s, F* g, int64_t count, F delta, bool masked, const F* factors) {
+// With P = s * norm: g = P (G - delta), s = P times the dropout factor.
+template <class F>
+void score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> p = load(s + j);
-    const Vec<F> d = p * (load(g + j) - delta);
-    store(g + j, masked ? (p == F(0) ? Vec<F>{} : d) : d);
-    if (factors) store(s + j, p * load(factors + j));
+    const Vec<F> weight = load(s + j), zero{};
+    Vec<F> p = weight * norm, d = p * (load(g + j) - delta);
+    if (masked) p = weight == zero ? zero : p, d = weight == zero ? zero : d;
+    store(g + j, d);
+    store(s + j, factors ? p * load(factors + j) : p);
   }
 }
 
@@ -84,6 +83,7 @@ template <class T> class Backward {
     value_sums_ = scratch_.take<F>(keys * value_width_);
     query_buffer_ = scratch_.take<F>(kRows * width_);
     grad_buffer_ = scratch_.take<F>(kRows * value_width_);
+    out_buffer_ = scratch_.take<F>(kRows * value_width_);
     query_columns_ = scratch_.take<F>(kRows * shape.dim);
     grad_columns_ = scratch_.take<F>(kRows * shape.value_dim);
     query_sums_ = scratch_.take<F>(kRows * width_);
@@ -188,10 +188,11 @@ template <class T> class Backward {
     F* delta = in_.delta + head_ * shape_.queries + first_;
     if constexpr (std::is_same_v<T, F>) {
       const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
+      const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
       for (int64_t i = 0; i < rows_; ++i) {
-        F sum = 0;
-        for (int64_t d = 0; d < shape_.value_dim; ++d) sum += grads_.row(i)[d] * out[i * in_.out.row + d * in_.out.column];
-        delta[i] = sum;
+        Vec<F> sum{};
+        for (int64_t d = 0; d < value_width_; d += kLanes<F>) sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
+        delta[i] = sum_lanes<F>(sum);
       }
     } else {
       std::fill(delta, delta + rows_, F(0));
@@ -229,16 +230,17 @@ template <class T> class Backward {
       dropout_factors(shape_, uint64_t(at * shape_.keys + k), valid, factors_);
       factors = factors_;
     }
-    const F lse = in_.lse[at] == -kInfinity<F> ? kInfinity<F> : in_.lse[at];
-    F delta;
-    if (mask_.kind == AttentionMask::kNone)
-      delta = probabilities<false>(s, g, valid, F(shape_.scale), mask_row_, lse, factors);
-    else {
-      if (mask_.operand.row != 0) read_mask(mask_, mask_start_, query, k, valid, mask_row_);
-      delta = probabilities<true>(s, g, valid, F(shape_.scale), mask_row_, lse, factors);
-    }
-    if (only_delta) in_.delta[at] += delta;
-    else score_gradients(s, g, valid, in_.delta ? in_.delta[at] : delta, masked_, factors);
+    const bool masked = mask_.kind != AttentionMask::kNone;
+    if (masked && mask_.operand.row != 0) read_mask(mask_, mask_start_, query, k, valid, mask_row_);
+    const F scale = F(shape_.scale);
+    const F top = masked ? finish_scores<true>(s, valid, scale, mask_row_)
+                         : finish_scores<false>(s, valid, scale, mask_row_);
+    // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
+    const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
+    const auto [sum, dot] = masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    const F norm = sum == F(0) ? F(1) : in_.delta ? F(std::exp(shift - in_.lse[at])) : 1 / sum;
+    if (only_delta) in_.delta[at] += dot * norm;
+    else score_gradients(s, g, valid, norm, in_.delta ? in_.delta[at] : dot * norm, masked_, factors);
   }
 
   static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
@@ -254,7 +256,7 @@ template <class T> class Backward {
   const int64_t width_, value_width_;
   const bool masked_;
   Scratch scratch_;
-  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
+  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_, *out_buffer_,
       *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *mask_row_, *factors_;
   bool* keys_finite_;
   bool queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
@@ -308,7 +310,7 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
 
 template <class T>
 bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
-                       Input key, Input value, AttentionMaskOperand mask, Input out, const F* lse, AttentionShape shape,
+                       Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse, AttentionShape shape,
                        void*) {
   const int64_t key_heads = shape.heads / shape.group;
   const int64_t query_blocks = divide_up(shape.queries, kRows), key_blocks = divide_up(shape.keys, kKeys);
@@ -373,7 +375,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
 
 #define PYNN_INSTANTIATE(T)                                                                                        \
   template bool Attention<T>::bwd(Output, Output, Output, F*, Input, Input, Input, Input, AttentionMaskOperand,    \
-                                  Input, const F*, AttentionShape, void*);
+                                  Input, const Lse*, AttentionShape, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

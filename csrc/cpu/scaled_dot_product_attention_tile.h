@@ -177,32 +177,40 @@ struct ByRows { static constexpr int64_t row = kStride, column = 1; };         /
 struct ByColumns { static constexpr int64_t row = 1, column = kStride; };      // a score tile, transposed
 struct ByQueries { static constexpr int64_t row = 1, column = kRows; };        // transposed query rows
 
-inline constexpr int rows_of_tile(int vectors) {
-  return kVectorRegisters == 32 ? (vectors <= 2 ? 12 : vectors == 3 ? 8 : 6) : (vectors == 1 ? 12 : 6);
-}
+inline constexpr int64_t kChunk = 8;  // products that are summed before they join the total
+inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
+inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
 
-// One register tile: M rows, N vectors. The sum over k starts from zero and is then added to C, so that a long sum is
-// a sum of block sums.
+// One register tile: M rows, N vectors. Sums of kChunk products are added to a total, and the total to C: the rounding
+// error of a long sum grows with the number of chunks instead of the number of products.
 template <class Layout, int M, int N, class F>
 void tile(int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
-  Vec<F> sum[M][N] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<F> row[N];
+  Vec<F> total[M][N] = {};
+  for (int64_t begin = 0; begin < depth; begin += kChunk) {
+    const int64_t end = depth - begin < kChunk ? depth : begin + kChunk;
+    Vec<F> sum[M][N] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      Vec<F> row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<F>);
+      for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<F>);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const Vec<F> scalar = broadcast(a[m * Layout::row + k * Layout::column]);
+      for (int m = 0; m < M; ++m) {
+        const Vec<F> scalar = broadcast(a[m * Layout::row + k * Layout::column]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] = fma(scalar, row[n], sum[m][n]);
+        for (int n = 0; n < N; ++n) sum[m][n] = fma(scalar, row[n], sum[m][n]);
+      }
     }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) total[m][n] += sum[m][n];
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       F* to = c + m * c_stride + n * kLanes<F>;
-      store(to, add ? load(to) + sum[m][n] : sum[m][n]);
+      store(to, add ? load(to) + total[m][n] : total[m][n]);
     }
 }
 
@@ -243,13 +251,17 @@ void multiply_skipping(int64_t rows, int64_t width, int64_t depth, const F* a, M
                        bool add) {
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t j = 0; j < width; j += kLanes<F>) {
-      Vec<F> sum{};
-      for (int64_t k = 0; k < depth; ++k) {
-        const F scalar = a[m * Layout::row + k * Layout::column];
-        if (scalar != F(0)) sum = fma(broadcast(scalar), load(b.row(k) + j), sum);
+      Vec<F> total{};
+      for (int64_t begin = 0; begin < depth; begin += kChunk) {
+        Vec<F> sum{};
+        for (int64_t k = begin; k < depth && k < begin + kChunk; ++k) {
+          const F scalar = a[m * Layout::row + k * Layout::column];
+          if (scalar != F(0)) sum = fma(broadcast(scalar), load(b.row(k) + j), sum);
+        }
+        total += sum;
       }
       F* to = c + m * c_stride + j;
-      store(to, add ? load(to) + sum : sum);
+      store(to, add ? load(to) + total : total);
     }
 }
 
@@ -259,6 +271,22 @@ void multiply_rows(int64_t rows, int64_t width, int64_t depth, const F* a, Matri
                    int64_t c_stride, bool add) {
   if (finite) multiply<Layout>(rows, width, depth, a, b.data, b.stride, kPanel<F>, c, c_stride, add);
   else multiply_skipping<Layout>(rows, width, depth, a, b, c, c_stride, add);
+}
+
+// Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
+template <bool kMasked, class F> F finish_scores(F* s, int64_t count, F scale, const F* mask) {
+  Vec<F> top = broadcast(-kInfinity<F>);
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    Vec<F> x = load(s + j) * scale;
+    if constexpr (kMasked) {
+      const Vec<F> m = load(mask + j);
+      x = m == -kInfinity<F> ? m : x + m;
+    }
+    if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
+    store(s + j, x);
+    top = x > top ? x : top;
+  }
+  return max_lanes<F>(top);
 }
 
 // One row of the mask as numbers to add to the scores.

@@ -9,6 +9,7 @@
 // philox4x32(seed, offset + e / 4) is at least dropout_p * 2^32.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -43,22 +44,27 @@ struct AttentionMaskOperand {
   int64_t rows, columns;
 };
 
+// lse is kept in float64 unless the data is 16 bits wide: its rounding error is a relative error of a whole row of P, and
+// in float32 it would be the largest error of the backward.
+template <class T> using attention_lse_t = std::conditional_t<sizeof(T) == 2, float, double>;
+
 }  // namespace pynn
 
 namespace pynn::PYNN_LAUNCH_NAMESPACE {
 
 template <class T> struct Attention {
   using F = accumulate_t<T>;
+  using Lse = attention_lse_t<T>;
   using Input = AttentionOperand<const T*>;
   using Output = AttentionOperand<T*>;
 
   // lse: (heads, queries). Returns false when there is no memory for its scratch.
-  static bool fwd(Output out, F* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
+  static bool fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
                   AttentionShape shape, void* stream);
 
   // grad_key and grad_value are per key head. grad_mask has the mask's own shape, contiguous; nullptr when not wanted.
   static bool bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
-                  Input key, Input value, AttentionMaskOperand mask, Input out, const F* lse, AttentionShape shape,
+                  Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse, AttentionShape shape,
                   void* stream);
 };
 

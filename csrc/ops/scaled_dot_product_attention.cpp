@@ -124,6 +124,11 @@ Tensor new_heads(const Tensor& like, int64_t width) {
   return torch::stable::transpose(torch::stable::new_empty(like, sizes), -3, -2);
 }
 
+ScalarType lse_dtype(const Tensor& query) {
+  const bool wide = query.scalar_type() == ScalarType::Double || query.scalar_type() == ScalarType::Float;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
 bool is_empty(const AttentionShape& shape) { return shape.heads == 0 || shape.queries == 0 || shape.keys == 0; }
 
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -136,9 +141,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
   const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
   const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
   Tensor out = new_heads(query, shape.value_dim);
-  const ScalarType accumulate = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> rows(query.sizes().begin(), query.sizes().end() - 1);
-  Tensor lse = torch::stable::new_empty(query, rows, accumulate);
+  Tensor lse = torch::stable::new_empty(query, rows, lse_dtype(query));
   if (is_empty(shape)) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
@@ -146,7 +150,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
   }
   dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool done = launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<accumulate_t<T>>(lse),
+    const bool done = launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse),
                                                 reading<T>(query), reading<T>(key), reading<T>(value), mask, shape,
                                                 current_stream(query));
     PYNN_CHECK(done, kOp, ": out of memory");
@@ -176,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Ten
   check_same_shape(kOp, "grad_out", grad_out, "out", out);
   const ScalarType accumulate = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_same_device(kOp, "lse", lse, "query", query);
-  PYNN_CHECK(lse.scalar_type() == accumulate, kOp, ": expected lse to be ", name_of(accumulate), ", got ",
+  PYNN_CHECK(lse.scalar_type() == lse_dtype(query), kOp, ": expected lse to be ", name_of(lse_dtype(query)), ", got ",
              name_of(lse.scalar_type()));
   check_rank(kOp, "lse", lse, query.dim() - 1);
   for (int64_t d = 0; d < lse.dim(); ++d)
@@ -187,10 +191,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Ten
 
   Tensor grad_query = new_heads(query, shape.dim), grad_key = new_heads(key, shape.dim);
   Tensor grad_value = new_heads(value, shape.value_dim);
-  const std::vector<int64_t> mask_sizes =
-      mask_gradient ? std::vector<int64_t>(attn_mask->sizes().begin(), attn_mask->sizes().end())
-                    : std::vector<int64_t>{0};
-  Tensor grad_mask = torch::stable::new_empty(query, mask_sizes, accumulate);
+  Tensor grad_mask = mask_gradient ? torch::stable::new_empty(query, attn_mask->sizes(), accumulate)
+                                   : torch::stable::new_empty(query, {0});
   if (is_empty(shape)) {
     for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_mask}) torch::stable::zero_(*grad);
   } else {
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Ten
       const bool done = launch::Attention<T>::bwd(
           writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
           mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr, reading<T>(grad_out), reading<T>(query),
-          reading<T>(key), reading<T>(value), mask, reading<T>(out), pointer<F>(log_sums), shape,
+          reading<T>(key), reading<T>(value), mask, reading<T>(out), pointer<attention_lse_t<T>>(log_sums), shape,
           current_stream(query));
       PYNN_CHECK(done, kOp, ": out of memory");
     });

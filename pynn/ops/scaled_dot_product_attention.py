@@ -43,20 +43,20 @@ def _check_devices(query, *others):  # an operand on meta beside real ones reach
             )
 
 
-def _accumulate(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _lse_dtype(dtype):
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 @torch.library.register_fake("pynn::scaled_dot_product_attention_fwd", lib=library)
 def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     _check_devices(query, key, value, attn_mask, dropout_key)
-    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_accumulate(query.dtype))
+    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query.dtype))
 
 
 @torch.library.register_fake("pynn::scaled_dot_product_attention_bwd", lib=library)
 def _(grad_out, query, key, value, attn_mask, dropout_key, out, lse, dropout_p, is_causal, scale, mask_gradient):
     _check_devices(query, grad_out, key, value, attn_mask, dropout_key, out, lse)
-    grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else lse.new_empty(0)
+    grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask)
 
 
