@@ -201,7 +201,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from pynn import info
+    from .. import info
 
     return info.main()
 
