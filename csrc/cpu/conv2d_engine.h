@@ -41,7 +41,8 @@ inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, cons
         const int64_t begin = length * piece / pieces, end = length * (piece + 1) / pieces;
         const int64_t weight = ((rows.tap + a) * kernel_width + columns.tap) * channels + r * weight_stride + begin;
         chunks.push_back({a * window.h.dilation * row_stride + r * run_stride + begin,
-                          {std::min(together, runs - r), end - begin, run_stride, weight_stride}, weight});
+                          {std::min(together, runs - r), end - begin, run_stride, weight_stride},
+                          weight});
       }
   return chunks;
 }
@@ -64,13 +65,21 @@ class Correlation {
 
  public:
   Correlation(const T* x, const Strides4& s, const Window& window, const PackedWeights<A>& weights)
-      : x_(x), s_(s), window_(window), core_(window.core()), weights_(weights), depthwise_(window.depthwise()),
+      : x_(x),
+        s_(s),
+        window_(window),
+        core_(window.core()),
+        weights_(weights),
+        depthwise_(window.depthwise()),
         channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
-        units_(core_, channels_ * sizeof(A)), rows_(spans_of(core_.h)), columns_(spans_of(core_.w)) {
+        units_(core_, channels_ * sizeof(A)),
+        rows_(spans_of(core_.h)),
+        columns_(spans_of(core_.w)) {
     in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1) &&
                 (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
-    packed_ = in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
+    packed_ =
+        in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
     for (const Span& rows : rows_)
       for (const Span& columns : columns_)
         chunks_.push_back(depthwise_ ? std::vector<Chunk>() : chunks_of(core_, rows, columns, packed_.h, packed_.w));
@@ -109,7 +118,8 @@ class Correlation {
     } else if (window_.patches()) {
       pack_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
     } else {
-      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1, channels_};
+      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1,
+                      channels_};
       for (int64_t n = 0; n < unit.images; ++n)
         pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, input + n * packed_.n);
     }
@@ -162,7 +172,8 @@ class Correlation {
         const bool more = &chunk != &chunks.front();
         const A* from = base + chunk.from;
         if (weights_.form() == Form::dots) {
-          dots(chunk, from, offsets + block, places + block, count, weights + chunk.weight, channels, width, sums, more);
+          dots(chunk, from, offsets + block, places + block, count, weights + chunk.weight, channels, width, sums,
+               more);
           continue;
         }
         const A* b = weights + chunk.weight * width;
