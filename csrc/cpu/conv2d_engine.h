@@ -22,7 +22,8 @@ struct Chunk {
   int64_t weight;
 };
 
-// Chunks of at most sqrt(8 K) and 64 products, about where rounding errors within and between chunks balance.
+// Chunks of sqrt(8 K) products, within 32 to 64: long enough to keep the tile busy, and about where the rounding errors
+// within and between chunks balance. A sum is never left in one piece.
 inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
                                     int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
@@ -33,8 +34,10 @@ inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, cons
   const int64_t weight_stride = joined ? kernel_width * channels : channels;
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
-  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 1, 64);
-  const int64_t together = std::max<int64_t>(1, limit / length), pieces = ceil_div(length, limit);
+  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 32, 64);
+  const int64_t together = std::max<int64_t>(1, limit / length);
+  const bool single = outer == 1 && runs <= together && length > 4;
+  const int64_t pieces = std::max<int64_t>(ceil_div(length, limit), single ? 2 : 1);
   for (int64_t a = 0; a < outer; ++a)
     for (int64_t r = 0; r < runs; r += together)
       for (int64_t piece = 0; piece < pieces; ++piece) {

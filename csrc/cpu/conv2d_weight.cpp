@@ -15,7 +15,7 @@ template <class T>
 class WeightGradient {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>, W = kTileWidth<A>;
-  static constexpr int64_t kPixels = 32;
+  static constexpr int64_t kPixels = 48;
 
  public:
   WeightGradient(const T* dy, const Strides4& g, const T* x, const Strides4& s, bool with_bias, const Window& window)
