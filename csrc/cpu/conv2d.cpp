@@ -74,17 +74,36 @@ struct Epilogue {
     store_row(y + at + stored * stride, stride, values + stored, count - stored);
   }
 
-  void operator()(const Panel<A>& p) const { s.c == 1 ? channels_last(p) : channels_first(p); }
+  void operator()(const Panel<A>& p) const { s.c == 1 && p.channels > 1 ? channels_last(p) : channels_first(p); }
 
   void channels_last(const Panel<A>& p) const {
     A* values = p.values;
     const Unit& u = p.unit;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (!residual && !pre && activation == Activation::none && p.channels == p.stride) {
+        return bias ? store_panel(p, [&](Vec<A> v, int64_t c) { return v + load(bias + p.channel + c); })
+                    : store_panel(p, [](Vec<A> v, int64_t) { return v; });
+      }
+    }
     for (int64_t n = u.image; n < u.image + u.images; ++n)
       for (int64_t i = u.row; i < u.row + u.rows; ++i) {
         const int64_t at = n * s.n + p.channel + i * s.h, r_at = n * r.n + p.channel * r.c + i * r.h;
         for (int64_t j = 0; j < width; ++j, values += p.stride) {
           line(values, p.channels, bias ? bias + p.channel : nullptr, 1, at + j * s.w, 1, r_at + j * r.w, r.c);
         }
+      }
+  }
+
+  // The usual case: whole vectors of channels, at most a bias to add.
+  template <class Map>
+  void store_panel(const Panel<A>& p, const Map& map) const {
+    const A* values = p.values;
+    const Unit& u = p.unit;
+    for (int64_t n = u.image; n < u.image + u.images; ++n)
+      for (int64_t i = u.row; i < u.row + u.rows; ++i) {
+        A* to = reinterpret_cast<A*>(y) + n * s.n + p.channel + i * s.h;
+        for (int64_t j = 0; j < width; ++j, to += s.w, values += p.stride)
+          for (int64_t c = 0; c < p.stride; c += kLanes<A>) store(to + c, map(load(values + c), c));
       }
   }
 

@@ -24,8 +24,8 @@ struct Chunk {
 
 // Chunks of sqrt(8 K) products, within 32 to 64: long enough to keep the tile busy, and about where the rounding errors
 // within and between chunks balance. A sum is never left in one piece.
-inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
-                                    int64_t column_stride) {
+inline std::vector<Chunk> chunks_of(Form form, const Window& window, const Span& rows, const Span& columns,
+                                    int64_t row_stride, int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
   const bool joined = window.joined();
   const int64_t outer = joined ? 1 : rows.taps, runs = joined ? rows.taps : columns.taps;
@@ -35,9 +35,10 @@ inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, cons
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
   const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 32, 64);
-  const int64_t together = std::max<int64_t>(1, limit / length);
+  const bool dots = form == Form::dots;  // the lanes of a dot product are short sums already
+  const int64_t together = dots ? runs : std::max<int64_t>(1, limit / length);
   const bool single = outer == 1 && runs <= together && length > 4;
-  const int64_t pieces = std::max<int64_t>(ceil_div(length, limit), single ? 2 : 1);
+  const int64_t pieces = dots ? 1 : std::max<int64_t>(ceil_div(length, limit), single ? 2 : 1);
   for (int64_t a = 0; a < outer; ++a)
     for (int64_t r = 0; r < runs; r += together)
       for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -85,7 +86,8 @@ class Correlation {
         in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
     for (const Span& rows : rows_)
       for (const Span& columns : columns_)
-        chunks_.push_back(depthwise_ ? std::vector<Chunk>() : chunks_of(core_, rows, columns, packed_.h, packed_.w));
+        chunks_.push_back(depthwise_ ? std::vector<Chunk>()
+                                     : chunks_of(weights.form(), core_, rows, columns, packed_.h, packed_.w));
   }
 
   // finish(panel) is called once for every unit and panel.
