@@ -197,6 +197,16 @@ inline constexpr int64_t kScoreChunk = 8, kChunk = 16;
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
 inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
 
+// Keeps the compiler from loading a vector again for every use, which it takes to be free as an operand of fma.
+template <class V>
+PYNN_HD void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
+
 // One register tile: M rows, N vectors.
 template <int64_t kRow, int M, int N, class F>
 void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
@@ -207,7 +217,10 @@ void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t 
     for (int64_t k = begin; k < end; ++k) {
       Vec<F> row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<F>);
+      for (int n = 0; n < N; ++n) {
+        row[n] = load(b + k * b_stride + n * kLanes<F>);
+        keep_in_register(row[n]);
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec<F> scalar = broadcast(a.data[m * kRow + k * a.step]);
