@@ -1,7 +1,7 @@
 """One harness for every benchmark: numerics first, then interleaved timing, one row per provider.
 
-A case holds one callable per provider ("pynn", "torch", ...). Each round runs every provider once, in a rotating order, so
-that drift of a shared machine hits all of them alike; medians and ratios of medians are what to read.
+A case holds one callable per provider ("pynn", "torch", ...). Each round runs every provider once, in a rotating order,
+so that drift of a shared machine hits all of them alike; medians and ratios of medians are what to read.
 """
 
 from __future__ import annotations
@@ -143,9 +143,8 @@ def run(case: Case, *, threads: int = 1, budget_s: float = 1.0) -> list[Row]:
 
 def report(rows: Iterable[Row]) -> None:
     """Prints rows as a table."""
-    print(
-        f"{'op':<30} {'shape':<26} {'dtype':<9} {'mode':<17} {'thr':>3} {'provider':<12} {'median us':>11} {'x torch':>8}"
-    )
+    head = f"{'op':<30} {'shape':<26} {'dtype':<9} {'mode':<17} {'thr':>3}"
+    print(f"{head} {'provider':<12} {'median us':>11} {'x torch':>8}")
     for r in rows:
         where = f"{r.op:<30} {r.shape:<26} {r.dtype:<9} {r.mode:<17} {r.threads:>3}"
         print(f"{where} {r.provider:<12} {r.p50_us:>11.1f} {r.ratio_to_torch:>8.2f}")

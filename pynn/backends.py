@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 try:
-    from . import _core
+    from . import _core  # type: ignore[attr-defined]
 except ImportError:  # built without Python headers, or for another Python: everything still works
     _core = None  # type: ignore[assignment]
 

@@ -6,6 +6,8 @@
 // are added up in registers, then in the unit's scratch; a finished panel goes to the epilogue. The order of every sum
 // depends on the channel counts, the kernel and the pixel's taps only.
 #pragma once
+#include <cmath>
+
 #include "conv2d_geometry.h"
 #include "conv2d_weights.h"
 #include "gemm_tile.h"
@@ -20,18 +22,19 @@ struct Chunk {
   int64_t weight;
 };
 
-// Chunks of about 64 to 128 products: long enough to keep the tile busy, short enough to keep rounding errors small.
+// Chunks of at most sqrt(8 K) and 64 products, about where rounding errors within and between chunks balance.
 inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
                                     int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
-  const bool joined = window.w.dilation == 1 && column_stride == channels;  // the taps of a kernel row touch
+  const bool joined = window.joined();
   const int64_t outer = joined ? 1 : rows.taps, runs = joined ? rows.taps : columns.taps;
   const int64_t length = joined ? columns.taps * channels : channels;
   const int64_t run_stride = joined ? window.h.dilation * row_stride : window.w.dilation * column_stride;
   const int64_t weight_stride = joined ? kernel_width * channels : channels;
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
-  const int64_t together = std::max<int64_t>(1, 64 / length), pieces = ceil_div(length, 96);
+  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 1, 64);
+  const int64_t together = std::max<int64_t>(1, limit / length), pieces = ceil_div(length, limit);
   for (int64_t a = 0; a < outer; ++a)
     for (int64_t r = 0; r < runs; r += together)
       for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -64,7 +67,8 @@ class Correlation {
       : x_(x), s_(s), window_(window), core_(window.core()), weights_(weights), depthwise_(window.depthwise()),
         channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
         units_(core_, channels_ * sizeof(A)), rows_(spans_of(core_.h)), columns_(spans_of(core_.w)) {
-    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1);
+    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1) &&
+                (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
     packed_ = in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
     for (const Span& rows : rows_)

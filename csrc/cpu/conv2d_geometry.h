@@ -54,6 +54,8 @@ struct Window {
   // Few input channels: every pixel gets its whole patch as one row, zeros where the filter leaves the image.
   bool patches() const { return in_channels > 0 && in_channels <= 4 && taps() > 1 && !(in_channels == 1 && groups > 1); }
   bool depthwise() const { return in_channels == 1 && groups > 1; }
+  // The taps of a kernel row lie side by side in a dense image: they are one run of memory.
+  bool joined() const { return w.dilation == 1 || w.kernel == 1; }
   // What the tiles compute: the window itself, or a 1 x 1 correlation of patches.
   Window core() const {
     if (!patches()) return *this;
@@ -124,6 +126,41 @@ void pack_patches(const T* x, const Strides4& s, const Window& window, const Uni
             for (int64_t j = last; j < w.out; ++j) line[j * depth] = 0;
           }
       }
+}
+
+// Lists the pixels of a unit whose tap (a, b) is inside the image: offsets in x, from the unit's first input row, and in
+// dy, from its first output row. Returns their number.
+inline int64_t list_pixels(const Window& window, const Unit& unit, int64_t a, int64_t b, const Strides4& x,
+                           const Strides4& dy, int64_t* x_offsets, int64_t* dy_offsets) {
+  const Span rows = span_of_tap(window.h, a), columns = span_of_tap(window.w, b);
+  const int64_t begin = std::max(rows.first, unit.row), end = std::min(rows.last, unit.row + unit.rows);
+  int64_t p = 0;
+  for (int64_t n = 0; n < unit.images; ++n)
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t x_row = n * x.n + (window.h.input(i, a) - unit.in_row) * x.h, dy_row = n * dy.n + (i - unit.row) * dy.h;
+      for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
+        x_offsets[p] = x_row + window.w.input(j, b) * x.w;
+        dy_offsets[p] = dy_row + j * dy.w;
+      }
+    }
+  return p;
+}
+
+inline int64_t list_all_pixels(const Window& window, const Unit& unit, const Strides4& dy, int64_t* offsets) {
+  int64_t p = 0;
+  for (int64_t n = 0; n < unit.images; ++n)
+    for (int64_t i = 0; i < unit.rows; ++i)
+      for (int64_t j = 0; j < window.w.out; ++j) offsets[p++] = n * dy.n + i * dy.h + j * dy.w;
+  return p;
+}
+
+// The sum of one vector of every pixel: sums of halves, down to four pixels.
+template <class A>
+Vec<A> sum_pixels(const A* dy, const int64_t* offsets, int64_t count) {
+  if (count > 4) return sum_pixels(dy, offsets, count / 2) + sum_pixels(dy, offsets + count / 2, count - count / 2);
+  Vec<A> sum = load(dy + offsets[0]);
+  for (int64_t p = 1; p < count; ++p) sum += load(dy + offsets[p]);
+  return sum;
 }
 
 }  // namespace pynn::cpu

@@ -77,7 +77,10 @@ void transpose_in(const T* from, int64_t stride, int64_t count, int64_t channels
     for (int64_t block = 0; block < count; block += L) {
       const int64_t p = std::min(block, count - L);
       Vec<A> rows[L];
-      for (int i = 0; i < L; ++i) rows[i] = load_converted(from + (c + i) * stride + p);
+      for (int i = 0; i < L; ++i) {
+        rows[i] = load_converted(from + (c + i) * stride + p);
+        __builtin_prefetch(from + (c + i + L) * stride + p);  // sixteen short streams are too many for the hardware
+      }
       transpose<A>(rows);
       for (int i = 0; i < L; ++i) store(to + place(p + i) + c, rows[i]);
     }

@@ -3,6 +3,7 @@
 // images, whose tap falls inside the image; channels-last operands are read in place, others are packed once per unit.
 // With few out channels the in channels are the vectors. Units are dealt to a fixed number of parts, each with its own
 // sums; the parts are added in order at the end, so the result does not depend on the number of threads.
+#include "conv2d_depthwise.h"
 #include "conv2d_geometry.h"
 #include "gemm_tile.h"
 #include "parallel.h"
@@ -14,6 +15,7 @@ template <class T>
 class WeightGradient {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>, W = kTileWidth<A>;
+  static constexpr int64_t kPixels = 32;
 
  public:
   WeightGradient(const T* dy, const Strides4& g, const T* x, const Strides4& s, bool with_bias, const Window& window)
@@ -72,16 +74,16 @@ class WeightGradient {
         for (int64_t a = 0; a < core_.h.kernel; ++a)
           for (int64_t b = 0; b < core_.w.kernel; ++b) {
             const int64_t tap = a * core_.w.kernel + b;
-            const int64_t pixels = list_pixels(unit, a, b, strides, x_offsets, dy_offsets);
+            const int64_t pixels = list_pixels(core_, unit, a, b, packed_, strides, x_offsets, dy_offsets);
             A* to = sums + (exchanged_ ? tap * out_ * columns_ : o * core_.depth() + tap * in_ * width);
-            const int64_t pieces = ceil_div(pixels, 192);  // short sums in registers keep rounding errors small
+            const int64_t pieces = std::max(ceil_div(pixels, kPixels), std::min<int64_t>(pixels / 16, 6));
             for (int64_t piece = 0; piece < pieces; ++piece) {
               const int64_t at = pixels * piece / pieces, count = pixels * (piece + 1) / pieces - at;
               exchanged_ ? add_exchanged(x, x_offsets + at, dy, dy_offsets + at, count, to)
                          : add_tap(x, x_offsets + at, dy, dy_offsets + at, count, width, to);
             }
           }
-        if (with_bias_) add_bias(dy, strides, unit, width, bias + o);
+        if (with_bias_) add_bias(dy, strides, unit, width, dy_offsets, bias + o);
       }
     }
   }
@@ -112,23 +114,6 @@ class WeightGradient {
     return packed;
   }
 
-  // The pixels of a unit whose tap (a, b) is inside the image.
-  int64_t list_pixels(const Unit& unit, int64_t a, int64_t b, const Strides4& dy, int64_t* x_offsets, int64_t* dy_offsets) const {
-    const Span rows = span_of_tap(core_.h, a), columns = span_of_tap(core_.w, b);
-    const int64_t begin = std::max(rows.first, unit.row), end = std::min(rows.last, unit.row + unit.rows);
-    int64_t p = 0;
-    for (int64_t n = 0; n < unit.images; ++n)
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t x_row = n * packed_.n + (core_.h.input(i, a) - unit.in_row) * packed_.h;
-        const int64_t dy_row = n * dy.n + (i - unit.row) * dy.h;
-        for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
-          x_offsets[p] = x_row + core_.w.input(j, b) * packed_.w;
-          dy_offsets[p] = dy_row + j * dy.w;
-        }
-      }
-    return p;
-  }
-
   void add_tap(const A* x, const int64_t* x_offsets, const A* dy, const int64_t* dy_offsets, int64_t count, int64_t width,
                A* sums) const {
     const int64_t tiles = ceil_div(in_, kTileRows);
@@ -151,19 +136,9 @@ class WeightGradient {
     }
   }
 
-  // Rows of pixels are summed first, then rows.
-  void add_bias(const A* dy, const Strides4& strides, const Unit& unit, int64_t width, A* bias) const {
-    for (int64_t v = 0; v < width; v += L) {
-      Vec<A> total{};
-      for (int64_t n = 0; n < unit.images; ++n)
-        for (int64_t i = 0; i < unit.rows; ++i) {
-          const A* row = dy + n * strides.n + i * strides.h + v;
-          Vec<A> sum{};
-          for (int64_t j = 0; j < core_.w.out; ++j) sum += load(row + j * strides.w);
-          total += sum;
-        }
-      store(bias + v, load(bias + v) + total);
-    }
+  void add_bias(const A* dy, const Strides4& strides, const Unit& unit, int64_t width, int64_t* offsets, A* bias) const {
+    const int64_t count = list_all_pixels(core_, unit, strides, offsets);
+    for (int64_t v = 0; v < width; v += L) store(bias + v, load(bias + v) + sum_pixels<A>(dy + v, offsets, count));
   }
 
   // Adds the parts in order and stores (O, C, KH, KW), L x L blocks at a time.
@@ -238,7 +213,10 @@ void conv2d_bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_
   const Window window{d.batch, d.groups, d.in_channels / d.groups, d.out_channels / d.groups,
                       {d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top},
                       {d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left}};
-  WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
+  if (window.depthwise())
+    DepthwiseWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias);
+  else
+    WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 
 #define INSTANTIATE(T) \

@@ -68,8 +68,7 @@ template <bool kSilu, class T> struct Contiguous {
     for (int64_t c = 0; c < shape.width; ++c) {
       const int64_t at = c * shape.pixels;
       const Affine forward = affine(s, weight, bias, first_channel + c);
-      const double gain = s.rstd * (weight ? weight[first_channel + c] : A(1));
-      run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, shape.pixels, s.center, forward, back, gain);
+      run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, shape.pixels, s.center, forward, back);
     }
   }
 };
@@ -99,22 +98,29 @@ template <bool kSilu, class T> struct ChannelsLast {
     const int64_t groups = std::min(groups_per_block(), shape.groups - first);
     return {sample, first, groups, first * shape.width, groups * shape.width};
   }
+  // Calls body(c, g) for the columns of a chunk, c counted from its first column and g from the part's first group.
+  template <class Body> void each_column(int64_t first, int64_t count, const Body& body) const {
+    int64_t g = first / shape.width, left = (g + 1) * shape.width - first;
+    for (int64_t c = 0; c < count; ++c) {
+      body(c, g);
+      if (--left == 0) ++g, left = shape.width;
+    }
+  }
   int64_t offset(const Part& p) const { return p.sample * shape.pixels * shape.channels() + p.first_channel; }
 
   // Each group's sums of x - center and its square (kSecond), with the centers of `stats`.
   template <bool kSecond> void moments(const Part& p, const T* x, const GroupStats* stats, Sums* group_sums) const {
     std::fill(group_sums, group_sums + p.groups, Sums{});
     p.each_chunk([&](int64_t first, int64_t count) {
-      Columns<T> columns;
+      Columns<T> columns(count);
       ColumnSums<T> sums;
-      for (int64_t c = 0; c < count; ++c) columns.center[c] = A(stats[(first + c) / shape.width].center);
+      each_column(first, count, [&](int64_t c, int64_t g) { columns.center[c] = A(stats[g].center); });
       with_vectors<T>(count, [&](auto vectors) {
         Block<T, vectors>(shape, count).template moments<kSecond>(x + first, columns, sums);
       });
-      for (int64_t c = 0; c < count; ++c) {
-        Sums& group = group_sums[(first + c) / shape.width];
-        group.first += sums.first[c], group.second += sums.second[c];
-      }
+      each_column(first, count, [&](int64_t c, int64_t g) {
+        group_sums[g].first += sums.first[c], group_sums[g].second += sums.second[c];
+      });
     });
   }
 
@@ -122,7 +128,8 @@ template <bool kSilu, class T> struct ChannelsLast {
     const Part p = part(task);
     const double count = double(shape.group_size());
     x += offset(p), y += offset(p);
-    GroupStats stats[kColumns<T>] = {};
+    GroupStats stats[kColumns<T>];
+    std::fill(stats, stats + p.groups, GroupStats{});
     Sums sums[kColumns<T>];
     moments<false>(p, x, stats, sums);
     for (int64_t g = 0; g < p.groups; ++g) stats[g].center = A(sums[g].first / count);
@@ -134,11 +141,10 @@ template <bool kSilu, class T> struct ChannelsLast {
       stats[g] = recenter<A>(stats[g]);
     }
     p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns;
-      for (int64_t c = 0; c < chunk; ++c) {
-        const GroupStats& s = stats[(first + c) / shape.width];
-        columns.forward(c, s, affine(s, weight, bias, p.first_channel + first + c));
-      }
+      Columns<T> columns(chunk);
+      each_column(first, chunk, [&](int64_t c, int64_t g) {
+        columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
+      });
       with_vectors<T>(chunk, [&](auto vectors) {
         Block<T, vectors>(shape, chunk).template forward<kSilu>(x + first, y + first, columns);
       });
@@ -150,7 +156,8 @@ template <bool kSilu, class T> struct ChannelsLast {
     const Part p = part(task);
     const double count = double(shape.group_size());
     dy += offset(p), x += offset(p), dx += offset(p);
-    GroupStats stats[kColumns<T>] = {};
+    GroupStats stats[kColumns<T>];
+    std::fill(stats, stats + p.groups, GroupStats{});
     Sums sums[kColumns<T>];
     bool centered = false;
     for (int64_t g = 0; g < p.groups; ++g) {
@@ -165,33 +172,31 @@ template <bool kSilu, class T> struct ChannelsLast {
     }
     std::fill(sums, sums + p.groups, Sums{});
     p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns;
+      Columns<T> columns(chunk);
       ColumnSums<T> channel_sums;
-      for (int64_t c = 0; c < chunk; ++c) {
-        const GroupStats& s = stats[(first + c) / shape.width];
-        columns.forward(c, s, affine(s, weight, bias, p.first_channel + first + c));
-      }
+      each_column(first, chunk, [&](int64_t c, int64_t g) {
+        columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
+      });
       with_vectors<T>(chunk, [&](auto vectors) {
         Block<T, vectors>(shape, chunk)
             .template backward_sums<kSilu, kKeep>(dy + first, x + first, dx + first, columns, channel_sums);
       });
-      for (int64_t c = 0; c < chunk; ++c) {
-        const int64_t g = (first + c) / shape.width, channel = p.first_channel + first + c;
-        const int64_t out = p.sample * shape.channels() + channel;
+      each_column(first, chunk, [&](int64_t c, int64_t g) {
+        const int64_t channel = p.first_channel + first + c, out = p.sample * shape.channels() + channel;
         const double w = weight ? weight[channel] : A(1);
         sum_dz[out] = channel_sums.first[c];
         sum_dzx[out] = (channel_sums.second[c] - stats[g].delta * channel_sums.first[c]) * stats[g].rstd;
         sums[g].first += w * sum_dz[out], sums[g].second += w * sum_dzx[out];
-      }
+      });
     });
+    Affine back[kColumns<T>];
+    for (int64_t g = 0; g < p.groups; ++g) back[g] = backward_affine(stats[g], sums[g], count);
     p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns;
-      for (int64_t c = 0; c < chunk; ++c) {
-        const int64_t g = (first + c) / shape.width, channel = p.first_channel + first + c;
-        const GroupStats& s = stats[g];
-        columns.forward(c, s, affine(s, weight, bias, channel));
-        columns.backward(c, backward_affine(s, sums[g], count), s.rstd * (weight ? weight[channel] : A(1)));
-      }
+      Columns<T> columns(chunk);
+      each_column(first, chunk, [&](int64_t c, int64_t g) {
+        columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
+        columns.backward(c, back[g]);
+      });
       with_vectors<T>(chunk, [&](auto vectors) {
         Block<T, vectors>(shape, chunk)
             .template backward<kSilu, kKeep>(dy + first, x + first, dx + first, columns);

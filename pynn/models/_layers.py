@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import nn
+from ..nn.conv import Conv2d
+from ..nn.normalization import GroupNorm
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 
@@ -51,5 +52,5 @@ class Layers:
     attention: Callable[..., Tensor]
 
 
-PYNN_LAYERS = Layers(nn.Conv2d, nn.GroupNorm, scaled_dot_product_attention)
+PYNN_LAYERS = Layers(Conv2d, GroupNorm, scaled_dot_product_attention)
 TORCH_LAYERS = Layers(_TorchConv2d, _TorchGroupNorm, F.scaled_dot_product_attention)

@@ -78,8 +78,9 @@ class SelfAttention(nn.Module):
         self.projection = zero_init(layers.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.num_heads, -1))  # (B, 3, H, D, L)
-        query, key, value = qkv.transpose(3, 4).unbind(1)  # (B, H, L, D), views in either memory format
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, L, 3C), a view of channels_last
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, L, 3, H, D)
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, L, D)
         out = self.attention(query, key, value)
         out = out.transpose(2, 3).reshape(x.shape)  # (B, C, height, width)
         return self.projection(out, residual=x)
@@ -215,8 +216,7 @@ class UNet(nn.Module):
         """
         self._check(x, t, class_labels)
         embedding = self.embed(t, class_labels)
-        h = self.conv_in(x.contiguous(memory_format=self.memory_format))
-        h = h.contiguous(memory_format=self.memory_format)  # one-channel images do not tell their memory format
+        h = self.conv_in(x.to(memory_format=self.memory_format))  # to() sets the strides of one-channel images too
 
         skips = []
         for i, stage in enumerate(self.down):

@@ -40,9 +40,7 @@ class GroupNorm(torch.nn.GroupNorm):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        return group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation
-        )
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation}"

@@ -87,7 +87,7 @@ def double_backward(formula, dy, inputs, grad_grads):
         return torch.func.vjp(lambda *xs: formula(*_replace(full, present, xs)), *tensors)[1](dy)
 
     tensors = [inputs[i] for i in present]
-    grads, second = torch.func.vjp(first, dy, *tensors)
+    grads, second = torch.func.vjp(first, dy, *tensors)  # type: ignore[misc]
     seeds = tuple(
         torch.zeros_like(g) if grad_grads[i] is None else grad_grads[i] for i, g in zip(present, grads, strict=True)
     )

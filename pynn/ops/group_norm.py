@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import backends
-from ._function import call, eager, library
+from ._function import call, double_backward, eager, library, loop_vmap
 
 library.define(
     "group_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu)"
@@ -48,43 +48,22 @@ torch.library.register_fake("pynn::group_norm_fwd", _fwd_fake, lib=library)
 torch.library.register_fake("pynn::group_norm_bwd", _bwd_fake, lib=library)
 
 
-def _per_example(function, info, in_dims, inputs):
-    """A vmap rule: the function on one example after another."""
-    examples = [
-        function(*(i if d is None else i.select(d, n) for i, d in zip(inputs, in_dims, strict=True)))
-        for n in range(info.batch_size)
-    ]
-    outputs = tuple(torch.stack(column) for column in zip(*examples, strict=True))
-    return outputs, (0,) * len(outputs)
-
-
-def _backward_in_torch_ops(grad_output, input, weight, bias, num_groups, eps, silu):
-    """What group_norm_bwd computes, from differentiable torch ops."""
-    dtype = _compute_dtype(input)
-    grouped = (input.shape[0], num_groups, input.shape[1] // num_groups, -1)  # (N, G, C / G, pixels)
-    x, dz = (t.to(dtype).reshape(grouped) for t in (input, grad_output))
-    centered = x - x.mean((2, 3), keepdim=True)
-    rstd = (centered.square().mean((2, 3), keepdim=True) + eps).rsqrt()
-    normalized = centered * rstd
-    channel = (1, num_groups, -1, 1)
-    scale = torch.ones_like(x[:1, :, :, :1]) if weight is None else weight.to(dtype).view(channel)
-    if silu:
-        z = normalized * scale if bias is None else normalized * scale + bias.to(dtype).view(channel)
-        gate = z.sigmoid()
-        dz = dz * gate * (1 + z * (1 - gate))
-    grad = dz * scale
-    grad = grad - grad.mean((2, 3), keepdim=True) - normalized * (grad * normalized).mean((2, 3), keepdim=True)
-    grad_weight, grad_bias = ((dz * factor).sum((0, 3)).flatten() for factor in (normalized, 1))
-    return (
-        (grad * rstd).reshape(input.shape).to(input.dtype),
-        grad_weight.to(dtype if weight is None else weight.dtype),
-        grad_bias.to(dtype if bias is None else bias.dtype),
-    )
+def _composite(input, weight, bias, num_groups, eps, silu):
+    """The op in differentiable torch operations."""
+    x = input.to(_compute_dtype(input)).reshape(input.shape[0], num_groups, -1)
+    centered = x - x.mean(-1, keepdim=True)
+    y = (centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt()).reshape(input.shape)
+    channel = (-1, *(1,) * (input.dim() - 2))
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(channel)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(channel)
+    return (y * y.sigmoid() if silu else y).to(input.dtype)
 
 
 @eager
 class GroupNormBackward(torch.autograd.Function):
-    """(grad_input, grad_weight, grad_bias) of GroupNorm; its own gradient comes from torch ops."""
+    """(grad_input, grad_weight, grad_bias) of GroupNorm; its own gradient comes from torch operations."""
 
     @staticmethod
     def forward(grad_output, input, weight, bias, mean, rstd, num_groups, eps, silu):
@@ -95,27 +74,19 @@ class GroupNormBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:4])
         ctx.config = inputs[6:]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):
-        tensors = ctx.saved_tensors
-        given = [i for i, t in enumerate(tensors) if t is not None]
-
-        def function(*present):
-            arguments: list[Tensor | None] = [None] * 4
-            for i, t in zip(given, present, strict=True):
-                arguments[i] = t
-            return _backward_in_torch_ops(*arguments, *ctx.config)
-
-        _, vjp = torch.func.vjp(function, *(tensors[i] for i in given))
-        result: list[Tensor | None] = [None] * 9
-        for i, grad in zip(given, vjp(tuple(grads)), strict=True):
-            result[i] = grad
-        return tuple(result)
+    def backward(ctx, *grad_grads):
+        grad_output, *inputs = ctx.saved_tensors
+        to_grad_output, to_inputs = double_backward(
+            lambda *tensors: _composite(*tensors, *ctx.config), grad_output, inputs, grad_grads
+        )
+        return to_grad_output, *to_inputs, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _per_example(lambda *example: call(GroupNormBackward, *example), info, in_dims, inputs)
+        return loop_vmap(GroupNormBackward, info, in_dims, *inputs)
 
 
 @eager
@@ -139,7 +110,11 @@ class GroupNorm(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 6
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        grads = call(GroupNormBackward, grad_output, input, weight, bias, mean, rstd, *ctx.config)
+        inputs = (grad_output, input, weight, bias, mean, rstd, *ctx.config)
+        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
+            grads = GroupNormBackward.forward(*inputs)
+        else:
+            grads = call(GroupNormBackward, *inputs)
         needed = ctx.needs_input_grad
         return *(grad if need else None for grad, need in zip(grads, needed[:3], strict=True)), None, None, None
 
@@ -147,7 +122,7 @@ class GroupNorm(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         input, *rest = inputs
         if any(d is not None for d in in_dims[1:]) or input.dim() < 3:
-            return _per_example(lambda *example: call(GroupNorm, *example), info, in_dims, inputs)
+            return loop_vmap(GroupNorm, info, in_dims, *inputs)
         folded = input.movedim(in_dims[0], 0).flatten(0, 1)  # (B * N, C, ...)
         outputs = call(GroupNorm, folded, *rest)
         return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0, 0, 0)

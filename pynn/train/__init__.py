@@ -1,1 +1,1 @@
-"""Training recipes."""
+"""Training recipes behind the `pynn` command; they need `pip install "pynn-torch[train]"`."""

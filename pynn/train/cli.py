@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MissingExtraError, ValueError, FloatingPointError, OSError, checkpoint.CorruptCheckpointError) as error:
         print(f"pynn: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,7 +201,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from pynn import info
+    from .. import info
 
     return info.main()
 

@@ -11,12 +11,13 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import data, ddpm
-from .extras import require
+from .extras import progress_bar
 
 _TORCH_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PARTS = ("forward", "loss", "backward", "optimizer")
@@ -139,14 +140,14 @@ def compare_step(
         )
     }
     for name, memory_format in _TORCH_FORMATS.items():
-        twin = ddpm.build_model(config, TORCH_LAYERS)
+        twin: Any = ddpm.build_model(config, TORCH_LAYERS)
         twin.load_state_dict(model.state_dict())
         twin.memory_format = memory_format  # of the activations
-        twin = twin.to(device, memory_format=memory_format)
+        twin.to(device, memory_format=memory_format)
         opponents[name] = Opponent(twin, TorchLoss(config, device), config)
     order = list(opponents)
     batches = data.batches(len(images.train), config.batch_size, seed=config.seed)
-    bar = require("tqdm").trange(rounds + 3, desc="time", unit="round", disable=not progress)
+    bar = progress_bar(range(rounds + 3), desc="time", unit="round", enabled=progress)
     for number, index in zip(bar, batches, strict=False):
         x, labels = images.train[index].to(device), images.train_labels[index].to(device)
         for name in order:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, data
-from .extras import require
+from .extras import progress_bar, require
 
 RECIPE = "ddpm"
 SCHEDULES = ("cosine", "linear")
@@ -169,8 +169,8 @@ class Trainer:
 
     def restore(self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         """Continues from what `save` wrote."""
-        self.model.load_state_dict(_part(tensors, "model."))
-        self.average.load_state_dict(_part(tensors, "ema."))
+        _load(self.model, _part(tensors, "model."))
+        _load(self.average, _part(tensors, "ema."))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in _part(tensors, "optimizer.").items():
             index, key = name.split(".")
@@ -187,16 +187,28 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def config_of(metadata: dict[str, Any]) -> Config:
+def _load(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: its tensors do not fit its configuration ({error})") from error
+
+
+def config_of(metadata: Any) -> Config:
     """The configuration in the metadata of a checkpoint.
 
     Raises:
-        ValueError: another recipe wrote it.
+        ValueError: another recipe wrote it, or the configuration is not valid.
     """
-    if metadata.get("recipe") != RECIPE:
-        raise ValueError(f"checkpoint: expected one of recipe {RECIPE!r}, got {metadata.get('recipe')!r}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in metadata["config"].items()}
-    return Config(**values)
+    try:
+        if metadata["recipe"] != RECIPE:
+            raise ValueError(f"checkpoint: expected recipe {RECIPE!r}, got {metadata['recipe']!r}")
+        config: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in metadata["config"].items()
+        }
+        return Config(**config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: no configuration of a {RECIPE} run ({error!r})") from error
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Config, int]:
@@ -206,11 +218,12 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[torch.nn
         (model in evaluation mode, configuration, step).
     Raises:
         FileNotFoundError, CorruptCheckpointError: as `pynn.train.checkpoint.load_newest`.
+        ValueError: not a checkpoint of this recipe.
     """
     tensors, metadata = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)[:2]
     config = config_of(metadata)
     model = build_model(config)
-    model.load_state_dict(_part(tensors, "ema.module."))
+    _load(model, _part(tensors, "ema.module."))
     return model.to(device).eval(), config, metadata["step"]
 
 
@@ -243,7 +256,7 @@ def sample(
     keys = torch.nn.functional.pad(seeds, (0, 1))  # (N, 2): seed, offset 0
     total = -(-len(labels) // batch_size) * config.timesteps
     parts = []
-    with require("tqdm").tqdm(total=total, desc="sample", unit="step", disable=not progress, dynamic_ncols=True) as bar:
+    with progress_bar(total=total, desc="sample", unit="step", enabled=progress) as bar:
 
         def count(timesteps: Iterable[int]) -> Iterator[int]:
             for t in timesteps:
@@ -297,9 +310,7 @@ def train(
     engine = engine_module.Engine(lambda engine, index: trainer.train_step(index))
     engine.logger.setLevel(logging.CRITICAL)  # it would print every exception it passes on
     writer = require("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"), purge_step=trainer.step)
-    bar = require("tqdm").tqdm(
-        total=config.steps, initial=trainer.step, desc="train", unit="step", disable=not progress, dynamic_ncols=True
-    )
+    bar = progress_bar(total=config.steps, initial=trainer.step, desc="train", unit="step", enabled=progress)
     window: list[torch.Tensor] = []
     clock = time.perf_counter()
 

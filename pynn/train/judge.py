@@ -22,6 +22,8 @@ class Judge(nn.Module):
         shape: (channels, height, width) of an image.
     """
 
+    scale: torch.Tensor
+
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         channels, height, width = shape

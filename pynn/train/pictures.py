@@ -41,8 +41,8 @@ def draw_grid(
     image_module, draw_module = require("PIL.Image"), require("PIL.ImageDraw")
     rows, columns, _, height, width = images.shape
     scale = -(-tile // max(height, width))
-    pixels = images.detach().cpu().squeeze(2).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()  # (rows, columns, H s, W s)
+    gray = images.detach().cpu().squeeze(2).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    pixels = gray.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()  # (rows, columns, H s, W s)
     step_y, step_x = height * scale + _GAP, width * scale + _GAP
 
     title_font, font = _font(18), _font(15)

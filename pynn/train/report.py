@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,23 @@ class Quality:
     real_images: int
     real_label_accuracy: float
     real_distance: float
-    distance_of_as_many: float  # of only `real_images` samples, because small sets lie further away by chance
+    fewer_samples: int  # at most `real_images`: small sets lie further away by chance, and these can be compared
+    distance_of_fewer: float
 
 
 def measure_quality(images: data.Images, samples: torch.Tensor, labels: torch.Tensor) -> Quality:
     """Judges samples (N, 1, H, W) made for labels (N,) beside the real test images."""
     eye = judge.train_judge(images)
-    count = len(images.test)
+    count = min(len(images.test), len(samples))
     return Quality(
         samples=len(samples),
         label_accuracy=judge.accuracy(eye, samples, labels),
         distance=judge.frechet_distance(eye, samples, images.train),
-        real_images=count,
+        real_images=len(images.test),
         real_label_accuracy=judge.accuracy(eye, images.test, images.test_labels),
         real_distance=judge.frechet_distance(eye, images.test, images.train),
-        distance_of_as_many=judge.frechet_distance(eye, samples[:count], images.train),
+        fewer_samples=count,
+        distance_of_fewer=judge.frechet_distance(eye, samples[:count], images.train),
     )
 
 
@@ -143,13 +146,15 @@ def _goals(quality: Quality, comparison: compare.Comparison | None) -> dict[str,
 def _environment(device: torch.device) -> dict[str, Any]:
     import pynn
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()}, {pynn.backends.cpu_isa} kernels, {torch.get_num_threads()} threads"
     return {
+        "device": f"{device.type} ({name})",
         "pynn": pynn.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -171,8 +176,8 @@ def markdown(report: dict[str, Any]) -> str:
             f"<= real test images: {met['distance']}",
         ),
         (
-            f"Frechet distance, {quality['real_images']} samples to training images",
-            f"{quality['distance_of_as_many']:.4f}",
+            f"Frechet distance, {quality['fewer_samples']} samples to training images",
+            f"{quality['distance_of_fewer']:.4f}",
             "",
         ),
         (
@@ -187,8 +192,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['parameters']:,} parameters, T = {config['timesteps']}, {config['steps']} steps of "
         f"{config['batch_size']} images, {config['prediction_type']} prediction, {config['schedule']} schedule, "
         f"seed {config['seed']}",
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"pynn {environment['pynn']}"
+        f"{environment['device']}, torch {environment['torch']}, pynn {environment['pynn']}"
         + (f"; trained in {report['training_seconds']:.0f} s" if report["training_seconds"] else ""),
         "",
         *_table(("quality", "value", "goal"), rows),
@@ -213,7 +217,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [head, *rows]]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
