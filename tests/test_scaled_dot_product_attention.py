@@ -24,6 +24,7 @@ from policy import (
     threads,
     truth_of,
 )
+from test_random import philox
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -88,6 +89,7 @@ GRID = [  # batch, heads, key heads, queries, keys, dim, value dim
     (1, 4, 2, 65, 127, 64, 64),
     (1, 2, 1, 196, 300, 32, 24),
     (1, 2, 2, 70, 579, 40, 40),
+    (1, 2, 2, 40, 1100, 16, 16),  # two blocks of keys
 ]
 
 
@@ -193,7 +195,7 @@ def test_generated(data, dtype, batch, group, key_heads, queries, keys, dim, val
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("queries", "keys", "dim"), [(5, 7, 8), (17, 64, 16), (66, 300, 20), (3, 1, 1)])
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(5, 7, 8), (17, 64, 16), (66, 300, 20), (5, 1500, 4), (3, 1, 1)])
 def test_exact(backend, dtype, queries, keys, dim):
     """P4: with zero queries every key weighs 1 / keys, so integer values give correctly rounded means."""
     query = torch.zeros(2, 2, queries, dim, dtype=dtype)
@@ -254,7 +256,7 @@ def test_canaries(backend, dtype):
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "float", "dropout"])
-@pytest.mark.parametrize("shape", [(1, 1, 130, 700, 16), (3, 2, 40, 40, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 70, 1300, 16), (3, 2, 100, 40, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise(backend, dtype, shape, kind):
     """P5: run to run, for any number of threads, and for slices of the batch."""
@@ -287,7 +289,7 @@ def test_bitwise(backend, dtype, shape, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keys", [9, 300])
+@pytest.mark.parametrize("keys", [9, 1100])
 def test_masked_is_masked(backend, dtype, keys):
     """P6: NaN and infinity in masked keys and values, and in rows that do not see them, change no bit."""
     query, key, value, grad = (torch.randn(2, 2, n, 8).to(dtype) for n in (7, keys, keys, 7))
@@ -328,10 +330,11 @@ def test_nonfinite(backend):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_large_logits(backend, dtype):
-    query, key = (100 * torch.randn(1, 2, 33, 16).to(dtype).requires_grad_() for _ in range(2))
+    query, key = ((100 * torch.randn(1, 2, 33, 16)).to(dtype).requires_grad_() for _ in range(2))
     value = torch.randn(1, 2, 33, 16).to(dtype)
     output = attention(query, key, value, scale=1.0)
-    output.sum().backward(inputs=[query, key]) if query.is_leaf else output.float().sum().backward()
+    grads = torch.autograd.grad(output.float().sum(), (query, key))
+    assert all(g.isfinite().all() for g in grads)
     assert output.isfinite().all()
 
 
@@ -363,17 +366,9 @@ def test_empty(backend):
 def test_ranks(backend, rank):
     lead = (2, 1, 3, 2)[: rank - 2]
     query, key, value = torch.randn(*lead, 5, 8), torch.randn(*lead, 7, 8), torch.randn(*lead, 7, 4)
-    mask = torch.rand(5, 7) > 0.3
-    torch.testing.assert_close(
-        attention(query, key, value, mask), reference(query, key, value, mask), rtol=1e-5, atol=1e-6
-    )
-    whole = torch.randn(*lead, 5, 7)
-    torch.testing.assert_close(
-        attention(query, key, value, whole),
-        reference(query, key, value, whole),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    for mask in (torch.rand(5, 7) > 0.3, torch.randn(*lead, 5, 7)):
+        expected = reference(query, key, value, mask)
+        torch.testing.assert_close(attention(query, key, value, mask), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_broadcast_leading_dimensions(backend):
@@ -406,17 +401,6 @@ def test_mask_gradient(backend, shape):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def philox(seed, counter):
-    """Philox4x32-10 in Python integers."""
-    words = 0xFFFFFFFF
-    c, k = [counter & words, counter >> 32, 0, 0], [seed & words, seed >> 32]
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & words, (p0 >> 32) ^ c[3] ^ k[1], p0 & words]
-        k = [(k[0] + 0x9E3779B9) & words, (k[1] + 0xBB67AE85) & words]
-    return c
-
-
 def test_dropout_mask_follows_its_definition(backend):
     query, key = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 7, 4)
     for p in (0.0, 0.1, 0.5, 1.0):
@@ -425,7 +409,7 @@ def test_dropout_mask_follows_its_definition(backend):
         assert keep.flatten().tolist() == [w >= int(p * 2**32) for w in words[:42]]
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 5, 7), (1, 2, 70, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 5, 7), (1, 2, 70, 1100)], ids=str)
 def test_dropout(backend, shape):
     batch, heads, queries, keys = shape
     p, seed = 0.3, 11
@@ -589,9 +573,7 @@ def bad_call(rng):
     elif kind == "size":
         d = rng.randrange(x.dim())
         x = torch.cat([x] * rng.randint(2, 3), d)
-        if names[i] in ("key", "value") and d == 3 and names[i] == "value":
-            kind, x = "int8", x.to(torch.int8)
-        if names[i] == "query" and d in (1, 2):
+        if (names[i], d) in (("value", 3), ("query", 1), ("query", 2)):  # would be accepted
             kind, x = "int8", x.to(torch.int8)
     elif kind == "dtype":
         choices = [torch.int32, torch.uint8, torch.complex64, torch.float16, torch.int16]
@@ -599,8 +581,7 @@ def bad_call(rng):
     elif kind == "device":
         x = x.to("meta")
     elif kind == "option":
-        name = "dropout_p"
-        i = names.index(name)
+        i = names.index("dropout_p")
         x = rng.choice([-1.0, 1.0001, 1e30, math.nan, -INFINITY, "text", None])
     elif kind == "huge":
         x = x.reshape(-1)[:1].expand(2**40) if rng.random() < 0.5 else x.reshape(-1)[:1].expand(2**20, 2**20, 1, 1)
@@ -608,7 +589,7 @@ def bad_call(rng):
         x = x.reshape(-1)[:0]
     if kind == "rank" and names[i] == "attn_mask":
         x = x[:4]
-    if kind in ("empty", "huge") and x is not None and x.dim() == 1 and names[i] == "attn_mask":
+    if kind in ("empty", "huge") and x.dim() == 1 and names[i] == "attn_mask":
         x = torch.zeros(7)
     arguments[i] = x
     what = f"{names[i]} {kind} {tuple(x.shape) if isinstance(x, torch.Tensor) else x}"

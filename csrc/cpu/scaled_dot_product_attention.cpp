@@ -2,31 +2,21 @@
 //
 // A task is a run of (head, block of queries) pairs. Keys are transposed into panels once per key head of the run;
 // for each block of kKeys keys the task forms a (rows x kKeys) tile of scores, turns it into exponentials against the
-// running row maximum, and adds tile x values to the output rows. Blocks beyond the causal diagonal, and keys at the end
-// that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are cut.
+// running row maximum, and adds tile x values to the output rows. Blocks beyond the causal diagonal, and keys at the
+// end that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are cut.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 
 #include "parallel.h"
-#include "scaled_dot_product_attention_tile.h"
+#include "scaled_dot_product_attention_rows.h"
 
 namespace pynn::cpu {
 namespace {
 using namespace attention;
 
-// s = exp(s - top), times the dropout factor; returns the sum before dropout.
-template <class F> F exponentials(F* s, int64_t count, F top, const F* factors) {
-  Vec<F> sum{};
-  for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> p = exp(load(s + j) - top);
-    sum += p;
-    store(s + j, factors ? p * load(factors + j) : p);
-  }
-  return sum_lanes<F>(sum);
-}
-
-template <class T> class Forward {
+template <class T>
+class Forward {
  public:
   using F = accumulate_t<T>;
   using Launcher = launch::Attention<T>;
@@ -34,18 +24,26 @@ template <class T> class Forward {
 
   Forward(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
           typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionShape& shape)
-      : out_(out), lse_(lse), query_(query), key_(key), value_(value), mask_(mask), shape_(shape) {
+      : out_(out),
+        lse_(lse),
+        query_(query),
+        key_(key),
+        value_(value),
+        mask_(mask),
+        shape_(shape),
+        stride_(tile_stride(shape)) {
     const int64_t width = padded<F>(shape.dim), value_width = padded<F>(shape.value_dim);
     key_panels_ = scratch_.take<F>(round_up(shape.keys, kPanel<F>) * shape.dim);
     key_buffer_ = scratch_.take<F>(kPanel<F> * width);
     value_buffer_ = scratch_.take<F>(shape.keys * value_width);
     query_buffer_ = scratch_.take<F>(kRows * width);
     query_columns_ = scratch_.take<F>(kRows * shape.dim);
-    scores_ = scratch_.take<F>(kRows * kStride);
+    scores_ = scratch_.take<F>(block_rows(shape) * stride_);
     sums_ = scratch_.take<F>(kRows * value_width);
-    mask_row_ = scratch_.take<F>(kStride);
-    factors_ = scratch_.take<F>(kStride);
-    for (int64_t j = 0; j < kStride; ++j) mask_row_[j] = factors_[j] = 0;
+    mask_row_ = scratch_.take<F>(stride_);
+    factors_ = scratch_.take<F>(stride_);
+    if (failed()) return;
+    for (int64_t j = 0; j < stride_; ++j) mask_row_[j] = factors_[j] = 0;
   }
   bool failed() const { return scratch_.failed; }
 
@@ -79,11 +77,11 @@ template <class T> class Forward {
         while (count > 0 && mask_row_[count - 1] == -kInfinity<F>) --count;
       }
       if (count == 0) continue;
-      multiply<ByQueries>(rows, count, shape_.dim, query_columns_, key_panels_ + k * shape_.dim, kPanel<F>,
-                          kPanel<F> * shape_.dim, scores_, kStride, false);
+      multiply<1>(rows, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk}, key_panels_ + k * shape_.dim,
+                  kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
       for (int64_t i = 0; i < rows; ++i) softmax_row(head, first, i, k, count, mask, started, top[i], total[i]);
-      multiply_rows<ByRows>(rows, shape_.value_dim, count, scores_, {values_.row(k), values_.stride}, values_finite_,
-                            sums_, value_width, started);
+      multiply_scores(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride}, values_finite_,
+                      sums_, value_width, started);
       started = true;
     }
     if (!started)
@@ -95,13 +93,14 @@ template <class T> class Forward {
   // Folds scores [k, k + count) of query first + i into its running maximum and sum; rescales its output row.
   void softmax_row(int64_t head, int64_t first, int64_t i, int64_t k, int64_t count, const void* mask, bool started,
                    F& top, F& total) {
-    F* s = scores_ + i * kStride;
+    F* s = scores_ + i * stride_;
     const int64_t valid = shape_.causal ? std::min(count, first + i - k + 1) : count;
     const int64_t vectors_end = valid > 0 ? padded<F>(valid) : 0;
     for (int64_t j = vectors_end; j < count; ++j) s[j] = 0;
     if (valid <= 0) return;
     F block_top;
-    if (mask_.kind == AttentionMask::kNone) block_top = finish_scores<false>(s, valid, F(shape_.scale), mask_row_);
+    if (mask_.kind == AttentionMask::kNone)
+      block_top = finish_scores<false>(s, valid, F(shape_.scale), mask_row_);
     else {
       if (mask_.operand.row != 0) read_mask(mask_, mask, first + i, k, valid, mask_row_);
       block_top = finish_scores<true>(s, valid, F(shape_.scale), mask_row_);
@@ -133,7 +132,8 @@ template <class T> class Forward {
       const F* row = sums_ + i * padded<F>(shape_.value_dim);
       for (int64_t j = 0; j < shape_.value_dim; ++j) out[j * out_.column] = from_float<T>(row[j] / divisor);
       lse_[head * shape_.queries + first + i] =
-          total[i] == F(0) ? -kInfinity<Lse> : Lse(top[i]) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));
+          total[i] == F(0) ? -kInfinity<Lse>
+                           : Lse(top[i]) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));
     }
   }
 
@@ -142,8 +142,10 @@ template <class T> class Forward {
   typename Launcher::Input query_, key_, value_;
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
+  const int64_t stride_;
   Scratch scratch_;
-  F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *mask_row_, *factors_;
+  F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *mask_row_,
+      *factors_;
   Matrix<F> values_{};
   bool values_finite_ = true;
 };
@@ -186,7 +188,7 @@ void attention_keep(bool* keep, AttentionShape shape, void*) {
   });
 }
 
-#define PYNN_INSTANTIATE(T)                                                                                            \
+#define PYNN_INSTANTIATE(T) \
   template bool Attention<T>::fwd(Output, Lse*, Input, Input, Input, AttentionMaskOperand, AttentionShape, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)

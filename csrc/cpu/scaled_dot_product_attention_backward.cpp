@@ -5,76 +5,53 @@
 //
 // Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of queries of
 // all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
-// there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second every
-// block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same bits.
+// there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second
+// every block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same
+// bits.
 //
-// delta comes from P and G themselves when a row fits one block of keys. Otherwise it is dout . out in float and double,
-// and a sweep over the keys for 16-bit types, whose out has been rounded.
+// delta comes from P and G themselves when all keys that a row may see are in one block. Otherwise it is dout . out in
+// float and double, and a sweep over the keys for 16-bit types, whose out has been rounded.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "parallel.h"
-#include "scaled_dot_product_attention_tile.h"
+#include "scaled_dot_product_attention_rows.h"
 
 namespace pynn::cpu {
 namespace {
 using namespace attention;
 
-template <class T> struct Gradients {
+template <class T>
+struct Gradients {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Output query, key, value;
   F* mask;  // (heads, queries, keys), zeroed; nullptr when the mask is broadcast or needs no gradient
 };
-template <class T> struct Inputs {
+template <class T>
+struct Inputs {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Input grad_out, query, key, value, out;
   const typename launch::Attention<T>::Lse* lse;
   F* delta;  // (heads, queries), used when a row has more than one block of keys
 };
 
-// Weights of one row against `shift`, and G: s becomes exp(s - shift), g becomes G. Masked entries become 0 whatever
-// they held. Returns (sum_j s, sum_j s G).
-template <bool kMasked, class F> std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
-  Vec<F> sum{}, dot{};
-  for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> x = load(s + j);
-    Vec<F> d = load(g + j), p = exp(x - shift);
-    if (factors) d *= load(factors + j);
-    if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
-    if (count - j < kLanes<F>) {
-      p = keep_first<F>(p, count - j, F(0));
-      d = keep_first<F>(d, count - j, F(0));
-    }
-    if constexpr (kMasked) d = p == F(0) ? Vec<F>{} : d;
-    sum += p;
-    dot = fma(p, d, dot);
-    store(s + j, p);
-    store(g + j, d);
-  }
-  return {sum_lanes<F>(sum), sum_lanes<F>(dot)};
-}
-
-// With P = s * norm: g = P (G - delta), s = P times the dropout factor.
-template <class F>
-void score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
-  for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> weight = load(s + j), zero{};
-    Vec<F> p = weight * norm, d = p * (load(g + j) - delta);
-    if (masked) p = weight == zero ? zero : p, d = weight == zero ? zero : d;
-    store(g + j, d);
-    store(s + j, factors ? p * load(factors + j) : p);
-  }
-}
-
-template <class T> class Backward {
+template <class T>
+class Backward {
  public:
   using F = accumulate_t<T>;
 
   Backward(const Gradients<T>& gradients, const Inputs<T>& in, const AttentionMaskOperand& mask,
            const AttentionShape& shape)
-      : gradients_(gradients), in_(in), mask_(mask), shape_(shape), width_(padded<F>(shape.dim)),
-        value_width_(padded<F>(shape.value_dim)), masked_(shape.causal || mask.kind != AttentionMask::kNone) {
+      : gradients_(gradients),
+        in_(in),
+        mask_(mask),
+        shape_(shape),
+        width_(padded<F>(shape.dim)),
+        value_width_(padded<F>(shape.value_dim)),
+        stride_(tile_stride(shape)),
+        masked_(shape.causal || mask.kind != AttentionMask::kNone) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -88,13 +65,13 @@ template <class T> class Backward {
     query_columns_ = scratch_.take<F>(kRows * shape.dim);
     grad_columns_ = scratch_.take<F>(kRows * shape.value_dim);
     query_sums_ = scratch_.take<F>(kRows * width_);
-    scores_ = scratch_.take<F>(kRows * kStride);
-    score_grads_ = scratch_.take<F>(kRows * kStride);
-    mask_row_ = scratch_.take<F>(kStride);
-    factors_ = scratch_.take<F>(kStride);
+    scores_ = scratch_.take<F>(block_rows(shape) * stride_);
+    score_grads_ = scratch_.take<F>(block_rows(shape) * stride_);
+    mask_row_ = scratch_.take<F>(stride_);
+    factors_ = scratch_.take<F>(stride_);
     keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, kKeys));
     if (failed()) return;
-    for (int64_t j = 0; j < kStride; ++j) mask_row_[j] = factors_[j] = 0;
+    for (int64_t j = 0; j < stride_; ++j) mask_row_[j] = factors_[j] = 0;
   }
   bool failed() const { return scratch_.failed; }
 
@@ -124,10 +101,13 @@ template <class T> class Backward {
 
   void load_queries(int64_t head, int64_t first, int64_t rows) {
     head_ = head, first_ = first, rows_ = rows;
-    queries_ = rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row,
-                           in_.query.column}, rows, shape_.dim, query_buffer_);
-    grads_ = rows_of<T>({head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
-                         in_.grad_out.column}, rows, shape_.value_dim, grad_buffer_);
+    one_block_ = shape_.keys <= kKeys || (shape_.causal && first + rows <= kKeys);
+    queries_ =
+        rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row, in_.query.column},
+                   rows, shape_.dim, query_buffer_);
+    grads_ = rows_of<T>(
+        {head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row, in_.grad_out.column},
+        rows, shape_.value_dim, grad_buffer_);
     transpose(queries_, rows, shape_.dim, query_columns_, kRows);
     transpose(grads_, rows, shape_.value_dim, grad_columns_, kRows);
     queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
@@ -144,11 +124,11 @@ template <class T> class Backward {
       while (count > 0 && mask_row_[count - 1] == -kInfinity<F>) --count;
     }
     if (count <= 0) return 0;
-    multiply<ByQueries>(rows_, count, shape_.dim, query_columns_, key_panels_ + (k - begin_) * shape_.dim, kPanel<F>,
-                        kPanel<F> * shape_.dim, scores_, kStride, false);
-    multiply<ByQueries>(rows_, count, shape_.value_dim, grad_columns_,
-                        value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim,
-                        score_grads_, kStride, false);
+    multiply<1>(rows_, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
+                key_panels_ + (k - begin_) * shape_.dim, kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
+    multiply<1>(rows_, count, shape_.value_dim, Left<F>{grad_columns_, kRows, kScoreChunk},
+                value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim, score_grads_,
+                stride_, false);
     for (int64_t i = 0; i < rows_; ++i) row(i, k, count, sum_delta_);
     return count;
   }
@@ -160,18 +140,18 @@ template <class T> class Backward {
       const int64_t count = tiles(k), at = k - begin_;
       if (count == 0) continue;
       if (want_key) {
-        multiply_rows<ByColumns>(count, shape_.value_dim, rows_, scores_, grads_, grads_finite_,
-                                 value_sums_ + at * value_width_, value_width_, true);
-        multiply_rows<ByColumns>(count, shape_.dim, rows_, score_grads_, queries_, queries_finite_,
-                                 key_sums_ + at * width_, width_, true);
+        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk}, grads_, grads_finite_,
+                         value_sums_ + at * value_width_, value_width_, true);
+        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk}, queries_, queries_finite_,
+                         key_sums_ + at * width_, width_, true);
       }
       if (want_query && gradients_.mask)
         for (int64_t i = 0; i < rows_; ++i)
-          std::copy_n(score_grads_ + i * kStride, count,
+          std::copy_n(score_grads_ + i * stride_, count,
                       gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
       if (want_query)
-        multiply_rows<ByRows>(rows_, shape_.dim, count, score_grads_, {keys_.row(at), keys_.stride},
-                              keys_finite_[at / kKeys], query_sums_, width_, started);
+        multiply_scores(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
+                        keys_finite_[at / kKeys], query_sums_, width_, started);
       started = true;
     }
     if (!want_query) return;
@@ -190,13 +170,15 @@ template <class T> class Backward {
 
   // delta of the loaded queries.
   void find_delta() {
+    if (one_block_) return;
     F* delta = in_.delta + head_ * shape_.queries + first_;
     if constexpr (std::is_same_v<T, F>) {
       const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
       const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
       for (int64_t i = 0; i < rows_; ++i) {
         Vec<F> sum{};
-        for (int64_t d = 0; d < value_width_; d += kLanes<F>) sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
+        for (int64_t d = 0; d < value_width_; d += kLanes<F>)
+          sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
         delta[i] = sum_lanes<F>(sum);
       }
     } else {
@@ -213,7 +195,7 @@ template <class T> class Backward {
       const int64_t count = tiles(k);
       for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
         double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
-        const F* from = score_grads_ + i * kStride;
+        const F* from = score_grads_ + i * stride_;
         if (mask_.columns == 1)
           for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
         else
@@ -224,7 +206,7 @@ template <class T> class Backward {
 
  private:
   void row(int64_t i, int64_t k, int64_t count, bool only_delta) {
-    F *s = scores_ + i * kStride, *g = score_grads_ + i * kStride;
+    F *s = scores_ + i * stride_, *g = score_grads_ + i * stride_;
     const int64_t query = first_ + i, at = head_ * shape_.queries + query;
     const int64_t valid = shape_.causal ? std::min(count, query - k + 1) : count;
     const int64_t vectors_end = valid > 0 ? padded<F>(valid) : 0;
@@ -238,14 +220,17 @@ template <class T> class Backward {
     const bool masked = mask_.kind != AttentionMask::kNone;
     if (masked && mask_.operand.row != 0) read_mask(mask_, mask_start_, query, k, valid, mask_row_);
     const F scale = F(shape_.scale);
-    const F top = masked ? finish_scores<true>(s, valid, scale, mask_row_)
-                         : finish_scores<false>(s, valid, scale, mask_row_);
+    const F top =
+        masked ? finish_scores<true>(s, valid, scale, mask_row_) : finish_scores<false>(s, valid, scale, mask_row_);
     // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
     const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
-    const auto [sum, dot] = masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
-    const F norm = sum == F(0) ? F(1) : in_.delta ? F(std::exp(shift - in_.lse[at])) : 1 / sum;
-    if (only_delta) in_.delta[at] += dot * norm;
-    else score_gradients(s, g, valid, norm, in_.delta ? in_.delta[at] : dot * norm, masked_, factors);
+    const auto [sum, dot] =
+        masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[at]));
+    if (only_delta)
+      in_.delta[at] += dot * norm;
+    else
+      score_gradients(s, g, valid, norm, one_block_ ? dot * norm : in_.delta[at], masked_, factors);
   }
 
   static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
@@ -258,13 +243,13 @@ template <class T> class Backward {
   const Inputs<T>& in_;
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
-  const int64_t width_, value_width_;
+  const int64_t width_, value_width_, stride_;
   const bool masked_;
   Scratch scratch_;
-  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_, *out_buffer_,
-      *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *mask_row_, *factors_;
+  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
+      *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *mask_row_, *factors_;
   bool* keys_finite_;
-  bool queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
+  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
   Matrix<F> keys_{}, queries_{}, grads_{};
   const void* mask_start_ = nullptr;
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
@@ -285,7 +270,8 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
       for (int64_t head : sharing) more.push_back(index * step + head);
     sharing = std::move(more);
   }
-  const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height), row_blocks = mask.rows == 1 ? 1 : blocks;
+  const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height),
+                row_blocks = mask.rows == 1 ? 1 : blocks;
   for_items(matrices * row_blocks, [&](Backward<T>& backward, int64_t item) {
     int64_t matrix = item / row_blocks, first_head = 0;
     for (int64_t d = shape.batch_dims - 1, step = 1; d >= 0; step *= shape.batch[d], --d) {
@@ -305,7 +291,8 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
         backward.add_mask_gradient(sums);
       }
     }
-    accumulate_t<T>* to = grad_mask + ((item / row_blocks) * mask.rows + (mask.rows == 1 ? 0 : begin * height)) * mask.columns;
+    accumulate_t<T>* to =
+        grad_mask + ((item / row_blocks) * mask.rows + (mask.rows == 1 ? 0 : begin * height)) * mask.columns;
     for (int64_t j = 0; j < rows * mask.columns; ++j) to[j] = accumulate_t<T>(sums[j]);
     return true;
   });
@@ -315,8 +302,8 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
 
 template <class T>
 bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
-                       Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse, AttentionShape shape,
-                       void*) {
+                       Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse,
+                       AttentionShape shape, void*) {
   const int64_t key_heads = shape.heads / shape.group;
   const int64_t height = block_rows(shape);
   const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
@@ -383,9 +370,9 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   return !failed;
 }
 
-#define PYNN_INSTANTIATE(T)                                                                                        \
-  template bool Attention<T>::bwd(Output, Output, Output, F*, Input, Input, Input, Input, AttentionMaskOperand,    \
-                                  Input, const Lse*, AttentionShape, void*);
+#define PYNN_INSTANTIATE(T)                                                                                            \
+  template bool Attention<T>::bwd(Output, Output, Output, F*, Input, Input, Input, Input, AttentionMaskOperand, Input, \
+                                  const Lse*, AttentionShape, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

@@ -5,23 +5,28 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
-#include "normal.h"
 #include "scaled_dot_product_attention.h"
-#include "vec_math.h"
+#include "vec.h"
 
 namespace pynn::cpu::attention {
 
-inline constexpr int64_t kRows = 64;              // query rows of a block, at most
-inline constexpr int64_t kKeys = 1024;            // keys of a block
-inline constexpr int64_t kStride = kKeys + 16;    // row stride of a score tile, off a power of two
+inline constexpr int64_t kRows = 64;        // query rows of a block, at most
+inline constexpr int64_t kKeys = 1024;      // keys of a block
+inline constexpr int64_t kShortKeys = 256;  // up to so many keys a score tile is narrower, and has more rows
+inline constexpr int64_t kShortStride = kShortKeys + 16,
+                         kLongStride = kKeys + 16;  // its row strides, off powers of two
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
-template <class F> inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
-template <class F> inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
+template <class F>
+inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
+template <class F>
+inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
 
 // Query rows of a block: a score tile of long rows has fewer of them, so that it stays in the second-level cache.
-inline int64_t block_rows(const AttentionShape& shape) { return shape.keys <= 256 ? kRows : kRows / 2; }
+inline int64_t block_rows(const AttentionShape& shape) { return shape.keys <= kShortKeys ? kRows : kRows / 2; }
+inline int64_t tile_stride(const AttentionShape& shape) {
+  return shape.keys <= kShortKeys ? kShortStride : kLongStride;
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -35,7 +40,8 @@ class Scratch {
   ~Scratch() {
     for (int i = 0; i < count_; ++i) std::free(blocks_[i]);
   }
-  template <class E> E* take(int64_t count) {
+  template <class E>
+  E* take(int64_t count) {
     void* block = std::aligned_alloc(64, size_t(round_up(count * int64_t(sizeof(E)) + 64, 64)));
     failed |= block == nullptr;
     return static_cast<E*>(blocks_[count_++] = block);
@@ -48,13 +54,15 @@ class Scratch {
 };
 
 // Rows in compute precision whose length is a whole number of vectors.
-template <class F> struct Matrix {
+template <class F>
+struct Matrix {
   const F* data;
   int64_t stride;
   const F* row(int64_t i) const { return data + i * stride; }
 };
 
-template <class T> struct Read {
+template <class T>
+struct Read {
   const T* data;
   int64_t row, column;
 };
@@ -71,7 +79,8 @@ Pointer head_start(const AttentionOperand<Pointer>& operand, const AttentionShap
   return operand.data + offset;
 }
 
-template <class T> void widen(const T* from, accumulate_t<T>* to, int64_t count) {
+template <class T>
+void widen(const T* from, accumulate_t<T>* to, int64_t count) {
   int64_t j = 0;
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, Half>)
@@ -79,15 +88,20 @@ template <class T> void widen(const T* from, accumulate_t<T>* to, int64_t count)
       _mm512_storeu_ps(to + j, _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)(from + j))));
 #elif defined(__F16C__)
   if constexpr (std::is_same_v<T, Half>)
-    for (; j + 8 <= count; j += 8) _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
+    for (; j + 8 <= count; j += 8)
+      _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
 #endif
   for (; j < count; ++j) to[j] = to_float(from[j]);
 }
 
-template <class F> int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
+template <class F>
+int64_t padded(int64_t width) {
+  return round_up(width, kLanes<F>);
+}
 
 // The rows themselves where they can be read in place, otherwise a copy in `buffer`, padded with zeros.
-template <class T> Matrix<accumulate_t<T>> rows_of(Read<T> from, int64_t rows, int64_t width, accumulate_t<T>* buffer) {
+template <class T>
+Matrix<accumulate_t<T>> rows_of(Read<T> from, int64_t rows, int64_t width, accumulate_t<T>* buffer) {
   using F = accumulate_t<T>;
   if constexpr (std::is_same_v<T, F>)
     if (from.column == 1 && width % kLanes<F> == 0) return {from.data, from.row};
@@ -95,7 +109,8 @@ template <class T> Matrix<accumulate_t<T>> rows_of(Read<T> from, int64_t rows, i
   for (int64_t i = 0; i < rows; ++i) {
     const T* source = from.data + i * from.row;
     F* target = buffer + i * stride;
-    if (from.column == 1) widen(source, target, width);
+    if (from.column == 1)
+      widen(source, target, width);
     else
       for (int64_t d = 0; d < width; ++d) target[d] = to_float(source[d * from.column]);
     for (int64_t d = width; d < stride; ++d) target[d] = 0;
@@ -103,7 +118,8 @@ template <class T> Matrix<accumulate_t<T>> rows_of(Read<T> from, int64_t rows, i
   return {buffer, stride};
 }
 
-template <class F> bool all_finite(Matrix<F> m, int64_t rows, int64_t width) {
+template <class F>
+bool all_finite(Matrix<F> m, int64_t rows, int64_t width) {
   Vec<F> sum{};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t d = 0; d < width; d += kLanes<F>) sum += load(m.row(i) + d) * F(0);
@@ -112,40 +128,31 @@ template <class F> bool all_finite(Matrix<F> m, int64_t rows, int64_t width) {
   return finite;
 }
 
-template <class F> using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
+template <class F>
+using LaneIndices = std::make_integer_sequence<int, kLanes<F>>;
 
-template <class V, int... I> PYNN_HD V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
+template <class V, int... I>
+PYNN_HD V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...);
 }
-template <class V, int... I> PYNN_HD V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
+template <class V, int... I>
+PYNN_HD V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
   return __builtin_shufflevector(a, b, (n / 2 + I / 2 + (I % 2) * n)...);
 }
-template <int step, class V, int... I> PYNN_HD V exchange(V v, std::integer_sequence<int, I...>) {
+template <int step, class V, int... I>
+PYNN_HD V exchange(V v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (I ^ step)...);
 }
-template <class V, int... I> PYNN_HD V lane_numbers(std::integer_sequence<int, I...>) { return V{I...}; }
-
-// v in its first `count` lanes, `other` in the rest.
-template <class F> PYNN_HD Vec<F> keep_first(Vec<F> v, int64_t count, F other) {
-  return lane_numbers<Vec<F>>(LaneIndices<F>()) < F(count) ? v : broadcast(other);
-}
-
-template <class F, class Combine, int step = kLanes<F> / 2> PYNN_HD F reduce(Vec<F> v, const Combine& combine) {
-  v = combine(v, exchange<step>(v, LaneIndices<F>()));
-  if constexpr (step > 1) return reduce<F, Combine, step / 2>(v, combine);
-  else return v[0];
-}
-template <class F> PYNN_HD F sum_lanes(Vec<F> v) {
-  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a + b; });
-}
-template <class F> PYNN_HD F max_lanes(Vec<F> v) {
-  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
+template <class V, int... I>
+PYNN_HD V lane_numbers(std::integer_sequence<int, I...>) {
+  return V{I...};
 }
 
 // to[d * stride + i] = from[i][d] for d < depth, with zeros for i from rows to the next whole vector.
 // Squares of kLanes x kLanes go through log2(kLanes) perfect shuffles.
-template <class F> void transpose(Matrix<F> from, int64_t rows, int64_t depth, F* to, int64_t stride) {
+template <class F>
+void transpose(Matrix<F> from, int64_t rows, int64_t depth, F* to, int64_t stride) {
   constexpr int n = kLanes<F>;
   for (int64_t i = 0; i < rows; i += n)
     for (int64_t d = 0; d < depth; d += n) {
@@ -170,35 +177,53 @@ template <class F> void transpose(Matrix<F> from, int64_t rows, int64_t depth, F
 }
 
 // The transpose cut into panels of kPanel columns: panel p at to + p * depth * kPanel, row stride kPanel.
-template <class F> void pack_panels(Matrix<F> from, int64_t rows, int64_t depth, F* to) {
+template <class F>
+void pack_panels(Matrix<F> from, int64_t rows, int64_t depth, F* to) {
   for (int64_t i = 0; i < rows; i += kPanel<F>)
-    transpose<F>({from.row(i), from.stride}, rows - i < kPanel<F> ? rows - i : kPanel<F>, depth, to + i * depth, kPanel<F>);
+    transpose<F>({from.row(i), from.stride}, rows - i < kPanel<F> ? rows - i : kPanel<F>, depth, to + i * depth,
+                 kPanel<F>);
 }
 
-// How the left operand of a product is stored: element (m, k) at m * row + k * column.
-// Sums of `chunk` products are added to a total: the rounding error of a long sum grows with the number of chunks, not of
-// products. An error of a score is multiplied by its size in P, so scores use the shorter chunks.
-struct ByRows { static constexpr int64_t row = kStride, column = 1, chunk = 16; };     // a score tile
-struct ByColumns { static constexpr int64_t row = 1, column = kStride, chunk = 16; };  // a score tile, transposed
-struct ByQueries { static constexpr int64_t row = 1, column = kRows, chunk = 8; };     // transposed query rows
+// The left operand of a product: element (m, k) at m * kRow + k * step, with kRow known when compiling (1 for an
+// operand stored by columns). Sums of `chunk` products are added to a total: the rounding error of a long sum grows
+// with the number of chunks, not of products. The error of a score is multiplied by exp, so scores use shorter chunks.
+template <class F>
+struct Left {
+  const F* data;
+  int64_t step, chunk;
+};
+inline constexpr int64_t kScoreChunk = 8, kChunk = 16;
 
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
 inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
 
+// Keeps the compiler from loading a vector again for every use, which it takes to be free as an operand of fma.
+template <class V>
+PYNN_HD void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
+
 // One register tile: M rows, N vectors.
-template <class Layout, int M, int N, class F>
-void tile(int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
+template <int64_t kRow, int M, int N, class F>
+void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
   Vec<F> total[M][N] = {};
-  for (int64_t begin = 0; begin < depth; begin += Layout::chunk) {
-    const int64_t end = depth - begin < Layout::chunk ? depth : begin + Layout::chunk;
+  for (int64_t begin = 0; begin < depth; begin += a.chunk) {
+    const int64_t end = depth - begin < a.chunk ? depth : begin + a.chunk;
     Vec<F> sum[M][N] = {};
     for (int64_t k = begin; k < end; ++k) {
       Vec<F> row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes<F>);
+      for (int n = 0; n < N; ++n) {
+        row[n] = load(b + k * b_stride + n * kLanes<F>);
+        keep_in_register(row[n]);
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec<F> scalar = broadcast(a[m * Layout::row + k * Layout::column]);
+        const Vec<F> scalar = broadcast(a.data[m * kRow + k * a.step]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[m][n] = fma(scalar, row[n], sum[m][n]);
       }
@@ -217,48 +242,52 @@ void tile(int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t
     }
 }
 
-template <class Layout, int N, class F, int... I>
-void tile_column(int64_t rows, int64_t depth, const F* a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add,
+template <int64_t kRow, int N, class F, int... I>
+void tile_column(int64_t rows, int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add,
                  std::integer_sequence<int, I...>) {
-  using Tile = void (*)(int64_t, const F*, const F*, int64_t, F*, int64_t, bool);
-  static constexpr Tile tiles[] = {&tile<Layout, I + 1, N, F>...};
+  using Tile = void (*)(int64_t, Left<F>, const F*, int64_t, F*, int64_t, bool);
+  static constexpr Tile tiles[] = {&tile<kRow, I + 1, N, F>...};
   const int64_t height = divide_up(rows, divide_up(rows, int64_t(sizeof...(I))));
   for (int64_t m = 0; m < rows; m += height) {
     const int64_t count = rows - m < height ? rows - m : height;
-    tiles[count - 1](depth, a + m * Layout::row, b, b_stride, c + m * c_stride, c_stride, add);
+    tiles[count - 1](depth, {a.data + m * kRow, a.step, a.chunk}, b, b_stride, c + m * c_stride, c_stride, add);
   }
 }
 
 // C (rows x width) = A B, or C += A B. `panel` is the distance between column panels of B.
-template <class Layout, class F>
-void multiply(int64_t rows, int64_t width, int64_t depth, const F* a, const F* b, int64_t b_stride, int64_t panel, F* c,
+template <int64_t kRow, class F>
+void multiply(int64_t rows, int64_t width, int64_t depth, Left<F> a, const F* b, int64_t b_stride, int64_t panel, F* c,
               int64_t c_stride, bool add) {
   for (int64_t j = 0; j < width; j += kPanel<F>, b += panel, c += kPanel<F>) {
     const auto run = [&]<int N>(std::integral_constant<int, N>) {
-      tile_column<Layout, N>(rows, depth, a, b, b_stride, c, c_stride, add,
-                             std::make_integer_sequence<int, rows_of_tile(N)>());
+      tile_column<kRow, N>(rows, depth, a, b, b_stride, c, c_stride, add,
+                           std::make_integer_sequence<int, rows_of_tile(N)>());
     };
     const int64_t vectors = divide_up(width - j, kLanes<F>);
-    if (vectors == 1) run(std::integral_constant<int, 1>());
-    else if (vectors == 2 || kPanelVectors == 2) run(std::integral_constant<int, 2>());
+    if (vectors == 1)
+      run(std::integral_constant<int, 1>());
+    else if (vectors == 2 || kPanelVectors == 2)
+      run(std::integral_constant<int, 2>());
     else if constexpr (kPanelVectors == 4) {
-      if (vectors == 3) run(std::integral_constant<int, 3>());
-      else run(std::integral_constant<int, 4>());
+      if (vectors == 3)
+        run(std::integral_constant<int, 3>());
+      else
+        run(std::integral_constant<int, 4>());
     }
   }
 }
 
 // C += A B where a zero in A takes nothing from B, not even NaN: for operands with non-finite rows that are masked.
-template <class Layout, class F>
-void multiply_skipping(int64_t rows, int64_t width, int64_t depth, const F* a, Matrix<F> b, F* c, int64_t c_stride,
+template <int64_t kRow, class F>
+void multiply_skipping(int64_t rows, int64_t width, int64_t depth, Left<F> a, Matrix<F> b, F* c, int64_t c_stride,
                        bool add) {
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t j = 0; j < width; j += kLanes<F>) {
       Vec<F> total{};
-      for (int64_t begin = 0; begin < depth; begin += Layout::chunk) {
+      for (int64_t begin = 0; begin < depth; begin += a.chunk) {
         Vec<F> sum{};
-        for (int64_t k = begin; k < depth && k < begin + Layout::chunk; ++k) {
-          const F scalar = a[m * Layout::row + k * Layout::column];
+        for (int64_t k = begin; k < depth && k < begin + a.chunk; ++k) {
+          const F scalar = a.data[m * kRow + k * a.step];
           if (scalar != F(0)) sum = fma(broadcast(scalar), load(b.row(k) + j), sum);
         }
         total += sum;
@@ -269,79 +298,24 @@ void multiply_skipping(int64_t rows, int64_t width, int64_t depth, const F* a, M
 }
 
 // C (+)= A B for B given as rows; `finite` tells whether every element of B is.
-template <class Layout, class F>
-void multiply_rows(int64_t rows, int64_t width, int64_t depth, const F* a, Matrix<F> b, bool finite, F* c,
+template <int64_t kRow, class F>
+void multiply_rows(int64_t rows, int64_t width, int64_t depth, Left<F> a, Matrix<F> b, bool finite, F* c,
                    int64_t c_stride, bool add) {
-  if (finite) multiply<Layout>(rows, width, depth, a, b.data, b.stride, kPanel<F>, c, c_stride, add);
-  else multiply_skipping<Layout>(rows, width, depth, a, b, c, c_stride, add);
+  if (finite)
+    multiply<kRow>(rows, width, depth, a, b.data, b.stride, kPanel<F>, c, c_stride, add);
+  else
+    multiply_skipping<kRow>(rows, width, depth, a, b, c, c_stride, add);
 }
 
-// Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
-template <bool kMasked, class F> F finish_scores(F* s, int64_t count, F scale, const F* mask) {
-  Vec<F> top = broadcast(-kInfinity<F>);
-  for (int64_t j = 0; j < count; j += kLanes<F>) {
-    Vec<F> x = load(s + j) * scale;
-    if constexpr (kMasked) {
-      const Vec<F> m = load(mask + j);
-      x = m == -kInfinity<F> ? m : x + m;
-    }
-    if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
-    store(s + j, x);
-    top = x > top ? x : top;
-  }
-  return max_lanes<F>(top);
-}
-
-// One row of the mask as numbers to add to the scores.
-template <class F> void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count, F* to) {
-  const int64_t step = mask.operand.column, offset = row * mask.operand.row + key * step;
-  const auto convert = [&](auto* data) {
-    for (int64_t j = 0; j < count; ++j) to[j] = F(to_float(data[offset + j * step]));
-  };
-  switch (mask.kind) {
-    case AttentionMask::kNone: break;
-    case AttentionMask::kBool: {
-      const uint8_t* data = static_cast<const uint8_t*>(start) + offset;
-      for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
-      break;
-    }
-    case AttentionMask::kDouble: convert(static_cast<const double*>(start)); break;
-    case AttentionMask::kFloat: convert(static_cast<const float*>(start)); break;
-    case AttentionMask::kHalf: convert(static_cast<const Half*>(start)); break;
-    case AttentionMask::kBFloat16: convert(static_cast<const BFloat16*>(start)); break;
-  }
-}
-
-inline int64_t mask_bytes(AttentionMask kind) {
-  switch (kind) {
-    case AttentionMask::kDouble: return 8;
-    case AttentionMask::kFloat: return 4;
-    case AttentionMask::kHalf:
-    case AttentionMask::kBFloat16: return 2;
-    default: return 1;
-  }
-}
-
-inline const void* mask_start(const AttentionMaskOperand& mask, const AttentionShape& shape, int64_t head) {
-  AttentionOperand<const char*> bytes{static_cast<const char*>(mask.operand.data), {}, 0, 0};
-  for (int d = 0; d < shape.batch_dims; ++d) bytes.batch[d] = mask.operand.batch[d] * mask_bytes(mask.kind);
-  return head_start(bytes, shape, head, 1);
-}
-
-// to[j] = 1 / (1 - p) where dropout keeps element first + j, otherwise 0.
-template <class F> void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count, F* to) {
-  const uint64_t seed = uint64_t(shape.dropout_key[0]), offset = uint64_t(shape.dropout_key[1]);
-  const double scaled = shape.dropout_p * 4294967296.0;
-  const uint64_t threshold = uint64_t(scaled);
-  const F kept = shape.dropout_p < 1 ? F(1 / (1 - shape.dropout_p)) : F(0);
-  constexpr int64_t batch = 4 * kCounters;
-  const int64_t lead = int64_t(first % 4);
-  for (int64_t j = -lead; j < count; j += batch) {
-    VecUint words[4];
-    philox(seed, offset + (first + uint64_t(j)) / 4, words);
-    for (int64_t k = 0; k < batch; ++k)
-      if (j + k >= 0 && j + k < count) to[j + k] = words[k % 4][k / 4] >= threshold ? kept : F(0);
-  }
+// The same for A a score tile of row stride `stride`.
+template <class F>
+void multiply_scores(int64_t rows, int64_t width, int64_t depth, const F* scores, int64_t stride, Matrix<F> b,
+                     bool finite, F* c, int64_t c_stride, bool add) {
+  const Left<F> a{scores, 1, kChunk};
+  if (stride == kShortStride)
+    multiply_rows<kShortStride>(rows, width, depth, a, b, finite, c, c_stride, add);
+  else
+    multiply_rows<kLongStride>(rows, width, depth, a, b, finite, c, c_stride, add);
 }
 
 }  // namespace pynn::cpu::attention

@@ -1,7 +1,7 @@
 // exp of short SIMD vectors, within about one unit in the last place of the correctly rounded value.
 //
-// e^x = 2^n * e^r with n = round(x / ln 2) and r = x - n ln 2 taken off in two parts, the first of which has so few bits
-// that n times it is exact. e^r = 1 + r + r^2 P(r) on |r| <= ln 2 / 2 (P by interpolation in Chebyshev nodes). The
+// e^x = 2^n * e^r with n = round(x / ln 2) and r = x - n ln 2 taken off in two parts, the first of which has so few
+// bits that n times it is exact. e^r = 1 + r + r^2 P(r) on |r| <= ln 2 / 2 (P by interpolation in Chebyshev nodes). The
 // power of two is applied in two halves, so that results below the normal range round once and overflow gives infinity.
 // exp(0) is exactly 1, exp(-inf) is 0, exp(+inf) is +inf, NaN stays NaN.
 #pragma once

@@ -18,7 +18,8 @@ namespace pynn {
 inline constexpr int kAttentionBatchDims = 8;
 
 // A matrix per head, read or written through strides (in elements; 0 where it is broadcast).
-template <class Pointer> struct AttentionOperand {
+template <class Pointer>
+struct AttentionOperand {
   Pointer data;
   int64_t batch[kAttentionBatchDims];
   int64_t row, column;
@@ -27,14 +28,14 @@ template <class Pointer> struct AttentionOperand {
 enum class AttentionMask { kNone, kBool, kDouble, kFloat, kHalf, kBFloat16 };
 
 struct AttentionShape {
-  int batch_dims;                      // of query: the last one counts heads
+  int batch_dims;  // of query: the last one counts heads
   int64_t batch[kAttentionBatchDims];
-  int64_t heads;                       // product of batch
-  int64_t group;                       // query heads that share one key head
+  int64_t heads;  // product of batch
+  int64_t group;  // query heads that share one key head
   int64_t queries, keys, dim, value_dim;
   bool causal;
   double scale, dropout_p;
-  const int64_t* dropout_key;          // (seed, offset), or nullptr without dropout
+  const int64_t* dropout_key;  // (seed, offset), or nullptr without dropout
 };
 
 struct AttentionMaskOperand {
@@ -44,15 +45,17 @@ struct AttentionMaskOperand {
   int64_t rows, columns;
 };
 
-// lse is kept in float64 unless the data is 16 bits wide: its rounding error is a relative error of a whole row of P, and
-// in float32 it would be the largest error of the backward.
-template <class T> using attention_lse_t = std::conditional_t<sizeof(T) == 2, float, double>;
+// lse is kept in float64 unless the data is 16 bits wide: its rounding error is a relative error of a whole row of P,
+// and in float32 it would be the largest error of the backward.
+template <class T>
+using attention_lse_t = std::conditional_t<sizeof(T) == 2, float, double>;
 
 }  // namespace pynn
 
 namespace pynn::PYNN_LAUNCH_NAMESPACE {
 
-template <class T> struct Attention {
+template <class T>
+struct Attention {
   using F = accumulate_t<T>;
   using Lse = attention_lse_t<T>;
   using Input = AttentionOperand<const T*>;

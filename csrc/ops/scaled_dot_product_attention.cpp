@@ -11,11 +11,16 @@ constexpr const char* kOp = "scaled_dot_product_attention";
 
 AttentionMask mask_kind(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Bool: return AttentionMask::kBool;
-    case ScalarType::Double: return AttentionMask::kDouble;
-    case ScalarType::Float: return AttentionMask::kFloat;
-    case ScalarType::Half: return AttentionMask::kHalf;
-    default: return AttentionMask::kBFloat16;
+    case ScalarType::Bool:
+      return AttentionMask::kBool;
+    case ScalarType::Double:
+      return AttentionMask::kDouble;
+    case ScalarType::Float:
+      return AttentionMask::kFloat;
+    case ScalarType::Half:
+      return AttentionMask::kHalf;
+    default:
+      return AttentionMask::kBFloat16;
   }
 }
 
@@ -42,8 +47,10 @@ void check_query_key(AttentionShape& shape, const Tensor& query, const Tensor& k
                ", or a number of heads that divides the number of heads in query");
   }
   shape.group = 1;
-  if (shape.batch_dims == 0) shape.batch_dims = 1, shape.batch[0] = 1;
-  else if (key.size(rank - 3) > 0) shape.group = query.size(rank - 3) / key.size(rank - 3);
+  if (shape.batch_dims == 0)
+    shape.batch_dims = 1, shape.batch[0] = 1;
+  else if (key.size(rank - 3) > 0)
+    shape.group = query.size(rank - 3) / key.size(rank - 3);
   if (shape.group == 0) shape.group = 1;  // no query heads at all
   shape.queries = query.size(-2), shape.keys = key.size(-2), shape.dim = query.size(-1);
   // Scores are numbered in 64 bits, and scratch holds a padded copy of every operand in up to 8 bytes per element.
@@ -99,20 +106,30 @@ AttentionMaskOperand check_mask(const AttentionShape& shape, const Tensor& query
     const int64_t whole = at == query.dim() - 1 ? shape.keys : query.size(at);
     PYNN_CHECK(size == 1 || size == whole, kOp, ": expected attn_mask that broadcasts to the scores (..., ",
                shape.queries, ", ", shape.keys, ") of query ", shape_of(query), ", got ", shape_of(m));
-    if (at == query.dim() - 1) mask.columns = size, mask.operand.column = stride;
-    else if (at == query.dim() - 2) mask.rows = size, mask.operand.row = stride;
-    else mask.batch[at] = size, mask.operand.batch[at] = stride;
+    if (at == query.dim() - 1)
+      mask.columns = size, mask.operand.column = stride;
+    else if (at == query.dim() - 2)
+      mask.rows = size, mask.operand.row = stride;
+    else
+      mask.batch[at] = size, mask.operand.batch[at] = stride;
   }
   return mask;
 }
 
-template <class Pointer> AttentionOperand<Pointer> operand(Pointer data, const Tensor& tensor) {
+template <class Pointer>
+AttentionOperand<Pointer> operand(Pointer data, const Tensor& tensor) {
   AttentionOperand<Pointer> result{data, {}, tensor.stride(-2), tensor.stride(-1)};
   for (int64_t d = 0; d < tensor.dim() - 2; ++d) result.batch[d] = tensor.stride(d);
   return result;
 }
-template <class T> AttentionOperand<const T*> reading(const Tensor& tensor) { return operand(pointer<T>(tensor), tensor); }
-template <class T> AttentionOperand<T*> writing(Tensor& tensor) { return operand(mutable_pointer<T>(tensor), tensor); }
+template <class T>
+AttentionOperand<const T*> reading(const Tensor& tensor) {
+  return operand(pointer<T>(tensor), tensor);
+}
+template <class T>
+AttentionOperand<T*> writing(Tensor& tensor) {
+  return operand(mutable_pointer<T>(tensor), tensor);
+}
 
 // (..., H, L, width) stored as (..., L, H, width), so that joining the heads afterwards is free.
 Tensor new_heads(const Tensor& like, int64_t width) {
@@ -150,9 +167,9 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
   }
   dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool done = launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse),
-                                                reading<T>(query), reading<T>(key), reading<T>(value), mask, shape,
-                                                current_stream(query));
+    const bool done =
+        launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse), reading<T>(query),
+                                  reading<T>(key), reading<T>(value), mask, shape, current_stream(query));
     PYNN_CHECK(done, kOp, ": out of memory");
   });
   return {out, lse};
@@ -200,11 +217,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Ten
     dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       using F = accumulate_t<T>;
-      const bool done = launch::Attention<T>::bwd(
-          writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
-          mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr, reading<T>(grad_out), reading<T>(query),
-          reading<T>(key), reading<T>(value), mask, reading<T>(out), pointer<attention_lse_t<T>>(log_sums), shape,
-          current_stream(query));
+      const bool done =
+          launch::Attention<T>::bwd(writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
+                                    mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr, reading<T>(grad_out),
+                                    reading<T>(query), reading<T>(key), reading<T>(value), mask, reading<T>(out),
+                                    pointer<attention_lse_t<T>>(log_sums), shape, current_stream(query));
       PYNN_CHECK(done, kOp, ": out of memory");
     });
   }
@@ -222,8 +239,10 @@ Tensor keep(const Tensor& query, const Tensor& key, const Tensor& dropout_key, d
   sizes.back() = shape.keys;
   Tensor mask = torch::stable::new_empty(query, sizes, ScalarType::Bool);
   if (is_empty(shape)) return mask;
-  if (shape.dropout_key) launch::attention_keep(mutable_pointer<bool>(mask), shape, current_stream(query));
-  else torch::stable::fill_(mask, 1);
+  if (shape.dropout_key)
+    launch::attention_keep(mutable_pointer<bool>(mask), shape, current_stream(query));
+  else
+    torch::stable::fill_(mask, 1);
   return mask;
 }
 

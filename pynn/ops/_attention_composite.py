@@ -1,4 +1,4 @@
-"""Attention in torch ops: the weights themselves, and the backward of the backward."""
+"""Attention in torch ops: broadcasting, the weights themselves, and the backward of the backward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import math
 import torch
 
 from .. import backends
+
+
+def broadcast_leading(query, key, value, enable_gqa):
+    """Leading dimensions broadcast against each other, as torch.matmul does; heads only without grouped queries."""
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        return query, key, value  # the op says what is wrong
+    keep = 3 if enable_gqa else 2
+    if enable_gqa:
+        heads = [t.shape[-3] if t.dim() > 2 else 0 for t in (query, key, value)]
+        if heads[1] != heads[2] or min(heads) < 1 or heads[0] % heads[1]:
+            raise RuntimeError(
+                "Number of heads in key and value must divide the number of heads in query: got "
+                f"{heads[1]}, {heads[2]} and {heads[0]}"
+            )
+    lead = torch.broadcast_shapes(*(t.shape[:-keep] for t in (query, key, value)))
+    return tuple(t.expand(*lead, *t.shape[-keep:]) for t in (query, key, value))
 
 
 def _repeated(t, query):

@@ -10,7 +10,7 @@ import math
 import torch
 
 from .. import backends
-from ._attention_composite import second_order
+from ._attention_composite import broadcast_leading, second_order
 from ._function import autocast, call, eager, library
 from .random import make_key
 
@@ -34,13 +34,9 @@ def _new_heads(like, width):  # stored as (..., L, H, width)
     return like.new_empty(sizes).transpose(-3, -2)
 
 
-def _check_devices(query, *others):  # an operand on meta beside real ones reaches these rules instead of the kernels
-    for t in others:
-        if t is not None and t.device != query.device:
-            raise RuntimeError(
-                "scaled_dot_product_attention: expected all operands to be on the same device, "
-                f"got {query.device} and {t.device}"
-            )
+def _check_devices(*operands):  # an operand on meta beside real ones reaches these rules instead of the kernels
+    if len({t.device for t in operands if t is not None}) > 1:
+        raise RuntimeError("scaled_dot_product_attention: expected all operands to be on the same device")
 
 
 def _lse_dtype(dtype):
@@ -85,10 +81,9 @@ class ScaledDotProductAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         mask_gradient = ctx.needs_input_grad[3]
         inputs = (grad_out, *ctx.saved_tensors, *ctx.options, mask_gradient)
-        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-            grads = ScaledDotProductAttentionBackward.forward(*inputs)
-        else:
-            grads = call(ScaledDotProductAttentionBackward, *inputs)
+        function = ScaledDotProductAttentionBackward
+        # A compiled backward has no backward of its own.
+        grads = function.forward(*inputs) if torch.compiler.is_compiling() else call(function, *inputs)
         return (*grads[:3], grads[3] if mask_gradient else None, None, None, None, None)
 
     @staticmethod
@@ -181,12 +176,10 @@ def scaled_dot_product_attention(
     """
     query, key, value = autocast(query, key, value)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        query, key, value = _expanded(query, key, value, enable_gqa)
+        query, key, value = broadcast_leading(query, key, value, enable_gqa)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1)) if query.dim() else 1.0
-    dropout_key = None
-    if dropout_p > 0:
-        dropout_key = make_key(query.device, generator=generator, seed=seed)
+    dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
     return attend(query, key, value, attn_mask, dropout_key, float(dropout_p), bool(is_causal), float(scale))
 
 
@@ -194,19 +187,3 @@ def attend(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scal
     """scaled_dot_product_attention on operands whose leading dimensions agree, with the dropout key given."""
     inputs = (query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale)
     return call(ScaledDotProductAttention, *inputs)[0]
-
-
-def _expanded(query, key, value, enable_gqa):
-    """Leading dimensions broadcast against each other, as torch.matmul does; heads only without grouped queries."""
-    if min(query.dim(), key.dim(), value.dim()) < 2:
-        return query, key, value  # the op says what is wrong
-    keep = 3 if enable_gqa else 2
-    if enable_gqa:
-        heads = [t.shape[-3] if t.dim() > 2 else 0 for t in (query, key, value)]
-        if heads[1] != heads[2] or min(heads) < 1 or heads[0] % heads[1]:
-            raise RuntimeError(
-                "Number of heads in key and value must divide the number of heads in query: got "
-                f"{heads[1]}, {heads[2]} and {heads[0]}"
-            )
-    lead = torch.broadcast_shapes(*(t.shape[:-keep] for t in (query, key, value)))
-    return tuple(t.expand(*lead, *t.shape[-keep:]) for t in (query, key, value))

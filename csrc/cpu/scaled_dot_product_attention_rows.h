@@ -1,0 +1,163 @@
+// What the attention kernels do to one row of a score tile: mask, softmax, dropout, and the gradient of all three.
+#pragma once
+#include "normal.h"
+#include "scaled_dot_product_attention_tile.h"
+#include "vec_math.h"
+
+namespace pynn::cpu::attention {
+
+// v in its first `count` lanes, `other` in the rest.
+template <class F>
+PYNN_HD Vec<F> keep_first(Vec<F> v, int64_t count, F other) {
+  return lane_numbers<Vec<F>>(LaneIndices<F>()) < F(count) ? v : broadcast(other);
+}
+
+template <class F, class Combine, int step = kLanes<F> / 2>
+PYNN_HD F reduce(Vec<F> v, const Combine& combine) {
+  v = combine(v, exchange<step>(v, LaneIndices<F>()));
+  if constexpr (step > 1)
+    return reduce<F, Combine, step / 2>(v, combine);
+  else
+    return v[0];
+}
+template <class F>
+PYNN_HD F sum_lanes(Vec<F> v) {
+  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a + b; });
+}
+template <class F>
+PYNN_HD F max_lanes(Vec<F> v) {
+  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
+}
+
+// Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
+template <bool kMasked, class F>
+F finish_scores(F* s, int64_t count, F scale, const F* mask) {
+  Vec<F> top = broadcast(-kInfinity<F>);
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    Vec<F> x = load(s + j) * scale;
+    if constexpr (kMasked) {
+      const Vec<F> m = load(mask + j);
+      x = m == -kInfinity<F> ? m : x + m;
+    }
+    if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
+    store(s + j, x);
+    top = x > top ? x : top;
+  }
+  return max_lanes<F>(top);
+}
+
+// One row of the mask as numbers to add to the scores.
+template <class F>
+void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count, F* to) {
+  const int64_t step = mask.operand.column, offset = row * mask.operand.row + key * step;
+  const auto convert = [&](auto* data) {
+    for (int64_t j = 0; j < count; ++j) to[j] = F(to_float(data[offset + j * step]));
+  };
+  switch (mask.kind) {
+    case AttentionMask::kNone:
+      break;
+    case AttentionMask::kBool: {
+      const uint8_t* data = static_cast<const uint8_t*>(start) + offset;
+      for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
+      break;
+    }
+    case AttentionMask::kDouble:
+      convert(static_cast<const double*>(start));
+      break;
+    case AttentionMask::kFloat:
+      convert(static_cast<const float*>(start));
+      break;
+    case AttentionMask::kHalf:
+      convert(static_cast<const Half*>(start));
+      break;
+    case AttentionMask::kBFloat16:
+      convert(static_cast<const BFloat16*>(start));
+      break;
+  }
+}
+
+inline int64_t mask_bytes(AttentionMask kind) {
+  switch (kind) {
+    case AttentionMask::kDouble:
+      return 8;
+    case AttentionMask::kFloat:
+      return 4;
+    case AttentionMask::kHalf:
+    case AttentionMask::kBFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+inline const void* mask_start(const AttentionMaskOperand& mask, const AttentionShape& shape, int64_t head) {
+  AttentionOperand<const char*> bytes{static_cast<const char*>(mask.operand.data), {}, 0, 0};
+  for (int d = 0; d < shape.batch_dims; ++d) bytes.batch[d] = mask.operand.batch[d] * mask_bytes(mask.kind);
+  return head_start(bytes, shape, head, 1);
+}
+
+// to[j] = 1 / (1 - p) where dropout keeps element first + j, otherwise 0.
+template <class F>
+void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count, F* to) {
+  const uint64_t seed = uint64_t(shape.dropout_key[0]), offset = uint64_t(shape.dropout_key[1]);
+  const double scaled = shape.dropout_p * 4294967296.0;
+  const uint64_t threshold = uint64_t(scaled);
+  const F kept = shape.dropout_p < 1 ? F(1 / (1 - shape.dropout_p)) : F(0);
+  constexpr int64_t batch = 4 * kCounters;
+  const int64_t lead = int64_t(first % 4);
+  for (int64_t j = -lead; j < count; j += batch) {
+    VecUint words[4];
+    philox(seed, offset + (first + uint64_t(j)) / 4, words);
+    for (int64_t k = 0; k < batch; ++k)
+      if (j + k >= 0 && j + k < count) to[j + k] = words[k % 4][k / 4] >= threshold ? kept : F(0);
+  }
+}
+
+// s = exp(s - top), times the dropout factor; returns the sum before dropout.
+template <class F>
+F exponentials(F* s, int64_t count, F top, const F* factors) {
+  Vec<F> sum{};
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> p = exp(load(s + j) - top);
+    sum += p;
+    store(s + j, factors ? p * load(factors + j) : p);
+  }
+  return sum_lanes<F>(sum);
+}
+
+// Weights of one row against `shift`, and G: s becomes exp(s - shift), g becomes G. Masked entries become 0 whatever
+// they held. Returns (sum_j s, sum_j s G).
+template <bool kMasked, class F>
+std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
+  Vec<F> sum{}, dot{};
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> x = load(s + j);
+    Vec<F> d = load(g + j), p = exp(x - shift);
+    if (factors) d *= load(factors + j);
+    if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
+    if (count - j < kLanes<F>) {
+      p = keep_first<F>(p, count - j, F(0));
+      d = keep_first<F>(d, count - j, F(0));
+    }
+    if constexpr (kMasked) d = p == F(0) ? Vec<F>{} : d;
+    sum += p;
+    dot = fma(p, d, dot);
+    store(s + j, p);
+    if (kMasked || factors) store(g + j, d);
+  }
+  return {sum_lanes<F>(sum), sum_lanes<F>(dot)};
+}
+
+// With P = s * norm: g = P (G - delta), s = P times the dropout factor.
+template <class F>
+void score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> weight = load(s + j), zero{};
+    Vec<F> p = weight * norm, d = p * (load(g + j) - delta);
+    if (masked) p = weight == zero ? zero : p, d = weight == zero ? zero : d;
+    store(g + j, d);
+    store(s + j, factors ? p * load(factors + j) : p);
+  }
+}
+
+}  // namespace pynn::cpu::attention
