@@ -25,7 +25,8 @@ constexpr int64_t kTaskElements = 16384;  // elements that are worth another thr
 
 // ---------------------------------------------------------------- (N, C, pixels)
 
-template <bool kSilu, class T> struct Contiguous {
+template <bool kSilu, class T>
+struct Contiguous {
   using A = accumulate_t<T>;
   static constexpr bool kKeep = kSilu && std::is_same_v<T, A>;  // dz fits dx without rounding
   const GroupNormShape& shape;
@@ -75,7 +76,8 @@ template <bool kSilu, class T> struct Contiguous {
 
 // ---------------------------------------------------------------- (N, pixels, C)
 
-template <bool kSilu, class T> struct ChannelsLast {
+template <bool kSilu, class T>
+struct ChannelsLast {
   using A = accumulate_t<T>;
   static constexpr bool kKeep = kSilu && std::is_same_v<T, A>;
   const GroupNormShape& shape;
@@ -89,7 +91,8 @@ template <bool kSilu, class T> struct ChannelsLast {
   // The groups of one task, and their channels in chunks.
   struct Part {
     int64_t sample, first_group, groups, first_channel, channels;
-    template <class Body> void each_chunk(const Body& body) const {
+    template <class Body>
+    void each_chunk(const Body& body) const {
       for (int64_t c = 0; c < channels; c += kColumns<T>) body(c, std::min(channels - c, kColumns<T>));
     }
   };
@@ -99,7 +102,8 @@ template <bool kSilu, class T> struct ChannelsLast {
     return {sample, first, groups, first * shape.width, groups * shape.width};
   }
   // Calls body(c, g) for the columns of a chunk, c counted from its first column and g from the part's first group.
-  template <class Body> void each_column(int64_t first, int64_t count, const Body& body) const {
+  template <class Body>
+  void each_column(int64_t first, int64_t count, const Body& body) const {
     int64_t g = first / shape.width, left = (g + 1) * shape.width - first;
     for (int64_t c = 0; c < count; ++c) {
       body(c, g);
@@ -109,7 +113,8 @@ template <bool kSilu, class T> struct ChannelsLast {
   int64_t offset(const Part& p) const { return p.sample * shape.pixels * shape.channels() + p.first_channel; }
 
   // Each group's sums of x - center and its square (kSecond), with the centers of `stats`.
-  template <bool kSecond> void moments(const Part& p, const T* x, const GroupStats* stats, Sums* group_sums) const {
+  template <bool kSecond>
+  void moments(const Part& p, const T* x, const GroupStats* stats, Sums* group_sums) const {
     std::fill(group_sums, group_sums + p.groups, Sums{});
     p.each_chunk([&](int64_t first, int64_t count) {
       Columns<T> columns(count);
@@ -198,8 +203,7 @@ template <bool kSilu, class T> struct ChannelsLast {
         columns.backward(c, back[g]);
       });
       with_vectors<T>(chunk, [&](auto vectors) {
-        Block<T, vectors>(shape, chunk)
-            .template backward<kSilu, kKeep>(dy + first, x + first, dx + first, columns);
+        Block<T, vectors>(shape, chunk).template backward<kSilu, kKeep>(dy + first, x + first, dx + first, columns);
       });
     });
   }
@@ -217,7 +221,8 @@ void with_layout(const GroupNormShape& shape, const accumulate_t<T>* weight, con
   return body(Contiguous<false, T>{shape, weight, bias});
 }
 
-template <class Walker, class Body> void each_task(const Walker& walker, const Body& body) {
+template <class Walker, class Body>
+void each_task(const Walker& walker, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kTaskElements / walker.task_elements());
   parallel_for(walker.tasks(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) body(task);
@@ -225,28 +230,32 @@ template <class Walker, class Body> void each_task(const Walker& walker, const B
 }
 
 // out[c] = sum over samples of sums[n][c]
-template <class A> void add_samples(const double* sums, A* out, int64_t batch, int64_t channels) {
+template <class A>
+void add_samples(const double* sums, A* out, int64_t batch, int64_t channels) {
   constexpr int64_t kBlock = 64;
-  parallel_for((channels + kBlock - 1) / kBlock, 1 + kTaskElements / (kBlock * batch + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kBlock; first < std::min(channels, end * kBlock); first += kBlock) {
-      const int64_t count = std::min(channels - first, kBlock);
-      double total[kBlock] = {};
-      for (int64_t n = 0; n < batch; ++n)
-        for (int64_t c = 0; c < count; ++c) total[c] += sums[n * channels + first + c];
-      for (int64_t c = 0; c < count; ++c) out[first + c] = A(total[c]);
-    }
-  });
+  parallel_for((channels + kBlock - 1) / kBlock, 1 + kTaskElements / (kBlock * batch + 1),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t first = begin * kBlock; first < std::min(channels, end * kBlock); first += kBlock) {
+                   const int64_t count = std::min(channels - first, kBlock);
+                   double total[kBlock] = {};
+                   for (int64_t n = 0; n < batch; ++n)
+                     for (int64_t c = 0; c < count; ++c) total[c] += sums[n * channels + first + c];
+                   for (int64_t c = 0; c < count; ++c) out[first + c] = A(total[c]);
+                 }
+               });
 }
 
 }  // namespace
 
-template <class T> PYNN_GROUP_NORM_FWD(T) {
+template <class T>
+PYNN_GROUP_NORM_FWD(T) {
   with_layout<T>(shape, weight, bias, [&](const auto& walker) {
     each_task(walker, [&](int64_t task) { walker.forward(task, x, eps, y, mean, rstd); });
   });
 }
 
-template <class T> PYNN_GROUP_NORM_BWD(T) {
+template <class T>
+PYNN_GROUP_NORM_BWD(T) {
   double *sum_dz = sums, *sum_dzx = sums + shape.batch * shape.channels();
   with_layout<T>(shape, weight, bias, [&](const auto& walker) {
     each_task(walker, [&](int64_t task) { walker.backward(task, dy, x, mean, rstd, dx, sum_dz, sum_dzx); });

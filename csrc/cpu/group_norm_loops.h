@@ -1,5 +1,5 @@
-// The inner loops of group_norm on the CPU: statistics and elementwise passes over one channel's run of pixels, or over a
-// block of channels-last columns. See group_norm.cpp for how they are put together.
+// The inner loops of group_norm on the CPU: statistics and elementwise passes over one channel's run of pixels, or over
+// a block of channels-last columns. See group_norm.cpp for how they are put together.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,11 +13,13 @@
 namespace pynn::cpu::group_norm {
 
 inline constexpr int kFlush = 16;
-inline constexpr int kMaxVectors = 4;            // vectors in a row of columns
-template <class T> inline constexpr int64_t kColumns = kMaxVectors * kComputeLanes<T>;
+inline constexpr int kMaxVectors = 4;  // vectors in a row of columns
+template <class T>
+inline constexpr int64_t kColumns = kMaxVectors * kComputeLanes<T>;
 
 // sigmoid(z) and sigmoid(-z), both with a small relative error: neither is taken as 1 minus the other.
-template <class V> struct Sigmoid {
+template <class V>
+struct Sigmoid {
   V plus, minus;
   explicit PYNN_HD Sigmoid(V z) {
     const V e = exp(V(z < 0 ? z : -z)), r = 1 / (e + 1), er = e * r;
@@ -28,11 +30,11 @@ template <class V> struct Sigmoid {
 #if defined(__AVX512F__)
 // With e = exp(-|z|) = 2^(n / 16) e^r from a table of 16 powers and a cubic in |r| <= ln 2 / 32; 1 / (1 + e) by one
 // Newton step. About half the instructions of the general form.
-template <> PYNN_HD Sigmoid<VecFloat>::Sigmoid(VecFloat z) {
-  const VecFloat powers = {
-      0x1p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f, 0x1.3dea64p0f, 0x1.4bfdaep0f,
-      0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f, 0x1.ae89fap0f,
-      0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
+template <>
+PYNN_HD Sigmoid<VecFloat>::Sigmoid(VecFloat z) {
+  const VecFloat powers = {0x1p0f,        0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f,  0x1.3dea64p0f,
+                           0x1.4bfdaep0f, 0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
+                           0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
   const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(z));
   const VecFloat x = _mm512_max_ps(broadcast(-104.5f), _mm512_or_ps(z, broadcast(-0.0f)));  // NaN stays NaN
   const float magic = 0x1.8p19f;  // adding it leaves the nearest multiple of 1/16
@@ -48,12 +50,14 @@ template <> PYNN_HD Sigmoid<VecFloat>::Sigmoid(VecFloat z) {
   minus = _mm512_mask_mul_ps(inverse, __mmask16(~negative), e, inverse);
 }
 #endif
-template <bool kSilu, class V> PYNN_HD V activate(V z) {
+template <bool kSilu, class V>
+PYNN_HD V activate(V z) {
   if constexpr (kSilu) return z * Sigmoid<V>(z).plus;
   return z;
 }
 // grad * act'(z)
-template <bool kSilu, class V> PYNN_HD V activate_grad(V grad, V z) {
+template <bool kSilu, class V>
+PYNN_HD V activate_grad(V grad, V z) {
   if constexpr (!kSilu) return grad;
   const Sigmoid<V> s(z);
   return grad * (s.plus * fma(z, s.minus, V{} + 1));
@@ -64,11 +68,13 @@ struct Sums {
 };
 
 struct GroupStats {
-  double delta, rstd;  // mean - center
-  double center;       // exact in the compute type
+  double delta;  // mean - center
+  double rstd;
+  double center;  // exact in the compute type
 };
 
-template <class A> double center_of(double mean, double rstd) {
+template <class A>
+double center_of(double mean, double rstd) {
   return std::abs(mean) * rstd > 0.5 ? double(A(mean)) : 0.0;
 }
 inline GroupStats finish(double center, const Sums& moments, double count, double eps) {
@@ -77,7 +83,8 @@ inline GroupStats finish(double center, const Sums& moments, double count, doubl
   return {delta, 1 / std::sqrt((variance < 0 ? 0 : variance) + eps), center};
 }
 // The same statistics around the center that the apply pass uses.
-template <class A> GroupStats recenter(const GroupStats& s) {
+template <class A>
+GroupStats recenter(const GroupStats& s) {
   const double mean = s.center + s.delta, center = center_of<A>(mean, s.rstd);
   return {mean - center, s.rstd, center};
 }
@@ -87,7 +94,8 @@ template <class A> GroupStats recenter(const GroupStats& s) {
 struct Affine {
   double scale, shift;
 };
-template <class A> Affine affine(const GroupStats& s, const A* weight, const A* bias, int64_t c) {
+template <class A>
+Affine affine(const GroupStats& s, const A* weight, const A* bias, int64_t c) {
   const double scale = s.rstd * (weight ? weight[c] : A(1));
   return {scale, (bias ? bias[c] : A(0)) - s.delta * scale};
 }
@@ -99,15 +107,17 @@ inline Affine backward_affine(const GroupStats& s, const Sums& weighted, double 
 
 // ---------------------------------------------------------------- contiguous runs: (channel, pixels)
 
-// Calls body(index, lanes used, all lanes used?) for each vector of [0, count).
-template <int kStep, class Body> PYNN_HD void each_vector(int64_t count, const Body& body) {
+// Calls body(index, whole) for each vector of [0, count); whole is std::false_type for a last, partial one.
+template <int kStep, class Body>
+PYNN_HD void each_vector(int64_t count, const Body& body) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) body(i, std::true_type{});
   if (i < count) body(i, std::false_type{});
 }
 
 // Sums of x - center and, for kSecond, of its square.
-template <bool kSecond, class T> Sums run_moments(const T* x, int64_t count, accumulate_t<T> center) {
+template <bool kSecond, class T>
+Sums run_moments(const T* x, int64_t count, accumulate_t<T> center) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = 4, kStep = kComputeLanes<T>;
   const Vec<A> center_v = broadcast(center);
@@ -134,7 +144,8 @@ template <bool kSecond, class T> Sums run_moments(const T* x, int64_t count, acc
   return total;
 }
 
-template <bool kSilu, class T> void run_forward(const T* x, T* y, int64_t count, double center, const Affine& affine) {
+template <bool kSilu, class T>
+void run_forward(const T* x, T* y, int64_t count, double center, const Affine& affine) {
   using A = accumulate_t<T>;
   const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(affine.scale)), shift = broadcast(A(affine.shift));
   each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
@@ -184,7 +195,8 @@ template <bool kSilu, bool kKeep, class T>
 void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, const Affine& forward,
                   const Affine& backward) {
   using A = accumulate_t<T>;
-  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(forward.scale)), shift = broadcast(A(forward.shift));
+  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(forward.scale)),
+               shift = broadcast(A(forward.shift));
   const Vec<A> b = broadcast(A(backward.scale)), k = broadcast(A(backward.shift));
   const T* from = kKeep ? dx : dy;
   each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
@@ -197,10 +209,12 @@ void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, 
   });
 }
 
-// ---------------------------------------------------------------- channels-last blocks: rows of `count` <= kColumns channels
+// ---------------------------------------------------------------- channels-last blocks: rows of `count` <= kColumns
+// channels
 
 // Coefficients of each column, as the vector loops read them. Lanes past the last column stay 0.
-template <class T> struct Columns {
+template <class T>
+struct Columns {
   using A = accumulate_t<T>;
   A center[kColumns<T>], scale[kColumns<T>], shift[kColumns<T>], slope[kColumns<T>], constant[kColumns<T>];
 
@@ -214,22 +228,29 @@ template <class T> struct Columns {
   void backward(int64_t c, const Affine& affine) { slope[c] = A(affine.scale), constant[c] = A(affine.shift); }
 };
 
-template <class T> struct ColumnSums {
+template <class T>
+struct ColumnSums {
   double first[kColumns<T>] = {}, second[kColumns<T>] = {};
 };
 
 // Calls body(std::integral_constant<int, vectors>) for the number of vectors that hold `count` columns.
-template <class T, class Body> PYNN_HD void with_vectors(int64_t count, const Body& body) {
+template <class T, class Body>
+PYNN_HD void with_vectors(int64_t count, const Body& body) {
   switch ((count + kComputeLanes<T> - 1) / kComputeLanes<T>) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    default: return body(std::integral_constant<int, 4>{});
+    case 1:
+      return body(std::integral_constant<int, 1>{});
+    case 2:
+      return body(std::integral_constant<int, 2>{});
+    case 3:
+      return body(std::integral_constant<int, 3>{});
+    default:
+      return body(std::integral_constant<int, 4>{});
   }
 }
 
 // One row of columns in registers.
-template <class T, int kVectors> struct Row {
+template <class T, int kVectors>
+struct Row {
   using A = accumulate_t<T>;
   Vec<A> v[kVectors];
 
@@ -256,14 +277,16 @@ template <class T, int kVectors> struct Row {
   }
 };
 
-template <class V> PYNN_HD void add_to(double* sums, V v) {
+template <class V>
+PYNN_HD void add_to(double* sums, V v) {
   std::remove_reference_t<decltype(v[0])> lanes[sizeof(v) / sizeof(v[0])];
   store(lanes, v);
   for (size_t i = 0; i < std::size(lanes); ++i) sums[i] += lanes[i];
 }
 
 // Walks the rows in pieces of 2 * kFlush; each(row, first, second) adds to two rows of running sums in registers.
-template <class T, int kVectors, class Each> void sum_rows(int64_t rows, ColumnSums<T>& sums, const Each& each) {
+template <class T, int kVectors, class Each>
+void sum_rows(int64_t rows, ColumnSums<T>& sums, const Each& each) {
   using A = accumulate_t<T>;
   constexpr int kStep = kComputeLanes<T>, kUnroll = kVectors < 3 ? 2 : 1;
   for (int64_t start = 0; start < rows; start += kUnroll * kFlush) {
@@ -284,7 +307,8 @@ template <class T, int kVectors, class Each> void sum_rows(int64_t rows, ColumnS
 }
 
 // A block of columns in a (pixels, channels) sample.
-template <class T, int kVectors> struct Block {
+template <class T, int kVectors>
+struct Block {
   using A = accumulate_t<T>;
   using R = Row<T, kVectors>;
   int64_t rows, stride, tail;
@@ -292,7 +316,8 @@ template <class T, int kVectors> struct Block {
   Block(const GroupNormShape& shape, int64_t columns)
       : rows(shape.pixels), stride(shape.channels()), tail(columns - (kVectors - 1) * kComputeLanes<T>) {}
 
-  template <bool kSecond> void moments(const T* x, const Columns<T>& c, ColumnSums<T>& sums) const {
+  template <bool kSecond>
+  void moments(const T* x, const Columns<T>& c, ColumnSums<T>& sums) const {
     const R center = R::coefficients(c.center);
     sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
       const R row = R::read(x + r * stride, tail);
@@ -305,7 +330,8 @@ template <class T, int kVectors> struct Block {
     });
   }
 
-  template <bool kSilu> void forward(const T* x, T* y, const Columns<T>& c) const {
+  template <bool kSilu>
+  void forward(const T* x, T* y, const Columns<T>& c) const {
     const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
     for (int64_t r = 0; r < rows; ++r) {
       R row = R::read(x + r * stride, tail);
@@ -333,7 +359,8 @@ template <class T, int kVectors> struct Block {
     });
   }
 
-  template <bool kSilu, bool kKeep> void backward(const T* dy, const T* x, T* dx, const Columns<T>& c) const {
+  template <bool kSilu, bool kKeep>
+  void backward(const T* dy, const T* x, T* dx, const Columns<T>& c) const {
     const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
     const R b = R::coefficients(c.slope), k = R::coefficients(c.constant);
     for (int64_t r = 0; r < rows; ++r) {

@@ -4,17 +4,23 @@
 
 namespace pynn::cpu {
 
-template <class T> inline constexpr int kComputeLanes = kLanes<accumulate_t<T>>;
+template <class T>
+inline constexpr int kComputeLanes = kLanes<accumulate_t<T>>;
 typedef uint32_t VecUint __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecShort __attribute__((vector_size(kVectorBytes / 2)));
 
-template <class T> PYNN_HD Vec<accumulate_t<T>> load_compute(const T* from) { return load(from); }
-template <> PYNN_HD VecFloat load_compute(const BFloat16* from) {
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> load_compute(const T* from) {
+  return load(from);
+}
+template <>
+PYNN_HD VecFloat load_compute(const BFloat16* from) {
   VecShort bits;
   memcpy(&bits, from, sizeof(bits));
   return VecFloat(__builtin_convertvector(bits, VecUint) << 16);
 }
-template <> PYNN_HD VecFloat load_compute(const Half* from) {
+template <>
+PYNN_HD VecFloat load_compute(const Half* from) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
@@ -26,13 +32,18 @@ template <> PYNN_HD VecFloat load_compute(const Half* from) {
 #endif
 }
 
-template <class T> PYNN_HD void store_compute(T* to, Vec<accumulate_t<T>> v) { store(to, v); }
-template <> PYNN_HD void store_compute(BFloat16* to, VecFloat v) {
+template <class T>
+PYNN_HD void store_compute(T* to, Vec<accumulate_t<T>> v) {
+  store(to, v);
+}
+template <>
+PYNN_HD void store_compute(BFloat16* to, VecFloat v) {
   const VecUint bits = VecUint(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecShort result = __builtin_convertvector(v != v ? VecUint{} + 0x7fc0u : rounded, VecShort);
   memcpy(to, &result, sizeof(result));
 }
-template <> PYNN_HD void store_compute(Half* to, VecFloat v) {
+template <>
+PYNN_HD void store_compute(Half* to, VecFloat v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
@@ -43,21 +54,25 @@ template <> PYNN_HD void store_compute(Half* to, VecFloat v) {
 }
 
 // The first `count` lanes come from memory, the others are `fill`; memory past `count` is not touched.
-template <class T> PYNN_HD Vec<accumulate_t<T>> load_part(const T* from, int64_t count, accumulate_t<T> fill) {
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> load_part(const T* from, int64_t count, accumulate_t<T> fill) {
   accumulate_t<T> lanes[kComputeLanes<T>];
   for (int i = 0; i < kComputeLanes<T>; ++i) lanes[i] = i < count ? to_float(from[i]) : fill;
   return load(lanes);
 }
-template <class T> PYNN_HD void store_part(T* to, int64_t count, Vec<accumulate_t<T>> v) {
+template <class T>
+PYNN_HD void store_part(T* to, int64_t count, Vec<accumulate_t<T>> v) {
   accumulate_t<T> lanes[kComputeLanes<T>];
   store(lanes, v);
   for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(lanes[i]);
 }
 #if defined(__AVX512F__)
-template <> PYNN_HD VecFloat load_part(const float* from, int64_t count, float fill) {
+template <>
+PYNN_HD VecFloat load_part(const float* from, int64_t count, float fill) {
   return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << count) - 1), from);
 }
-template <> PYNN_HD void store_part(float* to, int64_t count, VecFloat v) {
+template <>
+PYNN_HD void store_part(float* to, int64_t count, VecFloat v) {
   _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), v);
 }
 #endif

@@ -26,8 +26,7 @@ MemoryFormat layout_of(const Tensor& input) {
 
 // The tensor itself where its memory already has the layout, otherwise a copy.
 Tensor in_layout(const Tensor& tensor, MemoryFormat layout) {
-  if (layout == MemoryFormat::Contiguous)
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (layout == MemoryFormat::Contiguous) return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   int64_t expected = 1;
   const int64_t rank = tensor.dim();
   for (int64_t i = 0; i < rank; ++i) {
@@ -76,7 +75,8 @@ std::optional<Tensor> parameter(const char* op, const char* name, const std::opt
   const Tensor same = dtype == compute ? *tensor : torch::stable::to(*tensor, compute);
   return same.is_contiguous() ? same : torch::stable::contiguous(same);
 }
-template <class T> const T* pointer_or_null(const std::optional<Tensor>& tensor) {
+template <class T>
+const T* pointer_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
 }
 

@@ -29,6 +29,8 @@ def zero_init(module: nn.Module) -> nn.Module:
 class TimeEmbedding(nn.Module):
     """(B,) timesteps to (B, time_dim): sines and cosines of `channels` / 2 frequencies, then a two-layer MLP."""
 
+    frequencies: Tensor
+
     def __init__(self, channels: int, time_dim: int) -> None:
         super().__init__()
         half = channels // 2
@@ -106,7 +108,7 @@ class UNet(nn.Module):
         in_channels: channels of the image.
         out_channels: channels of the prediction; None for in_channels.
         channels: width of the first level, a multiple of `groups`.
-        channel_multipliers: the width of each level over `channels`; each level halves the resolution of the one before.
+        channel_multipliers: width of each level over `channels`; a level has half the resolution of the one before.
         blocks_per_level: residual blocks per level, on the way down and again on the way up.
         attention_levels: the levels with self-attention. The bottom of the pyramid has it where its level has.
         num_heads: heads of the self-attention.
@@ -198,7 +200,7 @@ class UNet(nn.Module):
         embedding = self.time_embedding(t)
         if self.class_embedding is not None:
             if class_labels is None:
-                class_labels = torch.full_like(t, self.num_classes, dtype=torch.long)
+                class_labels = torch.full_like(t, self.class_embedding.num_embeddings - 1, dtype=torch.long)
             embedding = embedding + self.class_embedding(class_labels)
         return F.silu(embedding)
 

@@ -116,7 +116,14 @@ class GroupNorm(torch.autograd.Function):
         else:
             grads = call(GroupNormBackward, *inputs)
         needed = ctx.needs_input_grad
-        return *(grad if need else None for grad, need in zip(grads, needed[:3], strict=True)), None, None, None
+        return (
+            grads[0] if needed[0] else None,
+            grads[1] if needed[1] else None,
+            grads[2] if needed[2] else None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -154,8 +161,8 @@ def group_norm(
     """
     if activation is not None and activation != "silu":
         raise ValueError(f'group_norm: expected activation to be None or "silu", got {activation!r}')
-    if input.dim() >= 2 and num_groups > 0 and input.shape[0] * (input.shape[1] // num_groups) == 1:
-        if math.prod(input.shape[2:]) == 1:
-            shape = [1, num_groups, *input.shape[2:]]
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    shape = input.shape
+    if len(shape) >= 2 and 0 < num_groups == shape[0] * shape[1] and math.prod(shape[2:]) == 1:
+        size = [1, num_groups, *shape[2:]]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     return call(GroupNorm, input, weight, bias, num_groups, eps, activation == "silu")[0]
