@@ -262,15 +262,15 @@ def test_comparison_names_the_parts():
 def test_the_tuner_finds_the_fastest_number_and_follows_a_change():
     seconds = {1: 3.0, 2: 2.0, 4: 5.0, 6: 9.0}
     now, used = 0.0, []
-    tuner = ThreadTuner(6, every=30, tries=3, clock=lambda: now)
-    for step in range(90):
-        if step == 31:
+    tuner = ThreadTuner(6, every=10, tries=3, clock=lambda: now)
+    for step in range(50):
+        if step == 20:
             seconds = {1: 1.0, 2: 8.0, 4: 5.0, 6: 9.0}  # the machine got busy
         tuner.tick()
         used.append(torch.get_num_threads())
         now += seconds[used[-1]]
-    trial = [1] * 3 + [2] * 3 + [4] * 3 + [6] * 3
-    assert used == trial + [2] * 18 + trial + [1] * 18 + trial + [1] * 18
+    first = [1] * 3 + [2] * 3 + [4] * 3 + [6]  # 6 is hopeless after one step
+    assert used == first + [2] * 10 + ([1] * 3 + [2] + [1] * 10) * 2 + [1] * 2
 
 
 def test_tuned_threads_change_rounding_at_most(tmp_path):
