@@ -184,9 +184,7 @@ def test_generated(call):
         y = ours(x, w, b, r, activation, **geometry)
     truth, _ = truth_of(lambda *t: reference(*t, activation, **geometry), x, w, b, r)
     terms = w[0].numel() + 2
-    magnitude = reference(
-        *(None if t is None else t.double().abs() for t in (x, w, b, r)), **geometry
-    )
+    magnitude = reference(*(None if t is None else t.double().abs() for t in (x, w, b, r)), **geometry)
     if activation == "gelu_tanh" or activation == "gelu" or activation == "silu":
         magnitude = 2 * magnitude  # their slope reaches 1.13, and they add roundings of their own
     elif activation in ("sigmoid", "tanh"):
@@ -217,7 +215,7 @@ def test_exact(sample, dtype):
         assert_bitwise(got, truth.to(dtype), f"gradient {i}")
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "sample",
     [
@@ -298,7 +296,7 @@ def test_nothing_else_written():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weight_shape", ((20, 5, 3, 3), (2, 17, 3, 3), (18, 2, 1, 3)))
+@pytest.mark.parametrize("weight_shape", [(20, 5, 3, 3), (2, 17, 3, 3), (18, 2, 1, 3)])
 def test_nonfinite(weight_shape, dtype):
     x, w, b = operands((3, weight_shape[1], 7, 7), weight_shape, dtype)
     x[0, 0, 3, 3], x[1, 1, 0, 0], x[2, 0, 6, 6] = float("nan"), float("inf"), float("-inf")
@@ -314,7 +312,7 @@ def test_nonfinite(weight_shape, dtype):
 
 
 @pytest.mark.parametrize("sample", range(len(SAMPLES)))
-@pytest.mark.parametrize("batched", (True, False))
+@pytest.mark.parametrize("batched", [True, False])
 def test_torch_samples(sample, batched):
     shape, weight_shape, geometry = SAMPLES[sample]
     x, w, b = operands(shape if batched else shape[1:], weight_shape, torch.float64)
@@ -370,7 +368,7 @@ def test_opcheck():
     torch.library.opcheck(ops.conv2d_bwd_activation.default, (dy, dy, 3))
 
 
-@pytest.mark.parametrize("activation", (None, "relu", "silu"))
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_transforms(activation):
     x, w, b = operands((2, 4, 5, 5), (6, 4, 3, 3), torch.float64)
     r = torch.randn(2, 6, 5, 5, dtype=torch.float64)
@@ -432,7 +430,11 @@ def test_empty():
 
 MESSAGES = [
     (((2, 3, 8, 8), (4, 2, 3, 3)), {}, "to have 2 channels, but got 3 channels instead"),
-    (((8, 8), (4, 2, 3, 3)), {}, r"Expected 3D \(unbatched\) or 4D \(batched\) input to conv2d, but got input of size: \[8, 8\]"),
+    (
+        ((8, 8), (4, 2, 3, 3)),
+        {},
+        r"Expected 3D \(unbatched\) or 4D \(batched\) input to conv2d, but got input of size: \[8, 8\]",
+    ),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"stride": 0}, "non-positive stride is not supported"),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"padding": -1}, "negative padding is not supported"),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"dilation": 0}, r"dilation should be greater than zero, but got \[0, 0\]"),
@@ -502,14 +504,20 @@ def bad_call(rng: random.Random):
     else:
         which = rng.randrange(5)
         if which == 0:
-            return f"activation {huge}", lambda: ops.conv2d_fwd(x, w, b, None, stride, padding, dilation, 1, huge, False)
+            return f"activation {huge}", lambda: ops.conv2d_fwd(
+                x, w, b, None, stride, padding, dilation, 1, huge, False
+            )
         if which == 1:
-            return "bias", lambda: ops.conv2d_fwd(x, w, b[: rng.randrange(6)], None, stride, padding, dilation, 1, 0, False)
+            return "bias", lambda: ops.conv2d_fwd(
+                x, w, b[: rng.randrange(6)], None, stride, padding, dilation, 1, 0, False
+            )
         if which == 2:
             r = torch.randn(rng.choice(((2, 6, 5, 5), (1, 2, 6, 6, 6), (7,), (0,), (2, 5, 1, 1)))).to(dtype)
             return "residual", lambda: ops.conv2d_fwd(x, w, b, r, stride, padding, dilation, 1, 0, False)
         if which == 3:
-            shape = rng.choice(([2, 4, 6], [2, 4, 6, -6], [2, 4, huge, 6], [2, 5, 6, 6], [3, 4, 6, 6], [2, 4, 7, 6], []))
+            shape = rng.choice(
+                ([2, 4, 6], [2, 4, 6, -6], [2, 4, huge, 6], [2, 5, 6, 6], [3, 4, 6, 6], [2, 4, 7, 6], [])
+            )
             return f"shape {shape}", lambda: ops.conv2d_bwd_input(dy, w, shape, stride, padding, dilation, 1, True)
         saved = torch.randn(rng.choice(((2, 6, 6, 5), (2, 6, 6), ()))).to(dtype)
         return "saved", lambda: ops.conv2d_bwd_activation(dy, saved, 3)
@@ -529,7 +537,7 @@ def test_bad_calls():
     assert_rejects("test_conv2d", 500)
 
 
-@pytest.mark.parametrize("mode", ("zeros", "reflect", "replicate", "circular"))
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_module(mode):
     arguments = {"padding": (1, 2), "stride": 2, "dilation": 1, "groups": 2, "padding_mode": mode}
     torch.manual_seed(3)

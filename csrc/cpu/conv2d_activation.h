@@ -12,7 +12,8 @@ PYNN_HD VecFloat select(VecInt condition, VecFloat yes, VecFloat no) {
   return (VecFloat)((condition & (VecInt)yes) | (~condition & (VecInt)no));
 }
 PYNN_HD VecFloat absolute(VecFloat x) { return (VecFloat)((VecInt)x & 0x7fffffff); }
-template <size_t N> PYNN_HD VecFloat polynomial(VecFloat x, const float (&coefficients)[N]) {
+template <size_t N>
+PYNN_HD VecFloat polynomial(VecFloat x, const float (&coefficients)[N]) {
   VecFloat sum = broadcast(coefficients[0]);
 #pragma GCC unroll 16
   for (size_t i = 1; i < N; ++i) sum = fma(sum, x, broadcast(coefficients[i]));
@@ -27,8 +28,7 @@ PYNN_HD VecFloat exponential(VecFloat x) {
   const VecFloat shifted = fma(x, broadcast(1.44269504f), magic), n = shifted - magic;
   VecFloat r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
-  const VecFloat p = polynomial(
-      r, {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f});
+  const VecFloat p = polynomial(r, {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f});
   const VecInt exponent = (VecInt)shifted - (VecInt)magic, half = exponent >> 1;
   return p * (VecFloat)((half + 127) << 23) * (VecFloat)((exponent - half + 127) << 23);
 }
@@ -38,22 +38,24 @@ PYNN_HD VecFloat logistic(VecFloat x) { return 1.0f / (1.0f + exponential(-x)); 
 // tanh: its continued fraction near 0, exponentials elsewhere.
 PYNN_HD VecFloat hyperbolic_tangent(VecFloat x) {
   const VecFloat a = absolute(x), q = x * x;
-  const VecFloat near = x * polynomial(q, {21.0f, 1260.0f, 10395.0f}) / polynomial(q, {1.0f, 210.0f, 4725.0f, 10395.0f});
+  const VecFloat near =
+      x * polynomial(q, {21.0f, 1260.0f, 10395.0f}) / polynomial(q, {1.0f, 210.0f, 4725.0f, 10395.0f});
   const VecFloat far = 1.0f - 2.0f / (exponential(a + a) + 1.0f);
   const VecFloat signed_far = (VecFloat)((VecInt)far | ((VecInt)x & INT32_MIN));
   return select(a < 0.6f, near, signed_far);
 }
 
-// The normal distribution function: erf's power series near 0, exp(-x^2 / 2) times a polynomial in 1 / (2 + |x|) beyond.
+// The normal distribution function: erf's power series near 0, exp(-x^2 / 2) times a polynomial in 1 / (2 + |x|)
+// beyond.
 PYNN_HD VecFloat normal_cdf(VecFloat x) {
   const VecFloat a = absolute(x), q = x * x * 0.5f;
-  const VecFloat series = polynomial(
-      q, {-1.45038522e-7f, 1.4589169e-6f, -1.32275132e-5f, 1.06837607e-4f, -7.57575758e-4f, 4.62962963e-3f, -2.38095238e-2f,
-          0.1f, -0.333333333f, 1.0f});
+  const VecFloat series = polynomial(q, {-1.45038522e-7f, 1.4589169e-6f, -1.32275132e-5f, 1.06837607e-4f,
+                                         -7.57575758e-4f, 4.62962963e-3f, -2.38095238e-2f, 0.1f, -0.333333333f, 1.0f});
   const VecFloat near = fma(x * 0.398942280f, series, broadcast(0.5f));
   const VecFloat u = 1.0f / (a + 2.0f);
-  const VecFloat tail = exponential(-q) * polynomial(u, {-34.3291595f, 49.7581589f, -22.6687529f, 0.356147486f, 0.60634422f, 1.20287888f,
-                                                   0.798102114f, 0.398920052f, 4.81131253e-7f});
+  const VecFloat tail =
+      exponential(-q) * polynomial(u, {-34.3291595f, 49.7581589f, -22.6687529f, 0.356147486f, 0.60634422f, 1.20287888f,
+                                       0.798102114f, 0.398920052f, 4.81131253e-7f});
   return select(a < 1.25f, near, select(x < 0.0f, tail, 1.0f - tail));
 }
 
@@ -64,13 +66,21 @@ PYNN_HD double logistic(double x) { return 1 / (1 + std::exp(-x)); }
 PYNN_HD double hyperbolic_tangent(double x) { return std::tanh(x); }
 PYNN_HD double normal_cdf(double x) { return 0.5 * std::erfc(-x * M_SQRT1_2); }
 
-template <class A> struct Lane { using type = Vec<A>; };
-template <> struct Lane<double> { using type = double; };
-template <class A> inline constexpr int kLaneStep = sizeof(typename Lane<A>::type) / sizeof(A);
+template <class A>
+struct Lane {
+  using type = Vec<A>;
+};
+template <>
+struct Lane<double> {
+  using type = double;
+};
+template <class A>
+inline constexpr int kLaneStep = sizeof(typename Lane<A>::type) / sizeof(A);
 
 inline constexpr double kSqrt2OverPi = 0.79788456080286536, kInvSqrt2Pi = 0.39894228040143268, kGeluCubic = 0.044715;
 
-template <Activation activation, class A, class V> PYNN_HD V activated(V x) {
+template <Activation activation, class A, class V>
+PYNN_HD V activated(V x) {
   const V zero = V{};
   if constexpr (activation == Activation::relu) return select(x < zero, zero, x);
   if constexpr (activation == Activation::leaky_relu) return select(x < zero, x * A(kLeakySlope), x);
@@ -84,7 +94,8 @@ template <Activation activation, class A, class V> PYNN_HD V activated(V x) {
 }
 
 // The derivative; s is the activation's input for silu and gelu, its output for the others.
-template <Activation activation, class A, class V> PYNN_HD V derivative(V s) {
+template <Activation activation, class A, class V>
+PYNN_HD V derivative(V s) {
   const V zero = V{}, one = zero + A(1);
   if constexpr (activation == Activation::relu) return select(s <= zero, zero, one);
   if constexpr (activation == Activation::leaky_relu) return select(s <= zero, zero + A(kLeakySlope), one);
@@ -104,28 +115,39 @@ template <Activation activation, class A, class V> PYNN_HD V derivative(V s) {
   return one;
 }
 
-template <class Body> void with_activation(Activation activation, const Body& body) {
+template <class Body>
+void with_activation(Activation activation, const Body& body) {
   using enum Activation;
   switch (activation) {
-    case none: return;
-    case relu: return body.template operator()<relu>();
-    case leaky_relu: return body.template operator()<leaky_relu>();
-    case silu: return body.template operator()<silu>();
-    case gelu: return body.template operator()<gelu>();
-    case gelu_tanh: return body.template operator()<gelu_tanh>();
-    case sigmoid: return body.template operator()<sigmoid>();
-    case tanh: return body.template operator()<tanh>();
+    case none:
+      return;
+    case relu:
+      return body.template operator()<relu>();
+    case leaky_relu:
+      return body.template operator()<leaky_relu>();
+    case silu:
+      return body.template operator()<silu>();
+    case gelu:
+      return body.template operator()<gelu>();
+    case gelu_tanh:
+      return body.template operator()<gelu_tanh>();
+    case sigmoid:
+      return body.template operator()<sigmoid>();
+    case tanh:
+      return body.template operator()<tanh>();
   }
 }
 
-template <class A> PYNN_HD typename Lane<A>::type load_lane(const A* from) {
+template <class A>
+PYNN_HD typename Lane<A>::type load_lane(const A* from) {
   typename Lane<A>::type v;
   memcpy(&v, from, sizeof(v));
   return v;
 }
 
 // values = activation(values); count may be rounded up to whole vectors, so the buffer must be.
-template <class A> void activate(Activation activation, A* values, int64_t count) {
+template <class A>
+void activate(Activation activation, A* values, int64_t count) {
   with_activation(activation, [&]<Activation kind>() {
     for (int64_t i = 0; i < count; i += kLaneStep<A>) {
       const auto y = activated<kind, A>(load_lane(values + i));
@@ -135,7 +157,8 @@ template <class A> void activate(Activation activation, A* values, int64_t count
 }
 
 // gradient = gradient * activation'(saved); both buffers are rounded up to whole vectors.
-template <class A> void multiply_derivative(Activation activation, A* gradient, const A* saved, int64_t count) {
+template <class A>
+void multiply_derivative(Activation activation, A* gradient, const A* saved, int64_t count) {
   with_activation(activation, [&]<Activation kind>() {
     for (int64_t i = 0; i < count; i += kLaneStep<A>) {
       const auto d = load_lane(gradient + i) * derivative<kind, A>(load_lane(saved + i));

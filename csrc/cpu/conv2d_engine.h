@@ -22,9 +22,10 @@ struct Chunk {
   int64_t weight;
 };
 
-// Chunks of at most sqrt(8 K) and 64 products, about where rounding errors within and between chunks balance.
-inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, const Span& columns, int64_t row_stride,
-                                    int64_t column_stride) {
+// Chunks of sqrt(8 K) products, within 32 to 64: long enough to keep the tile busy, and about where the rounding errors
+// within and between chunks balance. A sum is never left in one piece.
+inline std::vector<Chunk> chunks_of(Form form, const Window& window, const Span& rows, const Span& columns,
+                                    int64_t row_stride, int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
   const bool joined = window.joined();
   const int64_t outer = joined ? 1 : rows.taps, runs = joined ? rows.taps : columns.taps;
@@ -33,15 +34,19 @@ inline std::vector<Chunk> chunks_of(const Window& window, const Span& rows, cons
   const int64_t weight_stride = joined ? kernel_width * channels : channels;
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
-  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 1, 64);
-  const int64_t together = std::max<int64_t>(1, limit / length), pieces = ceil_div(length, limit);
+  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 32, 64);
+  const bool dots = form == Form::dots;  // the lanes of a dot product are short sums already
+  const int64_t together = dots ? runs : std::max<int64_t>(1, limit / length);
+  const bool single = outer == 1 && runs <= together && length > 4;
+  const int64_t pieces = dots ? 1 : std::max<int64_t>(ceil_div(length, limit), single ? 2 : 1);
   for (int64_t a = 0; a < outer; ++a)
     for (int64_t r = 0; r < runs; r += together)
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t begin = length * piece / pieces, end = length * (piece + 1) / pieces;
         const int64_t weight = ((rows.tap + a) * kernel_width + columns.tap) * channels + r * weight_stride + begin;
         chunks.push_back({a * window.h.dilation * row_stride + r * run_stride + begin,
-                          {std::min(together, runs - r), end - begin, run_stride, weight_stride}, weight});
+                          {std::min(together, runs - r), end - begin, run_stride, weight_stride},
+                          weight});
       }
   return chunks;
 }
@@ -64,16 +69,25 @@ class Correlation {
 
  public:
   Correlation(const T* x, const Strides4& s, const Window& window, const PackedWeights<A>& weights)
-      : x_(x), s_(s), window_(window), core_(window.core()), weights_(weights), depthwise_(window.depthwise()),
+      : x_(x),
+        s_(s),
+        window_(window),
+        core_(window.core()),
+        weights_(weights),
+        depthwise_(window.depthwise()),
         channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
-        units_(core_, channels_ * sizeof(A)), rows_(spans_of(core_.h)), columns_(spans_of(core_.w)) {
+        units_(core_, channels_ * sizeof(A)),
+        rows_(spans_of(core_.h)),
+        columns_(spans_of(core_.w)) {
     in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1) &&
                 (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
-    packed_ = in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
+    packed_ =
+        in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
     for (const Span& rows : rows_)
       for (const Span& columns : columns_)
-        chunks_.push_back(depthwise_ ? std::vector<Chunk>() : chunks_of(core_, rows, columns, packed_.h, packed_.w));
+        chunks_.push_back(depthwise_ ? std::vector<Chunk>()
+                                     : chunks_of(weights.form(), core_, rows, columns, packed_.h, packed_.w));
   }
 
   // finish(panel) is called once for every unit and panel.
@@ -109,7 +123,8 @@ class Correlation {
     } else if (window_.patches()) {
       pack_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
     } else {
-      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1, channels_};
+      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1,
+                      channels_};
       for (int64_t n = 0; n < unit.images; ++n)
         pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, input + n * packed_.n);
     }
@@ -162,7 +177,8 @@ class Correlation {
         const bool more = &chunk != &chunks.front();
         const A* from = base + chunk.from;
         if (weights_.form() == Form::dots) {
-          dots(chunk, from, offsets + block, places + block, count, weights + chunk.weight, channels, width, sums, more);
+          dots(chunk, from, offsets + block, places + block, count, weights + chunk.weight, channels, width, sums,
+               more);
           continue;
         }
         const A* b = weights + chunk.weight * width;

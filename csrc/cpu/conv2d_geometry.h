@@ -1,6 +1,7 @@
 // The shape of one correlation and how it is cut: which filter taps an output position meets, and units of work.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "conv2d.h"
@@ -52,7 +53,9 @@ struct Window {
   int64_t taps() const { return h.kernel * w.kernel; }
   int64_t depth() const { return taps() * in_channels; }
   // Few input channels: every pixel gets its whole patch as one row, zeros where the filter leaves the image.
-  bool patches() const { return in_channels > 0 && in_channels <= 4 && taps() > 1 && !(in_channels == 1 && groups > 1); }
+  bool patches() const {
+    return in_channels > 0 && in_channels <= 4 && taps() > 1 && !(in_channels == 1 && groups > 1);
+  }
   bool depthwise() const { return in_channels == 1 && groups > 1; }
   // The taps of a kernel row lie side by side in a dense image: they are one run of memory.
   bool joined() const { return w.dilation == 1 || w.kernel == 1; }
@@ -79,7 +82,8 @@ struct Units {
     per_image = ceil_div(h.out, rows);
     images = 1;
     if (per_image == 1) {
-      const int64_t fit = std::clamp<int64_t>(std::min(kBytes / image_bytes, kPixels / pixels), 1, ceil_div(window.batch, 4));
+      const int64_t fit =
+          std::clamp<int64_t>(std::min(kBytes / image_bytes, kPixels / pixels), 1, ceil_div(window.batch, 4));
       images = ceil_div(window.batch, std::min(window.batch, round_up(ceil_div(window.batch, fit), 4)));
     }
     count = ceil_div(window.batch, images) * per_image;
@@ -103,7 +107,8 @@ struct Unit {
 
 // The most input rows any unit reads.
 inline int64_t most_input_rows(const Window& window, const Units& units) {
-  return std::min(window.h.in, (units.rows - 1) * window.h.stride + std::max<int64_t>(window.h.kernel - 1, 0) * window.h.dilation + 1);
+  return std::min(window.h.in, (units.rows - 1) * window.h.stride +
+                                   std::max<int64_t>(window.h.kernel - 1, 0) * window.h.dilation + 1);
 }
 
 // Copies the patches of a unit's pixels: to[image][row][column][tap, channel].
@@ -120,7 +125,8 @@ void pack_patches(const T* x, const Strides4& s, const Window& window, const Uni
             A* line = to + (i - unit.row) * w.out * depth + (a * w.kernel + b) * window.in_channels + c;
             const bool inside = i >= rows.first && i < rows.last;
             const int64_t first = inside ? columns.first : w.out, last = inside ? columns.last : w.out;
-            const T* from = x + (unit.image + n) * s.n + c * s.c + (inside ? h.input(i, a) * s.h + w.input(first < last ? first : 0, b) * s.w : 0);
+            const T* from = x + (unit.image + n) * s.n + c * s.c +
+                            (inside ? h.input(i, a) * s.h + w.input(first < last ? first : 0, b) * s.w : 0);
             for (int64_t j = 0; j < first; ++j) line[j * depth] = 0;
             for (int64_t j = first; j < last; ++j) line[j * depth] = to_float(from[(j - first) * w.stride * s.w]);
             for (int64_t j = last; j < w.out; ++j) line[j * depth] = 0;
@@ -128,8 +134,8 @@ void pack_patches(const T* x, const Strides4& s, const Window& window, const Uni
       }
 }
 
-// Lists the pixels of a unit whose tap (a, b) is inside the image: offsets in x, from the unit's first input row, and in
-// dy, from its first output row. Returns their number.
+// Lists the pixels of a unit whose tap (a, b) is inside the image: offsets in x, from the unit's first input row, and
+// in dy, from its first output row. Returns their number.
 inline int64_t list_pixels(const Window& window, const Unit& unit, int64_t a, int64_t b, const Strides4& x,
                            const Strides4& dy, int64_t* x_offsets, int64_t* dy_offsets) {
   const Span rows = span_of_tap(window.h, a), columns = span_of_tap(window.w, b);
@@ -137,7 +143,8 @@ inline int64_t list_pixels(const Window& window, const Unit& unit, int64_t a, in
   int64_t p = 0;
   for (int64_t n = 0; n < unit.images; ++n)
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t x_row = n * x.n + (window.h.input(i, a) - unit.in_row) * x.h, dy_row = n * dy.n + (i - unit.row) * dy.h;
+      const int64_t x_row = n * x.n + (window.h.input(i, a) - unit.in_row) * x.h,
+                    dy_row = n * dy.n + (i - unit.row) * dy.h;
       for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
         x_offsets[p] = x_row + window.w.input(j, b) * x.w;
         dy_offsets[p] = dy_row + j * dy.w;
@@ -154,13 +161,23 @@ inline int64_t list_all_pixels(const Window& window, const Unit& unit, const Str
   return p;
 }
 
-// The sum of one vector of every pixel: sums of halves, down to four pixels.
+// sum[:] += one vector of every pixel, with the rounding errors collected in sum[lanes:].
 template <class A>
-Vec<A> sum_pixels(const A* dy, const int64_t* offsets, int64_t count) {
-  if (count > 4) return sum_pixels(dy, offsets, count / 2) + sum_pixels(dy, offsets + count / 2, count - count / 2);
-  Vec<A> sum = load(dy + offsets[0]);
-  for (int64_t p = 1; p < count; ++p) sum += load(dy + offsets[p]);
-  return sum;
+void add_pixels(const A* dy, const int64_t* offsets, int64_t count, A* sum) {
+  Vec<A> total = load(sum), error = load(sum + kLanes<A>);
+  for (int64_t p = 0; p < count; ++p) {
+    const Vec<A> value = load(dy + offsets[p]), next = total + value, taken = next - total;
+    error += (total - (next - taken)) + (value - taken);
+    total = next;
+  }
+  store(sum, total);
+  store(sum + kLanes<A>, error);
+}
+
+// The result of add_pixels; the error of an infinite sum is NaN and does not count.
+template <class A>
+A pixel_sum(const A* sum) {
+  return std::isfinite(*sum) ? *sum + sum[kLanes<A>] : *sum;
 }
 
 }  // namespace pynn::cpu

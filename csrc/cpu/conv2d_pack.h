@@ -14,7 +14,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Uninitialised scratch on a cache-line boundary.
-template <class E> class Buffer {
+template <class E>
+class Buffer {
  public:
   explicit Buffer(int64_t count)
       : data_(static_cast<E*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(count, 1) * sizeof(E), 64))))) {
@@ -30,7 +31,8 @@ template <class E> class Buffer {
 };
 
 // kLanes<A> elements in the compute type.
-template <class T> PYNN_HD Vec<accumulate_t<T>> load_converted(const T* from) {
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> load_converted(const T* from) {
   using A = accumulate_t<T>;
   if constexpr (sizeof(T) == sizeof(A)) {
     return load(from);
@@ -41,14 +43,20 @@ template <class T> PYNN_HD Vec<accumulate_t<T>> load_converted(const T* from) {
   }
 }
 
-template <class A> struct ShuffleIndex;
-template <> struct ShuffleIndex<float> { using type = VecInt; };
-template <> struct ShuffleIndex<double> {
+template <class A>
+struct ShuffleIndex;
+template <>
+struct ShuffleIndex<float> {
+  using type = VecInt;
+};
+template <>
+struct ShuffleIndex<double> {
   typedef int64_t type __attribute__((vector_size(kVectorBytes)));
 };
 
 // Transposes a square of kLanes x kLanes in registers, swapping ever larger off-diagonal blocks.
-template <class A> PYNN_HD void transpose(Vec<A> (&rows)[kLanes<A>]) {
+template <class A>
+PYNN_HD void transpose(Vec<A> (&rows)[kLanes<A>]) {
   constexpr int L = kLanes<A>;
   using Index = typename ShuffleIndex<A>::type;
 #pragma GCC unroll 4
@@ -142,7 +150,8 @@ void pack_image(const T* image, const Strides4& s, const Part& part, A* to) {
   } else {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t q = 0; q < columns; ++q)
-        for (int64_t c = 0; c < count; ++c) to[r * row_size + q * pixel + c] = to_float(from[c * s.c + r * s.h + q * s.w]);
+        for (int64_t c = 0; c < count; ++c)
+          to[r * row_size + q * pixel + c] = to_float(from[c * s.c + r * s.h + q * s.w]);
   }
 }
 

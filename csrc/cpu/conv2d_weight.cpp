@@ -15,12 +15,20 @@ template <class T>
 class WeightGradient {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>, W = kTileWidth<A>;
-  static constexpr int64_t kPixels = 32;
+  static constexpr int64_t kPixels = 48;
 
  public:
   WeightGradient(const T* dy, const Strides4& g, const T* x, const Strides4& s, bool with_bias, const Window& window)
-      : dy_(dy), g_(g), x_(x), s_(s), with_bias_(with_bias), window_(window), core_(window.core()),
-        in_(core_.in_channels), out_(core_.out_channels), units_(core_, std::max(in_, out_) * sizeof(A)) {
+      : dy_(dy),
+        g_(g),
+        x_(x),
+        s_(s),
+        with_bias_(with_bias),
+        window_(window),
+        core_(window.core()),
+        in_(core_.in_channels),
+        out_(core_.out_channels),
+        units_(core_, std::max(in_, out_) * sizeof(A)) {
     exchanged_ = out_ <= 4 && in_ >= L;
     constexpr bool kSameType = sizeof(T) == sizeof(A);
     x_in_place_ = kSameType && !window.patches() && (s.c == 1 || in_ == 1) && (!exchanged_ || in_ % L == 0);
@@ -29,7 +37,7 @@ class WeightGradient {
     packed_ = x_in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * in_, 1, width * in_, in_};
     columns_ = round_up(exchanged_ ? in_ : out_, L);
     group_size_ = core_.taps() * (exchanged_ ? out_ : in_) * columns_;
-    bias_size_ = round_up(out_, L);
+    bias_size_ = 2 * round_up(out_, L);
     parts_ = 1;
     while (parts_ < 8 && parts_ * 2 <= units_.count && parts_ * 2 * window.groups * group_size_ <= 1 << 19) parts_ *= 2;
     panels_ = ceil_div(out_, W);
@@ -37,7 +45,8 @@ class WeightGradient {
   }
 
   void run(T* dw, T* dbias) const {
-    const int64_t work = window_.groups * parts_ * splits_, slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t work = window_.groups * parts_ * splits_,
+                  slots = std::min<int64_t>(work, torch::stable::get_num_threads());
     const int64_t pixels = units_.images * units_.rows * core_.w.out;
     const int64_t x_size = x_in_place_ ? 0 : round_up(units_.images * packed_.n + 4 * L, 16);
     const int64_t dy_size = dy_in_place_ ? 0 : round_up(pixels * round_up(out_, L), 16);
@@ -57,20 +66,22 @@ class WeightGradient {
   }
 
  private:
-  // Out channels [begin, end), over the part's share of the units. sums: [panel][tap][in channel][lane], then the bias.
+  // Out channels [begin, end), over the part's share of the units. sums: [panel][tap][in channel][lane], then
+  // the bias as [vector][sum, error][lane].
   void sum_part(int64_t group, int64_t part, int64_t begin, int64_t end, A* sums, A* packed_x, A* packed_dy,
                 int64_t* x_offsets, int64_t* dy_offsets) const {
     A* bias = sums + group_size_;
     const int64_t first = exchanged_ ? 0 : begin * core_.depth();
     std::fill(sums + first, sums + (exchanged_ ? group_size_ : round_up(end, L) * core_.depth()), A(0));
-    std::fill(bias + begin, bias + round_up(end, L), A(0));
+    std::fill(bias + 2 * begin, bias + 2 * round_up(end, L), A(0));
     for (int64_t u = units_.count * part / parts_; u < units_.count * (part + 1) / parts_; ++u) {
       const Unit unit(core_, units_, u);
       const A* x = pack_x(unit, group, packed_x);
       for (int64_t o = begin; o < end; o += W) {
         const int64_t width = std::min<int64_t>(W, round_up(out_ - o, L));
         const A* dy = pack_dy(unit, group, o, packed_dy);
-        const Strides4 strides = dy_in_place_ ? g_ : Strides4{unit.rows * core_.w.out * width, 1, core_.w.out * width, width};
+        const Strides4 strides =
+            dy_in_place_ ? g_ : Strides4{unit.rows * core_.w.out * width, 1, core_.w.out * width, width};
         for (int64_t a = 0; a < core_.h.kernel; ++a)
           for (int64_t b = 0; b < core_.w.kernel; ++b) {
             const int64_t tap = a * core_.w.kernel + b;
@@ -83,7 +94,7 @@ class WeightGradient {
                          : add_tap(x, x_offsets + at, dy, dy_offsets + at, count, width, to);
             }
           }
-        if (with_bias_) add_bias(dy, strides, unit, width, dy_offsets, bias + o);
+        if (with_bias_) add_bias(dy, strides, unit, width, dy_offsets, bias + 2 * o);
       }
     }
   }
@@ -97,7 +108,8 @@ class WeightGradient {
       return packed;
     }
     const Part part{unit.in_row, unit.in_rows, core_.w.in, group * in_, in_, 1, in_};
-    for (int64_t n = 0; n < unit.images; ++n) pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, packed + n * packed_.n);
+    for (int64_t n = 0; n < unit.images; ++n)
+      pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, packed + n * packed_.n);
     return packed;
   }
 
@@ -114,8 +126,8 @@ class WeightGradient {
     return packed;
   }
 
-  void add_tap(const A* x, const int64_t* x_offsets, const A* dy, const int64_t* dy_offsets, int64_t count, int64_t width,
-               A* sums) const {
+  void add_tap(const A* x, const int64_t* x_offsets, const A* dy, const int64_t* dy_offsets, int64_t count,
+               int64_t width, A* sums) const {
     const int64_t tiles = ceil_div(in_, kTileRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t c = in_ * tile / tiles, rows = in_ * (tile + 1) / tiles - c;
@@ -136,9 +148,10 @@ class WeightGradient {
     }
   }
 
-  void add_bias(const A* dy, const Strides4& strides, const Unit& unit, int64_t width, int64_t* offsets, A* bias) const {
+  void add_bias(const A* dy, const Strides4& strides, const Unit& unit, int64_t width, int64_t* offsets,
+                A* bias) const {
     const int64_t count = list_all_pixels(core_, unit, strides, offsets);
-    for (int64_t v = 0; v < width; v += L) store(bias + v, load(bias + v) + sum_pixels<A>(dy + v, offsets, count));
+    for (int64_t v = 0; v < width; v += L) add_pixels(dy + v, offsets, count, bias + 2 * v);
   }
 
   // Adds the parts in order and stores (O, C, KH, KW), L x L blocks at a time.
@@ -150,12 +163,13 @@ class WeightGradient {
       for (int64_t part = 1; part < parts_; ++part) sum += load(from + part * part_size);
       return sum;
     };
-    for (int64_t group = 0; dbias && group < window_.groups; ++group)
-      for (int64_t o = 0; o < out_; o += L) {
-        A values[L];
-        store(values, total(sums + group * parts_ * part_size + group_size_ + o));
-        for (int64_t i = 0; i < std::min<int64_t>(L, out_ - o); ++i) dbias[group * out_ + o + i] = from_float<T>(values[i]);
-      }
+    for (int64_t o = 0; dbias && o < window_.groups * out_; ++o) {
+      const int64_t group = o / out_, c = o % out_;
+      const A* from = sums + group * parts_ * part_size + group_size_ + c / L * 2 * L + c % L;
+      A sum = pixel_sum(from);
+      for (int64_t part = 1; part < parts_; ++part) sum += pixel_sum(from + part * part_size);
+      dbias[o] = from_float<T>(sum);
+    }
     if (exchanged_) return finish_exchanged(sums, dw);
     parallel_for(window_.groups * strips, 1 + 65536 / (depth * L + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -210,7 +224,10 @@ class WeightGradient {
 template <class T>
 void conv2d_bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
                        const Conv2dShape& d, void*) {
-  const Window window{d.batch, d.groups, d.in_channels / d.groups, d.out_channels / d.groups,
+  const Window window{d.batch,
+                      d.groups,
+                      d.in_channels / d.groups,
+                      d.out_channels / d.groups,
                       {d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top},
                       {d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left}};
   if (window.depthwise())

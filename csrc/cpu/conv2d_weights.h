@@ -10,9 +10,9 @@ struct WeightView {
   int64_t group, o, c, a, b;
 };
 
-// panels: kTileWidth output channels each (the last may be one vector), as [kernel row][kernel column][in channel][lane]
-// dots: for few output channels, one row [kernel row][kernel column][in channel] per channel
-// depthwise: [kernel row][kernel column][channel of all groups]
+// panels: kTileWidth output channels each (the last may be one vector), as [kernel row][kernel column][in
+// channel][lane] dots: for few output channels, one row [kernel row][kernel column][in channel] per channel depthwise:
+// [kernel row][kernel column][channel of all groups]
 enum class Form { panels, dots, depthwise };
 
 // The filters of every group in compute dtype.
@@ -23,7 +23,9 @@ class PackedWeights {
  public:
   template <class T>
   PackedWeights(const T* w, const WeightView& view, const Window& window)
-      : form_(form_of(window)), group_size_(size_of(window)), data_(group_size_ * (window.depthwise() ? 1 : window.groups)) {
+      : form_(form_of(window)),
+        group_size_(size_of(window)),
+        data_(group_size_ * (window.depthwise() ? 1 : window.groups)) {
     if (form_ == Form::depthwise) pack_depthwise(w, view, window);
     for (int64_t g = 0; form_ != Form::depthwise && g < window.groups; ++g) {
       A* to = data_.get() + g * group_size_;
@@ -55,8 +57,8 @@ class PackedWeights {
     std::fill_n(data_.get(), group_size_, A(0));
     for (int64_t t = 0; t < window.taps(); ++t)
       for (int64_t o = 0; o < channels; ++o)
-        data_.get()[t * padded + o] = to_float(w[o / window.out_channels * view.group + o % window.out_channels * view.o +
-                                                 t / kw * view.a + t % kw * view.b]);
+        data_.get()[t * padded + o] = to_float(w[o / window.out_channels * view.group +
+                                                 o % window.out_channels * view.o + t / kw * view.a + t % kw * view.b]);
   }
 
   template <class T>
@@ -75,7 +77,8 @@ class PackedWeights {
     if (view.b == 1 && view.a == kw && view.c == taps && taps * inner >= L) {
       // A filter is one run of memory, (c, tap) order: square transposes, each vector stored where its tap belongs.
       for (; columns >= L; columns -= L, from += L * view.o, to += L)
-        transpose_in(from, view.o, taps * inner, L, to, [&](int64_t q) { return (q % taps * inner + q / taps) * width; });
+        transpose_in(from, view.o, taps * inner, L, to,
+                     [&](int64_t q) { return (q % taps * inner + q / taps) * width; });
     }
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < inner; ++c) {

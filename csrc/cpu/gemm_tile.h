@@ -1,5 +1,5 @@
-// Register tiles of small matrix products: the inner loops of the convolution kernels. Rows come through offsets, columns
-// are vectors; every element is summed in the same order whatever the position or the height of its tile.
+// Register tiles of small matrix products: the inner loops of the convolution kernels. Rows come through offsets,
+// columns are vectors; every element is summed in the same order whatever the position or the height of its tile.
 #pragma once
 #include <utility>
 

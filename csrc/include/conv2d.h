@@ -26,24 +26,24 @@ struct Conv2dShape {
   int64_t dilation_height, dilation_width;
 };
 
-#define PYNN_CONV2D_LAUNCHERS                                                                                         \
+#define PYNN_CONV2D_LAUNCHERS                                                                                          \
   /* x (N, C, H, W), w (O, C / groups, KH, KW), bias (O) or null, residual (N, O, OH, OW) or null; pre, when not    */ \
   /* null, receives the value before the activation, with y's strides.                                              */ \
-  template <class T>                                                                                                  \
-  void conv2d_fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, const T* bias, int64_t bias_stride, \
-                  const T* residual, Strides4 residual_strides, T* y, Strides4 y_strides, T* pre,                     \
-                  Activation activation, const Conv2dShape& shape, void* stream);                                     \
-  template <class T>                                                                                                  \
-  void conv2d_bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4 w_strides, T* dx, Strides4 dx_strides, \
-                        const Conv2dShape& shape, void* stream);                                                      \
+  template <class T>                                                                                                   \
+  void conv2d_fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, const T* bias, int64_t bias_stride,  \
+                  const T* residual, Strides4 residual_strides, T* y, Strides4 y_strides, T* pre,                      \
+                  Activation activation, const Conv2dShape& shape, void* stream);                                      \
+  template <class T>                                                                                                   \
+  void conv2d_bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4 w_strides, T* dx, Strides4 dx_strides,  \
+                        const Conv2dShape& shape, void* stream);                                                       \
   /* dw is contiguous; dbias (O) or null.                                                                           */ \
-  template <class T>                                                                                                  \
-  void conv2d_bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,           \
-                         const Conv2dShape& shape, void* stream);                                                     \
+  template <class T>                                                                                                   \
+  void conv2d_bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,            \
+                         const Conv2dShape& shape, void* stream);                                                      \
   /* dz = dy * activation'(.), where `saved` is the input of silu and gelu and the output of the others.            */ \
-  template <class T>                                                                                                  \
-  void conv2d_bwd_activation(const T* dy, Strides4 dy_strides, const T* saved, Strides4 saved_strides, T* dz,         \
-                             Strides4 dz_strides, Activation activation, int64_t batch, int64_t channels,             \
+  template <class T>                                                                                                   \
+  void conv2d_bwd_activation(const T* dy, Strides4 dy_strides, const T* saved, Strides4 saved_strides, T* dz,          \
+                             Strides4 dz_strides, Activation activation, int64_t batch, int64_t channels,              \
                              int64_t height, int64_t width, void* stream);
 
 namespace cpu {

@@ -28,14 +28,15 @@ bool is_channels_last(const Tensor& t) {
 Tensor empty(const Tensor& like, const Ints& shape, bool channels_last) {
   int64_t count = 16;
   for (const int64_t size : shape) count = checked_multiply(kOp, count, size);
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+  return torch::stable::empty(
+      shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 void check_list(const char* name, const Ints& values, size_t count) {
-  PYNN_CHECK(values.size() == count, "expected ", name, " to be a single integer value or a list of 2 values to match the ",
-             "convolution dimensions, but got ", name, "=", to_string(Sizes(values.data(), values.size())));
+  PYNN_CHECK(values.size() == count, "expected ", name,
+             " to be a single integer value or a list of 2 values to match the ", "convolution dimensions, but got ",
+             name, "=", to_string(Sizes(values.data(), values.size())));
   for (const int64_t v : values) PYNN_CHECK(v < kLargest, kOp, ": expected ", name, " below 2**31, got ", v);
 }
 
@@ -47,7 +48,8 @@ int64_t output_size(int64_t in, int64_t before, int64_t after, int64_t kernel, i
 Conv2dShape check(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
                   int64_t groups) {
   const auto text = [](const Ints& v) { return to_string(Sizes(v.data(), v.size())); };
-  PYNN_CHECK(input.size() == 4, "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", text(input));
+  PYNN_CHECK(input.size() == 4,
+             "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", text(input));
   PYNN_CHECK(weight.size() == 4, "Expected 4-dimensional weight for 4-dimensional input ", text(input),
              ", but got weight of size ", text(weight), " instead");
   check_list("stride", stride, 2);
@@ -64,10 +66,11 @@ Conv2dShape check(const Ints& input, const Ints& weight, const Ints& stride, con
              " at dimension 0, but got weight of size ", text(weight), " instead");
   PYNN_CHECK(weight[0] % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ", groups,
              " at dimension 0, but got weight of size ", text(weight), " instead");
-  PYNN_CHECK(groups < kLargest && input[1] == weight[1] * groups, "Given groups=", groups, ", weight of size ", text(weight),
-             ", expected input", text(input), " to have ", weight[1] * (groups < kLargest ? groups : 0),
+  PYNN_CHECK(groups < kLargest && input[1] == weight[1] * groups, "Given groups=", groups, ", weight of size ",
+             text(weight), ", expected input", text(input), " to have ", weight[1] * (groups < kLargest ? groups : 0),
              " channels, but got ", input[1], " channels instead");
-  PYNN_CHECK(weight[2] > 0 && weight[3] > 0, kOp, ": expected a kernel of at least 1 x 1, got weight of size ", text(weight));
+  PYNN_CHECK(weight[2] > 0 && weight[3] > 0, kOp, ": expected a kernel of at least 1 x 1, got weight of size ",
+             text(weight));
   const int64_t height = input[2] + padding[0] + padding[2], width = input[3] + padding[1] + padding[3];
   const int64_t reach_h = dilation[0] * (weight[2] - 1) + 1, reach_w = dilation[1] * (weight[3] - 1) + 1;
   PYNN_CHECK(height >= reach_h && width >= reach_w, "Calculated padded input size per channel: (", height, " x ", width,
@@ -75,24 +78,36 @@ Conv2dShape check(const Ints& input, const Ints& weight, const Ints& stride, con
   int64_t padded = checked_multiply(kOp, height, width);
   for (const int64_t factor : {std::max<int64_t>(input[1], 1), std::max<int64_t>(input[0], 1), int64_t(16)})
     padded = checked_multiply(kOp, padded, factor);
-  return {input[0], groups, input[1], input[2], input[3], weight[0],
+  return {input[0],
+          groups,
+          input[1],
+          input[2],
+          input[3],
+          weight[0],
           output_size(input[2], padding[0], padding[2], weight[2], stride[0], dilation[0]),
-          output_size(input[3], padding[1], padding[3], weight[3], stride[1], dilation[1]), weight[2], weight[3], stride[0],
-          stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+          output_size(input[3], padding[1], padding[3], weight[3], stride[1], dilation[1]),
+          weight[2],
+          weight[3],
+          stride[0],
+          stride[1],
+          padding[0],
+          padding[1],
+          dilation[0],
+          dilation[1]};
 }
 
 Ints sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 Ints output_sizes(const Conv2dShape& d) { return {d.batch, d.out_channels, d.out_height, d.out_width}; }
 
 void check_operand(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
-  PYNN_CHECK(t.scalar_type() == other.scalar_type(), "Input type (", name_of(other.scalar_type()), ") and ", name, " type (",
-             name_of(t.scalar_type()), ") should be the same");
+  PYNN_CHECK(t.scalar_type() == other.scalar_type(), "Input type (", name_of(other.scalar_type()), ") and ", name,
+             " type (", name_of(t.scalar_type()), ") should be the same");
   check_same_device(kOp, name, t, other_name, other);
 }
 
 Activation check_activation(int64_t activation) {
-  PYNN_CHECK(activation >= 0 && activation < kActivations, kOp, ": expected activation from 0 to ", kActivations - 1, ", got ",
-             activation);
+  PYNN_CHECK(activation >= 0 && activation < kActivations, kOp, ": expected activation from 0 to ", kActivations - 1,
+             ", got ", activation);
   return Activation(activation);
 }
 
@@ -136,20 +151,20 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& input, const Tensor& weight, std::o
     using T = typename decltype(tag)::type;
     launch::conv2d_fwd<T>(pointer<T>(input), strides_of(input), pointer<T>(weight), strides_of(weight),
                           bias ? pointer<T>(*bias) : nullptr, bias ? bias->stride(0) : 0,
-                          residual ? pointer<T>(*residual) : nullptr, residual_strides, mutable_pointer<T>(y), y_strides,
-                          save_pre ? mutable_pointer<T>(pre) : nullptr, kind, shape, current_stream(input));
+                          residual ? pointer<T>(*residual) : nullptr, residual_strides, mutable_pointer<T>(y),
+                          y_strides, save_pre ? mutable_pointer<T>(pre) : nullptr, kind, shape, current_stream(input));
   });
   return {y, pre};
 }
 
 void check_gradient(const Tensor& grad_output, const Conv2dShape& shape) {
   const Ints expected = output_sizes(shape);
-  PYNN_CHECK(sizes_of(grad_output) == expected, kOp, ": expected grad_output of shape ", to_string(Sizes(expected.data(), 4)),
-             ", got ", shape_of(grad_output));
+  PYNN_CHECK(sizes_of(grad_output) == expected, kOp, ": expected grad_output of shape ",
+             to_string(Sizes(expected.data(), 4)), ", got ", shape_of(grad_output));
 }
 
-Tensor bwd_input(const Tensor& grad_output, const Tensor& weight, Ints input_shape, Ints stride, Ints padding, Ints dilation,
-                 int64_t groups, bool channels_last) {
+Tensor bwd_input(const Tensor& grad_output, const Tensor& weight, Ints input_shape, Ints stride, Ints padding,
+                 Ints dilation, int64_t groups, bool channels_last) {
   check_floating(kOp, "grad_output", grad_output);
   check_operand("weight", weight, "grad_output", grad_output);
   const auto shape = check(input_shape, sizes_of(weight), stride, padding, dilation, groups);
@@ -159,8 +174,9 @@ Tensor bwd_input(const Tensor& grad_output, const Tensor& weight, Ints input_sha
   const Strides4 dx_strides{dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3)};
   dispatch_floating(kOp, grad_output.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch::conv2d_bwd_input<T>(pointer<T>(grad_output), strides_of(grad_output), pointer<T>(weight), strides_of(weight),
-                                mutable_pointer<T>(dx), dx_strides, shape, current_stream(grad_output));
+    launch::conv2d_bwd_input<T>(pointer<T>(grad_output), strides_of(grad_output), pointer<T>(weight),
+                                strides_of(weight), mutable_pointer<T>(dx), dx_strides, shape,
+                                current_stream(grad_output));
   });
   return dx;
 }
@@ -171,9 +187,11 @@ std::tuple<Tensor, Tensor> bwd_weight(const Tensor& grad_output, const Tensor& i
   check_operand("input", input, "grad_output", grad_output);
   PYNN_CHECK(kernel_size.size() == 2, kOp, ": expected kernel_size of 2 values, got ", kernel_size.size());
   PYNN_CHECK(groups > 0, "non-positive groups is not supported");
-  PYNN_CHECK(input.dim() == 4, "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", shape_of(input));
+  PYNN_CHECK(input.dim() == 4,
+             "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", shape_of(input));
   check_rank(kOp, "grad_output", grad_output, 4);
-  PYNN_CHECK(input.size(1) % groups == 0, kOp, ": expected input channels divisible by groups=", groups, ", got ", shape_of(input));
+  PYNN_CHECK(input.size(1) % groups == 0, kOp, ": expected input channels divisible by groups=", groups, ", got ",
+             shape_of(input));
   const Ints weight_shape{grad_output.size(1), input.size(1) / groups, kernel_size[0], kernel_size[1]};
   const auto shape = check(sizes_of(input), weight_shape, stride, padding, dilation, groups);
   check_gradient(grad_output, shape);
@@ -204,9 +222,9 @@ Tensor bwd_activation(const Tensor& grad_output, const Tensor& saved, int64_t ac
   const Strides4 dz_strides{dz.stride(0), dz.stride(1), dz.stride(2), dz.stride(3)};
   dispatch_floating(kOp, saved.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch::conv2d_bwd_activation<T>(pointer<T>(grad_output), strides_of(grad_output), pointer<T>(saved), strides_of(saved),
-                                     mutable_pointer<T>(dz), dz_strides, kind, dz.size(0), dz.size(1), dz.size(2), dz.size(3),
-                                     current_stream(saved));
+    launch::conv2d_bwd_activation<T>(pointer<T>(grad_output), strides_of(grad_output), pointer<T>(saved),
+                                     strides_of(saved), mutable_pointer<T>(dz), dz_strides, kind, dz.size(0),
+                                     dz.size(1), dz.size(2), dz.size(3), current_stream(saved));
   });
   return dz;
 }

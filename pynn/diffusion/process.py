@@ -36,6 +36,8 @@ class GaussianDiffusion:
         self.variance_type = variance_type
         self.clip_sample = clip_sample if prediction_type != "mean" else None
         self._tables: dict[tuple, torch.Tensor] = {}
+        self._loss_table: torch.Tensor | None = None
+        self._respaced = not torch.equal(schedule.timesteps, torch.arange(len(schedule)))
         self._reverse_table = schedule.reverse_table(prediction_type, variance_type)
 
     def _on(self, device: torch.device, name: str, table: torch.Tensor) -> torch.Tensor:
@@ -51,6 +53,13 @@ class GaussianDiffusion:
 
     def reverse_table(self, device: torch.device) -> torch.Tensor:
         return self._on(device, "reverse", self._reverse_table)
+
+    def loss_table(self, device: torch.device, weights: torch.Tensor | None = None) -> torch.Tensor:
+        if weights is not None:
+            return self.schedule.loss_table(self.prediction_type, weights).to(device)
+        if self._loss_table is None:  # a "mean" prediction has none, so it is made on first use
+            self._loss_table = self.schedule.loss_table(self.prediction_type)
+        return self._on(device, "loss", self._loss_table)
 
     def forward_jump(self, x, t, s=None, **noise_source):
         """`pynn.ops.forward_jump` with this process's schedule."""
@@ -103,14 +112,14 @@ class GaussianDiffusion:
         if t is None:
             t = torch.randint(len(self.schedule), (x0.shape[0],), generator=generator).to(x0.device)
         key = make_key(x0.device, generator=generator)
-        loss_table = self.schedule.loss_table(self.prediction_type, weights).to(x0.device)
+        loss_table = self.loss_table(x0.device, weights)
         x_t = self.forward_jump(x0, t, seed=key)
         output = model(x_t, self.model_timesteps(t), **model_kwargs)
         return ops.diffusion_loss(output, x0, t, loss_table, seed=key).mean()
 
     def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """What the model is told at indices t (differs from t for a respaced schedule)."""
-        return self._on(t.device, "timesteps", self.schedule.timesteps)[t]
+        return self._on(t.device, "timesteps", self.schedule.timesteps)[t] if self._respaced else t
 
     @torch.no_grad()
     def sample(

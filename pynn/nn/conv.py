@@ -31,7 +31,7 @@ class Conv2d(torch.nn.Conv2d):
         Args:
             input: (N, C, H, W) or (C, H, W). residual: broadcastable to the output.
         """
-        padding = self.padding
+        padding: int | str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return conv2d(

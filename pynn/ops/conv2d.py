@@ -2,236 +2,18 @@
 
     x (N, C, H, W), w (O, C / groups, KH, KW), bias (O), residual broadcastable to y (N, O, OH, OW)
     y[n, o, i, j] = f(bias[o] + residual[n, o, i, j]
-                      + sum over c, a, b of w[o, c, a, b] x[n, c, i stride - pad + a dilation, j stride - pad + b dilation])
+                      + sum over c, a, b of w[o, c, a, b] x[n, c, i s - pad + a d, j s - pad + b d])
 
-Convolution is bilinear, so every derivative of every order is made of the same three ops: forward, input gradient and
-weight gradient. silu and gelu save the activation's input, the other activations their output.
+with stride s and dilation d. Convolution is bilinear, so every derivative of every order is made of the same three ops:
+forward, input gradient and weight gradient. silu and gelu save the activation's input, the others their output.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .. import backends
-from ._function import autocast, call, eager, library, loop_vmap
-
-ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")  # csrc/include/conv2d.h
-_FROM_INPUT = ("silu", "gelu", "gelu_tanh")  # derivative from the input of the activation
-
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-library.define(
-    f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
-    "bool save_pre) -> (Tensor, Tensor)"
-)
-library.define(
-    f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) -> Tensor"
-)
-library.define(
-    f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
-    "-> (Tensor, Tensor)"
-)
-library.define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor")
-
-
-def _channels_last(x: torch.Tensor) -> bool:
-    """Torch's rule: a size of 1 does not decide, and NCHW wins a tie."""
-    least = 0
-    if x.stride(1) == 0:
-        return False
-    for d in (1, 3, 2, 0):
-        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
-            return False
-        least = x.stride(d) * x.shape[d]
-    return True
-
-
-def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-@torch.library.register_fake("pynn::conv2d_fwd", lib=library)
-def _(input, weight, bias, residual, stride, padding, dilation, groups, activation, save_pre):
-    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
-    size = [
-        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
-        + 1
-        for d in (0, 1)
-    ]
-    shape = (input.shape[0], weight.shape[0], *size)
-    last = _channels_last(input) or _channels_last(weight)
-    return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)
-
-
-@torch.library.register_fake("pynn::conv2d_bwd_input", lib=library)
-def _(grad_output, weight, input_shape, stride, padding, dilation, groups, channels_last):
-    return _empty(grad_output, input_shape, channels_last)
-
-
-@torch.library.register_fake("pynn::conv2d_bwd_weight", lib=library)
-def _(grad_output, input, kernel_size, stride, padding, dilation, groups, with_bias):
-    shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
-    return input.new_empty(shape), input.new_empty(grad_output.shape[1] if with_bias else 0)
-
-
-@torch.library.register_fake("pynn::conv2d_bwd_activation", lib=library)
-def _(grad_output, saved, activation):
-    return _empty(saved, saved.shape, _channels_last(saved))
-
-
-@eager
-class Conv2d(torch.autograd.Function):
-    """(y, the value before the activation if save_pre else an empty tensor)."""
-
-    @staticmethod
-    def forward(input, weight, bias, residual, geometry, activation, save_pre):
-        op = backends.op("conv2d_fwd", input)
-        return op(input, weight, bias, residual, *geometry, ACTIVATIONS.index(activation), save_pre)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, residual, ctx.geometry, ctx.activation, ctx.save_pre = inputs
-        saved = None if ctx.activation is None else output[1] if ctx.save_pre else output[0]
-        ctx.save_for_backward(input, weight, saved)
-        ctx.has_bias, ctx.residual_shape = bias is not None, None if residual is None else residual.shape
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_pre):
-        input, weight, saved = ctx.saved_tensors
-        grad: Any = grad_output
-        if grad_output is not None and ctx.activation is not None:
-            grad = call(ActivationGradient, grad_output, saved, ctx.activation)
-        if grad_pre is not None and ctx.save_pre:
-            grad = grad_pre if grad is None else grad + grad_pre
-        if grad is None:
-            return (None,) * 7
-        mask = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
-        gradients = call(ConvGradients, grad, input, weight, ctx.geometry, mask) if any(mask) else (None,) * 3
-        grad_input, grad_weight, grad_bias = (g if m else None for g, m in zip(gradients, mask, strict=True))
-        grad_residual = grad.sum_to_size(ctx.residual_shape) if ctx.needs_input_grad[3] else None
-        return grad_input, grad_weight, grad_bias, grad_residual, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, input, weight, bias, residual, *rest):
-        if in_dims[1] is not None or in_dims[2] is not None:
-            return _loop(Conv2d, info, in_dims, input, weight, bias, residual, *rest)
-        size = info.batch_size
-        folded = _batch_first(input, in_dims[0], size)  # (B, N, C, H, W)
-        count = folded.shape[1]
-        if residual is not None:
-            residual = _batch_first(residual, in_dims[3], size)
-            residual = residual.reshape(size, *(1,) * (5 - residual.dim()), *residual.shape[1:])
-            residual = residual.expand(size, count, *residual.shape[2:]).flatten(0, 1)
-        y, pre = call(Conv2d, folded.flatten(0, 1), weight, bias, residual, *rest)
-        y = y.unflatten(0, (size, count))
-        return (y, pre.unflatten(0, (size, count)) if rest[-1] else pre), (0, 0 if rest[-1] else None)
-
-
-@eager
-class ConvGradients(torch.autograd.Function):
-    """Gradients of input, weight and bias; an empty tensor where the mask is False."""
-
-    @staticmethod
-    def forward(grad, input, weight, geometry, mask):
-        grad_input, grad_weight, grad_bias = (grad.new_empty(0) for _ in range(3))
-        if mask[0]:
-            op = backends.op("conv2d_bwd_input", grad)
-            grad_input = op(grad, weight, input.shape, *geometry, _channels_last(input))
-        if mask[1]:
-            op = backends.op("conv2d_bwd_weight", grad)
-            grad_weight, grad_bias = op(grad, input, weight.shape[2:], *geometry, mask[2])
-        elif mask[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_input, grad_weight, grad_bias
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, input, weight, ctx.geometry, ctx.mask = inputs
-        ctx.save_for_backward(grad, input, weight)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_input, grad_weight, grad_bias):
-        grad, input, weight = ctx.saved_tensors
-        into_input, into_weight, into_bias = (
-            g if m else None for g, m in zip((grad_input, grad_weight, grad_bias), ctx.mask, strict=True)
-        )
-        parts = []
-        if ctx.needs_input_grad[0]:
-            if into_input is not None:
-                parts.append(call(Conv2d, into_input, weight, None, None, ctx.geometry, None, False)[0])
-            if into_weight is not None:
-                parts.append(call(Conv2d, input, into_weight, None, None, ctx.geometry, None, False)[0])
-            if into_bias is not None:
-                parts.append(into_bias.view(1, -1, 1, 1).expand(grad.shape))
-        to_grad = sum(parts[1:], parts[0]) if parts else None
-        to_input = to_weight = None
-        if into_weight is not None and ctx.needs_input_grad[1]:
-            to_input = call(ConvGradients, grad, input, into_weight, ctx.geometry, (True, False, False))[0]
-        if into_input is not None and ctx.needs_input_grad[2]:
-            to_weight = call(ConvGradients, grad, into_input, weight, ctx.geometry, (False, True, False))[1]
-        return to_grad, to_input, to_weight, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _loop(ConvGradients, info, in_dims, *inputs)
-
-
-@eager
-class ActivationGradient(torch.autograd.Function):
-    """grad * activation'(saved), in saved's layout."""
-
-    @staticmethod
-    def forward(grad, saved, activation):
-        return backends.op("conv2d_bwd_activation", grad)(grad, saved, ACTIVATIONS.index(activation))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, saved, ctx.activation = inputs
-        ctx.save_for_backward(grad, saved)
-
-    @staticmethod
-    def backward(ctx, grad_grad):
-        grad, saved = ctx.saved_tensors
-        to_grad = call(ActivationGradient, grad_grad, saved, ctx.activation) if ctx.needs_input_grad[0] else None
-        return to_grad, grad_grad * grad * _second_factor(saved, ctx.activation), None
-
-    @staticmethod
-    def vmap(info, in_dims, grad, saved, activation):
-        grad = _batch_first(grad, in_dims[0], info.batch_size)
-        saved = _batch_first(saved, in_dims[1], info.batch_size)
-        result = call(ActivationGradient, grad.flatten(0, 1), saved.flatten(0, 1), activation)
-        return result.unflatten(0, grad.shape[:2]), 0
-
-
-def _second_factor(s: torch.Tensor, activation: str) -> torch.Tensor:
-    """How the factor of ActivationGradient changes with what was saved."""
-    if activation == "sigmoid":
-        return 1 - 2 * s
-    if activation == "tanh":
-        return -2 * s
-    if activation == "silu":
-        p = s.sigmoid()
-        return p * (1 - p) * (2 + s * (1 - 2 * p))
-    if activation == "gelu":
-        return (2 - s * s) * torch.exp(-0.5 * s * s) * (2 * torch.pi) ** -0.5
-    if activation == "gelu_tanh":
-        k, a = (2 / torch.pi) ** 0.5, 0.044715
-        t, first, second = torch.tanh(k * (s + a * s**3)), k * (1 + 3 * a * s * s), 6 * a * k * s
-        return (1 - t * t) * (first + 0.5 * s * (second - 2 * t * first * first))
-    return torch.zeros_like(s)
-
-
-def _batch_first(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
-def _loop(cls, info, in_dims, *inputs):
-    dims = tuple(d if isinstance(x, torch.Tensor) else None for x, d in zip(inputs, in_dims, strict=True))
-    return loop_vmap(cls, info, dims, *inputs)
+from ._conv2d_functions import ACTIVATIONS, FROM_INPUT, Conv2d
+from ._function import autocast, call
 
 
 def _pair(value) -> tuple[int, ...]:
@@ -265,9 +47,9 @@ def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     *,
     activation: str | None = None,
@@ -294,7 +76,7 @@ def conv2d(
     batched = input.dim() != 3
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     wants_grad = tracing or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-    save_pre = activation in _FROM_INPUT and wants_grad
+    save_pre = activation in FROM_INPUT and wants_grad
     y = call(Conv2d, input if batched else input.unsqueeze(0), weight, bias, residual, geometry, activation, save_pre)[
         0
     ]

@@ -39,8 +39,9 @@ def make_key(
     """
     if seed is None:
         source = generator.device if generator is not None else torch.device("cpu")
-        drawn = torch.randint(2**63 - 1, (1,), generator=generator, device=source)
-        return torch.nn.functional.pad(drawn, (0, 1)).to(device)
+        key = torch.randint(2**63 - 1, (2,), generator=generator, device=source)
+        key[1] = 0
+        return key.to(device)
     if generator is not None:
         raise ValueError("pynn: expected generator= or seed=, got both")
     if isinstance(seed, int):

@@ -1,0 +1,68 @@
+"""Schemas of the conv2d ops, and their shapes and layouts for tracing; csrc/ops/conv2d.cpp validates."""
+
+from __future__ import annotations
+
+import torch
+
+from ._function import library
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+library.define(
+    f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
+    "bool save_pre) -> (Tensor, Tensor)"
+)
+library.define(
+    f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
+    "-> Tensor"
+)
+library.define(
+    f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
+    "-> (Tensor, Tensor)"
+)
+library.define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor")
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Torch's rule: a size of 1 does not decide, and NCHW wins a tie."""
+    least = 0
+    if x.stride(1) == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * x.shape[d]
+    return True
+
+
+def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("pynn::conv2d_fwd", lib=library)
+def _(input, weight, bias, residual, stride, padding, dilation, groups, activation, save_pre):
+    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
+    size = [
+        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
+        + 1
+        for d in (0, 1)
+    ]
+    shape = (input.shape[0], weight.shape[0], *size)
+    last = is_channels_last(input) or is_channels_last(weight)
+    return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)
+
+
+@torch.library.register_fake("pynn::conv2d_bwd_input", lib=library)
+def _(grad_output, weight, input_shape, stride, padding, dilation, groups, channels_last):
+    return _empty(grad_output, input_shape, channels_last)
+
+
+@torch.library.register_fake("pynn::conv2d_bwd_weight", lib=library)
+def _(grad_output, input, kernel_size, stride, padding, dilation, groups, with_bias):
+    shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    return input.new_empty(shape), input.new_empty(grad_output.shape[1] if with_bias else 0)
+
+
+@torch.library.register_fake("pynn::conv2d_bwd_activation", lib=library)
+def _(grad_output, saved, activation):
+    return _empty(saved, saved.shape, is_channels_last(saved))
