@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pynn.train import checkpoint, cli, compare, data, ddpm, extras, judge, pictures, report
+from pynn.train.threads import ThreadTuner
 
 for package in ("ignite", "sklearn", "safetensors", "tqdm", "tensorboard", "PIL"):
     pytest.importorskip(package, reason="needs the [train] extra")
@@ -255,6 +256,33 @@ def test_comparison_names_the_parts():
     assert set(comparison.slower_parts) <= set(compare.PARTS)
 
 
+# Threads
+
+
+def test_the_tuner_finds_the_fastest_number_and_follows_a_change():
+    seconds = {1: 3.0, 2: 2.0, 4: 5.0, 6: 9.0}
+    now, used = 0.0, []
+    tuner = ThreadTuner(6, every=10, tries=3, clock=lambda: now)
+    for step in range(50):
+        if step == 20:
+            seconds = {1: 1.0, 2: 8.0, 4: 5.0, 6: 9.0}  # the machine got busy
+        tuner.tick()
+        used.append(torch.get_num_threads())
+        now += seconds[used[-1]]
+    first = [1] * 3 + [2] * 3 + [4] * 3 + [6]  # 6 is hopeless after one step
+    assert used == first + [2] * 10 + ([1] * 3 + [2] + [1] * 10) * 2 + [1] * 2
+
+
+def test_tuned_threads_change_rounding_at_most(tmp_path):
+    losses: dict[str, list[float]] = {"fixed": [], "tuned": []}
+    for name, tuner in (("fixed", None), ("tuned", ThreadTuner(2, every=8, tries=2))):
+        torch.set_num_threads(1)
+        seen = losses[name]
+        trainer = ddpm.Trainer(dataclasses.replace(TINY, steps=12, batch_size=64))
+        ddpm.train(trainer, tmp_path / name, tuner=tuner, on_step=lambda _, loss, seen=seen: seen.append(loss.item()))
+    assert losses["tuned"] == pytest.approx(losses["fixed"], rel=1e-4)
+
+
 # Pictures
 
 
@@ -365,6 +393,12 @@ def test_bad_options_end_with_usage(arguments, capsys):
         pynn("train", "ddpm", *arguments)
     assert exit_status.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_threads_can_be_automatic(finished, tmp_path):
+    options = ["--threads", "auto", "--quiet", "-n", 2, "--out", tmp_path / "x.png"]
+    assert pynn("sample", finished, *options) == 0
+    assert (tmp_path / "x.png").exists()
 
 
 def test_help_names_every_option_and_default(capsys):

@@ -14,8 +14,13 @@ import torch
 
 from . import checkpoint, data, ddpm
 from .extras import MissingExtraError
+from .threads import ThreadTuner
 
 _OVERRIDES_ON_RESUME = ("steps",)
+_THREADS_HELP = (
+    "CPU threads; auto follows what is fastest on a shared machine, but only a fixed number repeats and resumes a run "
+    "bit for bit"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--threads", type=_threads, default=torch.get_num_threads(), help=_THREADS_HELP)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -109,20 +114,26 @@ def _positive(text: str) -> int:
     return value
 
 
-def _machine(options: argparse.Namespace) -> torch.device:
-    torch.set_num_threads(options.threads)
+def _threads(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _machine(options: argparse.Namespace) -> tuple[torch.device, ThreadTuner | None]:
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    return device
+    if options.threads != "auto":
+        torch.set_num_threads(options.threads)
+        return device, None
+    return device, ThreadTuner(torch.get_num_threads()) if device.type == "cpu" else None
 
 
 def _train_ddpm(options: argparse.Namespace) -> int:
     from . import report
 
-    device = _machine(options)
+    device, tuner = _machine(options)
     checkpoints = options.out / "checkpoints"
     asked = {f.name: getattr(options, f.name) for f in dataclasses.fields(ddpm.Config) if hasattr(options, f.name)}
     if 0 < options.samples < 2 * data.NUM_CLASSES:
@@ -141,7 +152,9 @@ def _train_ddpm(options: argparse.Namespace) -> int:
         for old in checkpoint.find(checkpoints):
             old.unlink()
     start, first_step = time.perf_counter(), trainer.step
-    finished = ddpm.train(trainer, options.out, checkpoint_every=options.checkpoint_every, progress=not options.quiet)
+    finished = ddpm.train(
+        trainer, options.out, checkpoint_every=options.checkpoint_every, tuner=tuner, progress=not options.quiet
+    )
     seconds = time.perf_counter() - start
     if not finished:
         print(f"stopped after step {trainer.step} of {config.steps}; continue with --resume", file=sys.stderr)
@@ -154,6 +167,7 @@ def _train_ddpm(options: argparse.Namespace) -> int:
             samples=options.samples,
             rounds=options.rounds,
             training_seconds=seconds if first_step == 0 else None,
+            tuner=tuner,
             progress=not options.quiet,
         )
         print(f"\n{report.markdown(result)}\nsaved in {options.out}: samples.png, path.png, report.json, report.md")
@@ -176,7 +190,7 @@ def _resumed_config(metadata: dict[str, Any], asked: dict[str, Any]) -> ddpm.Con
 def _sample(options: argparse.Namespace) -> int:
     from . import pictures
 
-    device = _machine(options)
+    device, tuner = _machine(options)
     if options.label is not None and not 0 <= options.label < data.NUM_CLASSES:
         raise ValueError(f"--class: expected 0 .. {data.NUM_CLASSES - 1}, got {options.label}")
     path = options.checkpoint
@@ -186,7 +200,13 @@ def _sample(options: argparse.Namespace) -> int:
     classes = range(data.NUM_CLASSES) if options.label is None else (options.label,)
     labels = torch.tensor(classes).repeat_interleave(options.count)
     images = ddpm.sample(
-        model, config, labels, seed=options.seed, guidance_scale=options.guidance_scale, progress=not options.quiet
+        model,
+        config,
+        labels,
+        seed=options.seed,
+        guidance_scale=options.guidance_scale,
+        tuner=tuner,
+        progress=not options.quiet,
     )
     if options.label is None:
         grid, rows = images.unflatten(0, (len(classes), options.count)), [str(label) for label in classes]

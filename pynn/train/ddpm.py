@@ -1,7 +1,8 @@
 """A class-conditional DDPM (Ho et al. 2020, arXiv 2006.11239) on small real images: `pynn train ddpm`.
 
-The loop is pytorch-ignite's Engine. A resumed run continues bit for bit: the checkpoint holds the model, its moving
-average, the optimizer and the random states; the order of the data follows from (seed, epoch).
+The loop is pytorch-ignite's Engine. With the same number of threads a resumed run continues bit for bit: the checkpoint
+holds the model, its moving average, the optimizer and the random states; the order of the data follows from (seed,
+epoch).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from . import checkpoint, data
 from .extras import progress_bar, require
+from .threads import ThreadTuner
 
 RECIPE = "ddpm"
 SCHEDULES = ("cosine", "linear")
@@ -235,6 +237,7 @@ def sample(
     seed: int,
     guidance_scale: float = 1.0,
     batch_size: int = 250,
+    tuner: ThreadTuner | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Draws an image for every label; each has its own stream of noise, so it does not depend on its neighbours.
@@ -246,6 +249,7 @@ def sample(
         seed: names the streams.
         guidance_scale: classifier-free guidance; 1 is none.
         batch_size: images drawn together.
+        tuner: chooses the number of threads; None leaves it alone.
         progress: show a progress bar.
     Returns:
         (N, 1, H, W) in [-1, 1], on the CPU.
@@ -260,6 +264,8 @@ def sample(
 
         def count(timesteps: Iterable[int]) -> Iterator[int]:
             for t in timesteps:
+                if tuner is not None:
+                    tuner.tick()
                 yield t
                 bar.update()
 
@@ -285,6 +291,7 @@ def train(
     *,
     checkpoint_every: int = 500,
     log_every: int = 20,
+    tuner: ThreadTuner | None = None,
     progress: bool = False,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> bool:
@@ -297,6 +304,7 @@ def train(
         out: directory of the run.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         log_every: steps between log entries.
+        tuner: chooses the number of threads; None leaves it alone.
         progress: show a progress bar.
         on_step: called with (step, loss) after every step.
     Returns:
@@ -313,6 +321,11 @@ def train(
     bar = progress_bar(total=config.steps, initial=trainer.step, desc="train", unit="step", enabled=progress)
     window: list[torch.Tensor] = []
     clock = time.perf_counter()
+
+    @engine.on(events.ITERATION_STARTED)
+    def _tune(engine):
+        if tuner is not None:
+            tuner.tick()
 
     @engine.on(events.ITERATION_COMPLETED)
     def _collect(engine):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import compare, data, ddpm, judge, pictures
+from .threads import ThreadTuner
 
 _COLUMNS = 12  # pictures of each class in the grid
 _PATH_STOPS = 10  # pictures along the path from noise to image
@@ -82,6 +83,7 @@ def write(
     samples: int = 1000,
     rounds: int = 40,
     training_seconds: float | None = None,
+    tuner: ThreadTuner | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a trained model and writes samples.png, path.png, report.json and report.md into `out`.
@@ -93,13 +95,14 @@ def write(
         samples: number of images to judge, the same number of each class.
         rounds: steps to time against torch.nn; 0 leaves the comparison out.
         training_seconds: how long the training took, when known.
+        tuner: chooses the number of threads for the samples; the comparison runs with the last choice.
         progress: show progress bars.
     Returns:
         The content of report.json.
     """
     device = next(model.parameters()).device
     labels = torch.arange(samples) % data.NUM_CLASSES
-    x = ddpm.sample(model, config, labels, seed=config.seed + 1, progress=progress)
+    x = ddpm.sample(model, config, labels, seed=config.seed + 1, tuner=tuner, progress=progress)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     draw_samples(x, labels, out / "samples.png", f"pynn DDPM on {config.data}: samples of each class")
     draw_path(model, config, out / "path.png", seed=config.seed + 2)
