@@ -52,8 +52,12 @@ PYNN_HD Sigmoid<VecFloat>::Sigmoid(VecFloat z) {
 #endif
 template <bool kSilu, class V>
 PYNN_HD V activate(V z) {
-  if constexpr (kSilu) return z * Sigmoid<V>(z).plus;
-  return z;
+  if constexpr (!kSilu) return z;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, VecFloat>) return z * Sigmoid<V>(z).plus;
+#endif
+  const V e = exp(V(z < 0 ? z : -z));
+  return (z < 0 ? z * e : z) / (1 + e);  // a division, but one rounding fewer
 }
 // grad * act'(z)
 template <bool kSilu, class V>
