@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-isa lint format bench packaging build clean
 demo: build
-	$(BIN)/pynn train ddpm --out runs/demo --overwrite
+	$(BIN)/pynn train ddpm --out runs/demo --overwrite --threads auto
 
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

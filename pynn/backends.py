@@ -129,6 +129,11 @@ def explain() -> Iterator[list[Call]]:
         _calls = before
 
 
+def has_kernel(name: str, chosen: str) -> bool:
+    """Whether a loaded library implements the dispatcher op `pynn::name` for this backend."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pynn::{name}", chosen.upper())
+
+
 def op(name: str, tensor: torch.Tensor):
     """The dispatcher op `pynn::name` for the backend that serves this tensor.
 
@@ -142,6 +147,8 @@ def op(name: str, tensor: torch.Tensor):
             raise RuntimeError(f"pynn.{name}: backend {chosen!r} was forced but the tensor is on {device}")
         if unavailable[chosen]:
             raise RuntimeError(f"pynn.{name}: backend {chosen!r} is not available: {unavailable[chosen]}")
+        if chosen == "cuda" and not has_kernel(name, chosen):
+            raise RuntimeError(f"pynn.{name}: there is no CUDA kernel for this op yet; it runs on CPU tensors")
         if _calls is not None and not torch.compiler.is_compiling():
             _record(name, chosen, tensor)
     elif device != "meta":  # meta tensors run the shape rule of the op

@@ -47,9 +47,8 @@ def availability() -> list[tuple[str, str, str]]:
     """(op, backend, '' or the reason why it cannot run) for every public op."""
     rows = []
     for op in pynn.ops.__all__:
-        for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-            reason = backends.unavailable[backend]
-            if not reason and not _has_kernel(op, key):
+        for backend, reason in backends.unavailable.items():
+            if not reason and not backends.has_kernel(_KERNEL_OF.get(op, f"{op}_fwd"), backend):
                 reason = "no kernel yet"
             elif not reason and backend == "cuda" and not torch.cuda.is_available():
                 reason = "torch sees no GPU"
@@ -58,11 +57,6 @@ def availability() -> list[tuple[str, str, str]]:
 
 
 _KERNEL_OF = {"forward_step": "forward_jump_fwd", "normal": "normal"}
-
-
-def _has_kernel(op: str, key: str) -> bool:
-    name = _KERNEL_OF.get(op, f"{op}_fwd")
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pynn::{name}", key)
 
 
 def _check_normal() -> bool:

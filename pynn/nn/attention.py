@@ -142,8 +142,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query_weight, weight = self.in_proj_weight.split(split)
             rest = None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
             return (F.linear(query, query_weight, bias[0]), *F.linear(key, weight, rest).chunk(2, -1))
-        packed = self.in_proj_weight.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), packed, bias, strict=True))
+        weights = self.in_proj_weight.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, bias, strict=True))
 
     def _merge(self, key_padding_mask, attn_mask, batch, length, keys):
         """Both masks as one for the op: bool with True for keys that take part, or float."""

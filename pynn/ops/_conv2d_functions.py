@@ -69,16 +69,15 @@ class ConvGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(grad, input, weight, geometry, mask):
-        grad_input, grad_weight, grad_bias = (grad.new_empty(0) for _ in range(3))
         if mask[0]:
             op = backends.op("conv2d_bwd_input", grad)
             grad_input = op(grad, weight, input.shape, *geometry, is_channels_last(input))
+        else:
+            grad_input = grad.new_empty(0)
         if mask[1]:
             op = backends.op("conv2d_bwd_weight", grad)
-            grad_weight, grad_bias = op(grad, input, weight.shape[2:], *geometry, mask[2])
-        elif mask[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_input, grad_weight, grad_bias
+            return grad_input, *op(grad, input, weight.shape[2:], *geometry, mask[2])
+        return grad_input, grad.new_empty(0), grad.sum((0, 2, 3)) if mask[2] else grad.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -24,6 +24,9 @@ library.define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int acti
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Torch's rule: a size of 1 does not decide, and NCHW wins a tie."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if last != x.is_contiguous():
+        return last
     least = 0
     if x.stride(1) == 0:
         return False

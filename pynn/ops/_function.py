@@ -40,9 +40,11 @@ def call(cls, *inputs: Any):
         return cls.apply(*inputs)
     if compiling:  # Dynamo traces the setup_context form
         return cls.apply(*inputs)
-    if not torch.is_grad_enabled() or not any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
-        return cls.forward(*inputs)
-    return cls.Eager.apply(*inputs)
+    if torch.is_grad_enabled():
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return cls.Eager.apply(*inputs)
+    return cls.forward(*inputs)
 
 
 def autocast(*tensors: torch.Tensor | None):
