@@ -105,7 +105,7 @@ def data(shape, dtype, seed, count=1):
     return made if count > 1 else made[0]
 
 
-@settings(max_examples=700)
+@settings(max_examples=2000)
 @given(batches, shapes, names, dtypes, st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_forward_jump_generated(batch, rest, name, dtype, from_s, own_keys, seed):
     schedule, x = SCHEDULES[name], data((batch, *rest), dtype, seed)
@@ -120,7 +120,7 @@ def test_forward_jump_generated(batch, rest, name, dtype, from_s, own_keys, seed
     assert_bounded(y, truth, magnitude, 2, "forward_jump")
 
 
-@settings(max_examples=900)
+@settings(max_examples=2000)
 @given(
     batches,
     shapes,
@@ -150,7 +150,7 @@ def test_reverse_step_generated(batch, rest, name, dtype, prediction_type, varia
     assert_bounded(x0, truth_x0, through_x0, 8, "x0")
 
 
-@settings(max_examples=400)
+@settings(max_examples=2000)
 @given(batches, shapes, names, dtypes, st.sampled_from(PREDICTION_TYPES[:-1]), st.booleans(), st.integers(0, 2**31))
 def test_loss_generated(batch, rest, name, dtype, prediction_type, weighted, seed):
     schedule = SCHEDULES[name]
@@ -520,4 +520,4 @@ def bad_call(rng: random.Random):
 
 
 def test_bad_input():
-    assert_rejects("test_diffusion", 500)
+    assert_rejects("test_diffusion", 1500)
