@@ -1,21 +1,14 @@
-"""conv2d against PyTorch on the convolutions of a small U-Net, forward and backward, interleaved in one process.
-
-    python bench/conv2d.py [threads]
-
-Prints the median time of forward, input gradient, and weight and bias gradient in both layouts, and the ratio of their
-sum to PyTorch's in its better layout (below 1 is faster).
-"""
+"""conv2d against PyTorch on the convolutions of a small U-Net: forward, input gradient, weight and bias gradient."""
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-import pynn  # noqa: F401  registers the ops
+import pynn
+from bench.harness import Case, assert_agrees
 
 # batch, in channels, out channels, height and width, kernel, stride
 SHAPES = [
@@ -37,67 +30,54 @@ SHAPES = [
     (64, 128, 128, 4, 3, 1),
     (64, 32, 1, 8, 3, 1),
 ]
+QUICK_SHAPES = [(64, 32, 32, 8, 3, 1), (64, 64, 64, 4, 3, 1)]
+LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
-def calls(batch, channels, outputs, size, kernel, stride, memory_format):
-    """(ours, torch's): forward, input gradient (not for the first layer), weight and bias gradient."""
-    pad = kernel // 2
-    x = torch.randn(batch, channels, size, size).contiguous(memory_format=memory_format)
-    w = torch.randn(outputs, channels, kernel, kernel).contiguous(memory_format=memory_format)
-    b = torch.randn(outputs)
-    dy = torch.randn_like(F.conv2d(x, w, b, stride, pad))
-    ops, geometry = torch.ops.pynn, ([stride] * 2, [pad] * 4, [1, 1], 1)
-    last = memory_format is torch.channels_last
-
-    def backward(mask):
-        return torch.ops.aten.convolution_backward(
-            dy, x, w, [outputs], [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, mask
-        )
-
-    ours = [
-        lambda: ops.conv2d_fwd(x, w, b, None, *geometry, 0, False),
-        lambda: ops.conv2d_bwd_input(dy, w, x.shape, *geometry, last),
-        lambda: ops.conv2d_bwd_weight(dy, x, [kernel] * 2, *geometry, True),
-    ]
-    theirs = [
-        lambda: F.conv2d(x, w, b, stride, pad),
-        lambda: backward([True, False, False]),
-        lambda: backward([False, True, True]),
-    ]
-    if channels == 1:
-        del ours[1], theirs[1]
-    return ours, theirs
+def cases(quick: bool = False) -> Iterator[Case]:
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        yield _case(*shape)
 
 
-def medians(functions, repeats):
-    """Median time of each function in milliseconds, taking turns."""
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, record in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            record.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(t) for t in times]
+def _case(batch, channels, outputs, size, kernel, stride) -> Case:
+    """Forward and backward; the first layer of a network (one channel) needs no input gradient."""
+    pad, needs_input = kernel // 2, channels > 1
+    x, w, b = (
+        torch.randn(batch, channels, size, size),
+        torch.randn(outputs, channels, kernel, kernel),
+        torch.randn(outputs),
+    )
 
+    def run(conv2d, memory_format):
+        data = x.contiguous(memory_format=memory_format).requires_grad_(needs_input)
+        weight, bias = w.contiguous(memory_format=memory_format).requires_grad_(), b.clone().requires_grad_()
+        leaves = [data, weight, bias] if needs_input else [weight, bias]
+        shape = conv2d(data, weight, bias, stride, pad).shape
+        grad = torch.linspace(-1, 2, shape.numel()).view(shape).contiguous(memory_format=memory_format)
 
-def main(threads: int = 1) -> None:
-    torch.set_num_threads(threads)
-    totals = {"channels first": 0.0, "channels last": 0.0}
-    best_total = 0.0
-    for shape in SHAPES:
-        sums, peers = [], []
-        for name, memory_format in zip(totals, (torch.contiguous_format, torch.channels_last), strict=True):
-            ours, theirs = calls(*shape, memory_format)
-            times = medians(ours + theirs, 15 if shape[3] > 8 else 31)
-            sums.append(sum(times[: len(ours)]))
-            peers.append(sum(times[len(ours) :]))
-            totals[name] += sums[-1]
-            print(f"{shape!s:28} {name:15}", *(f"{t:7.3f}" for t in times), f"  {sums[-1] / peers[-1]:.2f}")
-        best_total += min(peers)
-        print(f"{'':28} to torch's better layout: {sums[0] / min(peers):.2f} {sums[1] / min(peers):.2f}")
-    for name, total in totals.items():
-        print(f"all shapes, {name}: {total / best_total:.3f} of torch's better layout")
+        def step():
+            output = conv2d(data, weight, bias, stride, pad)
+            return (output, *torch.autograd.grad(output, leaves, grad))
 
+        return step
 
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    providers = {f"pynn {name}": run(pynn.ops.conv2d, layout) for name, layout in LAYOUTS.items()}
+    providers |= {f"torch {name}": run(F.conv2d, layout) for name, layout in LAYOUTS.items()}
+
+    def check():
+        expected = providers["torch NHWC"]()
+        for name in LAYOUTS:
+            for got, want in zip(providers[f"pynn {name}"](), expected, strict=True):
+                assert_agrees(got, want, torch.float32, f"conv2d {name}")
+
+    out = (size + 2 * pad - kernel) // stride + 1
+    products = batch * outputs * channels * kernel**2 * out**2
+    return Case(
+        "conv2d",
+        shape=f"{batch}x{channels}x{size}x{size}->{outputs} k{kernel}s{stride}",
+        dtype="float32",
+        mode="forward+backward",
+        providers=providers,
+        check=check,
+        flops=2.0 * products * (3 if needs_input else 2),
+    )

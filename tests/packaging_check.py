@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED_SYMBOL = re.compile(
     r"^(aoti_torch_\w+|torch_\w+)$"  # the stable C shims of libtorch
     r"|@(GLIBC|GLIBCXX|CXXABI|GCC)_"  # versioned symbols of the system's C and C++ libraries
+    r"|^_ZN?K?[RO]*St|^_ZNK?[RO]?St"  # the C++ standard library, bound to the copy that torch carries
     r"|^(_ITM_\w+|__gmon_start__|__cxa_finalize)$"
 )
 SMOKE_TEST = """
