@@ -48,12 +48,13 @@ def _case(batch, channels, outputs, size, kernel, stride) -> Case:
         torch.randn(outputs),
     )
 
-    def run(conv2d, memory_format):
-        data = x.contiguous(memory_format=memory_format).requires_grad_(needs_input)
-        weight, bias = w.contiguous(memory_format=memory_format).requires_grad_(), b.clone().requires_grad_()
+    def run(conv2d, memory_format, dtype=torch.float32):
+        data = x.to(dtype, memory_format=memory_format, copy=True).requires_grad_(needs_input)
+        weight = w.to(dtype, memory_format=memory_format, copy=True).requires_grad_()
+        bias = b.to(dtype, copy=True).requires_grad_()
         leaves = [data, weight, bias] if needs_input else [weight, bias]
         shape = conv2d(data, weight, bias, stride, pad).shape
-        grad = torch.linspace(-1, 2, shape.numel()).view(shape).contiguous(memory_format=memory_format)
+        grad = torch.linspace(-1, 2, shape.numel()).view(shape).to(dtype, memory_format=memory_format)
 
         def step():
             output = conv2d(data, weight, bias, stride, pad)
@@ -65,7 +66,7 @@ def _case(batch, channels, outputs, size, kernel, stride) -> Case:
     providers |= {f"torch {name}": run(F.conv2d, layout) for name, layout in LAYOUTS.items()}
 
     def check():
-        expected = providers["torch NHWC"]()
+        expected = run(F.conv2d, torch.contiguous_format, torch.float64)()
         for name in LAYOUTS:
             for got, want in zip(providers[f"pynn {name}"](), expected, strict=True):
                 assert_agrees(got, want, torch.float32, f"conv2d {name}")

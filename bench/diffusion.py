@@ -68,6 +68,15 @@ def _cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
     def eager():
         return ((leaf - (signal * z - noise * x)) ** 2).mean()
 
+    def fused_pair():
+        pynn.ops.forward_jump(x, t, forward, seed=1)
+        return fused()
+
+    def eager_pair():
+        drawn = torch.randn_like(x)
+        eager_jump(drawn)
+        return ((leaf - (signal * drawn - noise * x)) ** 2).mean()
+
     yield Case(
         "forward_jump",
         mode="forward",
@@ -93,5 +102,13 @@ def _cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         providers={"pynn": lambda: train(fused), "torch": lambda: train(eager)},
         check=check_loss,
         bytes=5 * n * size,
+        **described,
+    )
+    yield Case(  # all that a training step does around the model; torch draws the noise once and keeps it
+        "forward_jump + diffusion_loss",
+        mode="forward+backward",
+        providers={"pynn": lambda: train(fused_pair), "torch": lambda: train(eager_pair)},
+        check=check_loss,
+        bytes=7 * n * size,
         **described,
     )
