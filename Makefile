@@ -1,4 +1,4 @@
-# make demo   trains and samples a diffusion model on this machine (about three minutes on two cores)
+# make demo   trains and samples a diffusion model on this machine (about two minutes on two cores, after a set-up of three)
 # make test   builds everything and runs the tests
 # Both set up their own virtual environment in .venv, once.
 
