@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "conv2d.h"
-#include "vec.h"
+#include "vec_math.h"
 
 namespace pynn::cpu {
 
@@ -20,27 +20,14 @@ PYNN_HD VecFloat polynomial(VecFloat x, const float (&coefficients)[N]) {
   return sum;
 }
 
-// exp: 2^n e^r with |r| <= log(2) / 2, the power of two applied in two halves so that it may leave the normal range.
-PYNN_HD VecFloat exponential(VecFloat x) {
-  x = select(x > 89.0f, broadcast(89.0f), x);
-  x = select(x < -104.0f, broadcast(-104.0f), x);
-  const VecFloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecFloat shifted = fma(x, broadcast(1.44269504f), magic), n = shifted - magic;
-  VecFloat r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  const VecFloat p = polynomial(r, {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f});
-  const VecInt exponent = (VecInt)shifted - (VecInt)magic, half = exponent >> 1;
-  return p * (VecFloat)((half + 127) << 23) * (VecFloat)((exponent - half + 127) << 23);
-}
-
-PYNN_HD VecFloat logistic(VecFloat x) { return 1.0f / (1.0f + exponential(-x)); }
+PYNN_HD VecFloat logistic(VecFloat x) { return 1.0f / (1.0f + exp(-x)); }
 
 // tanh: its continued fraction near 0, exponentials elsewhere.
 PYNN_HD VecFloat hyperbolic_tangent(VecFloat x) {
   const VecFloat a = absolute(x), q = x * x;
   const VecFloat near =
       x * polynomial(q, {21.0f, 1260.0f, 10395.0f}) / polynomial(q, {1.0f, 210.0f, 4725.0f, 10395.0f});
-  const VecFloat far = 1.0f - 2.0f / (exponential(a + a) + 1.0f);
+  const VecFloat far = 1.0f - 2.0f / (exp(a + a) + 1.0f);
   const VecFloat signed_far = (VecFloat)((VecInt)far | ((VecInt)x & INT32_MIN));
   return select(a < 0.6f, near, signed_far);
 }
@@ -53,15 +40,14 @@ PYNN_HD VecFloat normal_cdf(VecFloat x) {
                                          -7.57575758e-4f, 4.62962963e-3f, -2.38095238e-2f, 0.1f, -0.333333333f, 1.0f});
   const VecFloat near = fma(x * 0.398942280f, series, broadcast(0.5f));
   const VecFloat u = 1.0f / (a + 2.0f);
-  const VecFloat tail =
-      exponential(-q) * polynomial(u, {-34.3291595f, 49.7581589f, -22.6687529f, 0.356147486f, 0.60634422f, 1.20287888f,
-                                       0.798102114f, 0.398920052f, 4.81131253e-7f});
+  const VecFloat tail = exp(-q) * polynomial(u, {-34.3291595f, 49.7581589f, -22.6687529f, 0.356147486f, 0.60634422f,
+                                                 1.20287888f, 0.798102114f, 0.398920052f, 4.81131253e-7f});
   return select(a < 1.25f, near, select(x < 0.0f, tail, 1.0f - tail));
 }
 
 // The lane-wise functions below are written once for vectors of float and for double.
 PYNN_HD double select(bool condition, double yes, double no) { return condition ? yes : no; }
-PYNN_HD double exponential(double x) { return std::exp(x); }
+PYNN_HD double exp(double x) { return std::exp(x); }
 PYNN_HD double logistic(double x) { return 1 / (1 + std::exp(-x)); }
 PYNN_HD double hyperbolic_tangent(double x) { return std::tanh(x); }
 PYNN_HD double normal_cdf(double x) { return 0.5 * std::erfc(-x * M_SQRT1_2); }
@@ -103,8 +89,7 @@ PYNN_HD V derivative(V s) {
     const V p = logistic(s);
     return p * (A(1) + s * (A(1) - p));
   }
-  if constexpr (activation == Activation::gelu)
-    return normal_cdf(s) + s * exponential(s * s * A(-0.5)) * A(kInvSqrt2Pi);
+  if constexpr (activation == Activation::gelu) return normal_cdf(s) + s * exp(s * s * A(-0.5)) * A(kInvSqrt2Pi);
   if constexpr (activation == Activation::gelu_tanh) {
     const V t = hyperbolic_tangent(s * (A(1) + s * s * A(kGeluCubic)) * A(kSqrt2OverPi));
     const V inner = (A(1) + s * s * A(3 * kGeluCubic)) * A(kSqrt2OverPi);

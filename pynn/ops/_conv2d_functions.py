@@ -50,7 +50,7 @@ class Conv2d(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, input, weight, bias, residual, *rest):
         if in_dims[1] is not None or in_dims[2] is not None:
-            return _loop(Conv2d, info, in_dims, input, weight, bias, residual, *rest)
+            return loop_vmap(Conv2d, info, in_dims, input, weight, bias, residual, *rest)
         size = info.batch_size
         folded = _batch_first(input, in_dims[0], size)  # (B, N, C, H, W)
         count = folded.shape[1]
@@ -109,7 +109,7 @@ class ConvGradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _loop(ConvGradients, info, in_dims, *inputs)
+        return loop_vmap(ConvGradients, info, in_dims, *inputs)
 
 
 @eager
@@ -159,8 +159,3 @@ def _second_factor(s: torch.Tensor, activation: str) -> torch.Tensor:
 
 def _batch_first(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
-def _loop(cls, info, in_dims, *inputs):
-    dims = tuple(d if isinstance(x, torch.Tensor) else None for x, d in zip(inputs, in_dims, strict=True))
-    return loop_vmap(cls, info, dims, *inputs)

@@ -61,12 +61,15 @@ def autocast(*tensors: torch.Tensor | None):
 def loop_vmap(cls, info, in_dims, *inputs):
     """vmap rule for any Function: one call per slice, results stacked. Right for every op, never the fastest."""
     slices = [
-        call(cls, *(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(info.batch_size)
+        call(cls, *(_slice(x, dim, i) for x, dim in zip(inputs, in_dims, strict=True))) for i in range(info.batch_size)
     ]
     if isinstance(slices[0], torch.Tensor):
         return torch.stack(slices), 0
     return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
+
+
+def _slice(value, dim, index):
+    return value.select(dim, index) if isinstance(value, torch.Tensor) and dim is not None else value
 
 
 def double_backward(formula, dy, inputs, grad_grads):
