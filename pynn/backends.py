@@ -8,9 +8,9 @@
 
 `auto` (the default) runs `cpu` for CPU tensors; for CUDA tensors `cuda`, or `triton` where an op has no CUDA C++
 kernel. A backend can be forced with `with pynn.backend(name):` or the environment variable PYNN_BACKEND; a forced
-backend that cannot run raises with the reason. PYNN_CPU_ISA (baseline, avx2, avx512) forces the instruction set of the CPU kernels,
-PYNN_SIM_LIBRARY names another build of the sim kernels (with sanitizers). These variables are read once, at import, and
-nowhere else.
+backend that cannot run raises with the reason. PYNN_CPU_ISA (baseline, avx2, avx512) forces the instruction set of the
+CPU kernels, PYNN_SIM_LIBRARY names another build of the sim kernels (with sanitizers). These variables are read once,
+at import, and nowhere else.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _triton_reason(interpreted: bool) -> str:
 
 cpu_isa = _pick_cpu_isa()
 # Backend -> '' when its kernels are loaded (or can be), otherwise the reason why not.
-unavailable = {
+unavailable: dict[str, str] = {
     "cpu": _load(_library(f"cpu_{cpu_isa}")),
     "cuda": _load(_library("cuda")),
     "triton": _triton_reason(interpreted=False),
@@ -98,7 +98,7 @@ unavailable = {
     "interpret": _triton_reason(interpreted=True),
 }
 # Namespaces in which ops are worth defining here, see pynn/ops/_registry.py.
-NAMESPACES = tuple(
+NAMESPACES: tuple[str, ...] = tuple(
     namespace
     for namespace, wanted in {
         "pynn": True,
