@@ -144,7 +144,7 @@ template <class T>
 __global__ void loss_kernel(accumulate_t<T>* loss, const T* output, const T* x0, const int64_t* t, const double* table,
                             DiffusionNoise<T> noise, DiffusionShape shape) {
   using C = accumulate_t<T>;
-  __shared__ double partial[kThreads];
+  SHARED_ARRAY(double, partial, kThreads);
   for (int64_t b = blockIdx.x; b < shape.batch; b += gridDim.x) {
     const bool ok = valid(row_of(t, shape, b), 0, shape);
     const LossRow<C> row(table, ok ? row_of(t, shape, b) : 0);

@@ -18,6 +18,8 @@
 #if defined(PYNN_CUDA)
 #include <dlfcn.h>
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CUDA, m)
+#elif defined(PYNN_SIM)
+#define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn_sim, CPU, m)
 #else
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CPU, m)
 #endif
