@@ -3,6 +3,8 @@
 Products, all under pynn/:
     lib/libpynn_cpu_<isa>.so   csrc/ops + csrc/cpu, once per instruction set; one of them is loaded at run time
     lib/libpynn_cuda.so        csrc/ops + csrc/cuda, when nvcc is found (a CPU-only torch is enough, no GPU is needed)
+    lib/libpynn_sim.so         csrc/ops + csrc/cuda compiled by the host compiler over csrc/sim: a test tool for source
+                               trees (--inplace), never part of a wheel; needs no CUDA toolkit
     _core.<python tag>.so      build facts and CPU features; the only file that depends on the Python version
 
 Environment: PYNN_CUDA_ARCHS ("80 90a"; empty builds no CUDA library), CUDA_HOME, MAX_JOBS.
@@ -123,8 +125,21 @@ class BuildLibraries(build_ext):
             objects = self.compile(ninja, temp / f"cpu_{isa}", "cxx", ops + cpu, [f'-DPYNN_ISA=\\"{isa}\\"', *flags])
             ninja.edge(package / f"lib/libpynn_cpu_{isa}.so", "link", objects)
 
+        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        if self.inplace and sources:
+            ninja.rule(
+                "cxx_cuda",
+                f"{cxx} -x c++ -MD -MF $out.d {CXX_FLAGS} -Wno-unknown-pragmas -DPYNN_SIM {include} -c $in -o $out",
+            )
+            runtime = sorted((ROOT / "csrc/sim").glob("*.cpp"))
+            objects = self.compile(
+                ninja, temp / "sim", "cxx", self.with_kernels(ops, sources) + runtime, ["-DPYNN_SIM"]
+            )
+            objects += self.compile(ninja, temp / "sim", "cxx_cuda", sources, [])
+            ninja.edge(package / "lib/libpynn_sim.so", "link", objects)
+
         archs = os.environ.get("PYNN_CUDA_ARCHS", CUDA_ARCHS).split()
-        cuda, sources = cuda_home(), sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        cuda = cuda_home()
         built_archs = archs if cuda and sources else []
         if built_archs:
             gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]

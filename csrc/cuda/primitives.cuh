@@ -1,5 +1,8 @@
 #pragma once
-#include <cuda_runtime.h>
+#include "launch.h"
+#ifdef PYNN_SIM
+inline uint4 load_streaming(const uint4* from) { return *from; }
+#else
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -7,3 +10,4 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* from) {
                : "l"(from));
   return v;
 }
+#endif
