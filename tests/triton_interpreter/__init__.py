@@ -1,8 +1,6 @@
 """A hardened Triton interpreter: kernels run on CPU tensors, exactly and suspiciously. README.md says what is checked.
 
-    TRITON_INTERPRET=1 python          # the variable must be set before triton is imported
-    >>> import triton_interpreter
-    >>> triton_interpreter.install()   # before any module that holds kernels is imported
+Set TRITON_INTERPRET=1 before triton is imported, and call install() before any module that holds kernels is imported.
 """
 
 from __future__ import annotations

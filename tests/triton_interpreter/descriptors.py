@@ -1,6 +1,8 @@
-"""Block pointers and tensor descriptors: their pointers keep their origin, and the hardware's 16-byte rules are checked."""
+"""Block pointers and tensor descriptors: their pointers keep their origin; the hardware's 16-byte rules are checked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from triton.runtime import interpreter
@@ -31,10 +33,11 @@ def validate(descriptor: interpreter.TensorDescHandle) -> None:
                 f"{_argument(descriptor)}: stride {dim} is {in_bytes} bytes, expected a multiple of {ALIGNMENT}"
             )
     if descriptor.strides[-1].data.item() != 1:
-        raise Misaligned(f"{_argument(descriptor)}: the last stride is {descriptor.strides[-1].data.item()}, expected 1")
+        last = descriptor.strides[-1].data.item()
+        raise Misaligned(f"{_argument(descriptor)}: the last stride is {last}, expected 1")
 
 
-def _with_origin(handle_type: type) -> None:
+def _with_origin(handle_type: Any) -> None:
     original = handle_type.materialize_pointers
 
     def materialize_pointers(self, argument):

@@ -1,4 +1,4 @@
-"""What the hardened interpreter raises. Every error is a triton InterpreterError, so callers need no new except clause."""
+"""What the hardened interpreter raises. Every error is a triton InterpreterError."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NotFaithful(KernelError):
 
 
 class Undefined(KernelError):
-    """Integer division by zero, a shift by too much, an index outside a gather, ...: any result may come out of a GPU."""
+    """Integer division by zero, a shift by too much, an index outside a gather, ...: a GPU may return anything."""
 
 
 class ConfigMismatch(KernelError):

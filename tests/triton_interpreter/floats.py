@@ -1,8 +1,8 @@
 """Floating-point operations of the kernel language, each rounded once to its own type.
 
-float16, float32 and float64 use numpy's operation of that type, which is IEEE's. bfloat16 computes in float32 and rounds
-back: for + - * / and square root that equals a single rounding, since 24 bits >= 2 * 8 + 2. Transcendental functions
-compute in float64 and round once, so results do not depend on which vector instructions numpy found.
+float16, float32 and float64 use numpy's operation of that type, which is IEEE's. bfloat16 computes in float32 and
+rounds back: for + - * / and square root that equals a single rounding, since 24 bits >= 2 * 8 + 2. Transcendental
+functions compute in float64 and round once, so results do not depend on which vector instructions numpy found.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from triton.runtime.interpreter import TensorHandle
 
 from . import formats, poison
 from .errors import NotFaithful
+from .launch import Launch
 
 _libm_fma = ctypes.CDLL(ctypes.util.find_library("m")).fma
 _libm_fma.restype = ctypes.c_double
@@ -113,7 +114,7 @@ def _nan_ignoring(operation: Callable) -> Callable:
 
 
 class FloatOps(interpreter.InterpreterBuilder):
-    launch = None
+    launch: Launch | None = None
 
     create_fadd = _binary(np.add)
     create_fsub = _binary(np.subtract)

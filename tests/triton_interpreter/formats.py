@@ -1,4 +1,4 @@
-"""Number formats numpy does not have, as functions on bit patterns: bfloat16 (in uint16), fp8 (in uint8), tf32 (in float32).
+"""Number formats that numpy lacks, as functions on bits: bfloat16 (in uint16), fp8 (in uint8), tf32 (in float32).
 
 All roundings here are single roundings. float64 goes to a narrow format through float32 rounded to odd, which keeps
 enough of the lost bits that the second rounding gives what one rounding from float64 would have given.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -43,7 +46,7 @@ class Launch:
     def register(self, name: str, tensor: torch.Tensor) -> Region:
         """Makes the memory of a tensor argument accessible. Raises TypeError for a tensor that is not on the CPU."""
         if tensor.device.type != "cpu":
-            raise TypeError(f"{self.kernel}: argument {name!r} is on {tensor.device}; the interpreter takes CPU tensors")
+            raise TypeError(f"argument {name!r} is on {tensor.device}; the interpreter takes CPU tensors")
         storage = tensor.untyped_storage()
         shadow = self._shadows.setdefault(storage.data_ptr(), Shadow(storage.data_ptr(), storage.nbytes()))
         region = Region.of(name, tensor, shadow)
@@ -69,11 +72,11 @@ class Launch:
         released[self.clock.program] = self.clock.epoch
         self.clock.epoch += 1
 
-    def convert(self, name: str, value: object, make_descriptor) -> object:
+    def convert(self, name: str, value: Any, make_descriptor: Callable[..., Any]) -> Any:
         """A kernel argument as the kernel sees it: scalars typed as a GPU launch types them, tensors as pointers.
 
-        A Python float becomes a float32 scalar, as at a real launch. (Left as a Python number, it would take the type of
-        whatever it meets: more digits next to float64, and bfloat16 arithmetic next to bfloat16.)
+        A Python float becomes a float32 scalar, as at a real launch. (Left as a Python number, it would take the type
+        of whatever it meets: more digits next to float64, and bfloat16 arithmetic next to bfloat16.)
         """
         if isinstance(value, (bool, int, float)):
             dtype = tl.str_to_ty(mangle_type(value), None)
@@ -85,12 +88,13 @@ class Launch:
             handle.attr["regions"] = (region,)
             return tl.tensor(handle, dtype)
         if isinstance(value, TensorDescriptor):
-            convert = [self.convert(name, part, make_descriptor) for part in (value.base, *value.shape, *value.strides[:-1])]
-            rank = len(value.shape)
             return make_descriptor(
-                base=convert[0],
-                shape=convert[1 : 1 + rank],
-                strides=[*convert[1 + rank :], tl.constexpr(1)],
+                base=self.convert(name, value.base, make_descriptor),
+                shape=[self.convert(name, size, make_descriptor) for size in value.shape],
+                strides=[
+                    *(self.convert(name, stride, make_descriptor) for stride in value.strides[:-1]),
+                    tl.constexpr(1),
+                ],
                 block_shape=[tl.constexpr(size) for size in value.block_shape],
                 padding_option=value.padding,
             )

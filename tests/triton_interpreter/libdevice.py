@@ -22,8 +22,9 @@ from .errors import NotFaithful
 from .floats import _torch_double, erf, fused_multiply_add
 
 UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan")},
-    **{name: getattr(np, name) for name in ("sinh", "cosh", "tanh", "floor", "ceil", "trunc", "rint", "abs", "sqrt", "cbrt")},
+    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "cbrt")},
+    **{name: getattr(np, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "rint", "abs")},
     **{f"a{name}": getattr(np, f"arc{name}") for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
     "erf": erf,
     "erfc": _torch_double(torch.special.erfc),
@@ -48,7 +49,7 @@ BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "mul_rn": np.multiply,
     "div_rn": np.divide,
 }
-PREDICATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"isnan": np.isnan, "isinf": np.isinf, "signbit": np.signbit}
+PREDICATES: dict[str, Callable] = {"isnan": np.isnan, "isinf": np.isinf, "signbit": np.signbit}
 IN_OWN_TYPE = {"add_rn", "sub_rn", "mul_rn", "div_rn", "sqrt_rn", "rcp_rn", "fmod", "nextafter"}
 
 
@@ -87,7 +88,8 @@ def _function(name: str, arity: int, operation: Callable[..., np.ndarray], resul
 
 def _fma(x: object, y: object, z: object, _semantic: object = None) -> tl.tensor:
     tensors = _operands("fma", (x, y, z))
-    handle = fused_multiply_add(*(tensor.handle.data for tensor in tensors), tensors[0].dtype)
+    first, second, third = (tensor.handle.data for tensor in tensors)
+    handle = fused_multiply_add(first, second, third, tensors[0].dtype)
     return tl.tensor(handle, tensors[0].type)
 
 

@@ -6,17 +6,19 @@ whose origin was lost (read from memory, cast from an integer) may point into an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import TensorHandle
+from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
 from . import poison
 from .errors import DuplicateStore, KernelError, Misaligned, NotFaithful, OutOfBounds, PoisonStored, Race
+from .launch import Launch
 from .regions import Region
 from .settings import settings
 
@@ -47,7 +49,7 @@ def _mask_array(mask: TensorHandle | np.ndarray, shape: tuple[int, ...]) -> np.n
 
 
 class MemoryOps(interpreter.InterpreterBuilder):
-    launch = None
+    launch: Launch | None = None
 
     create_addptr = _carries_pointers("create_addptr")
     create_splat = _carries_pointers("create_splat")
@@ -63,15 +65,21 @@ class MemoryOps(interpreter.InterpreterBuilder):
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         active = _mask_array(mask, ptrs.data.shape)
-        self._check(ptrs, active, "load")
+        memory = self._check(ptrs, active, "load")
+        if memory is not None:
+            element = ptrs.get_element_ty()
+            return TensorHandle(memory.view(_get_np_dtype(element)).reshape(ptrs.data.shape).copy(), element)
         handle = TensorHandle(active, tl.int1)
         loaded = super().create_masked_load(ptrs, handle, other, cache_modifier, eviction_policy, is_volatile)
         return loaded if other is not None else self._with_poison(loaded, active)
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
         active = _mask_array(mask, ptrs.data.shape)
-        self._check(ptrs, active, "store")
+        memory = self._check(ptrs, active, "store")
         self._check_no_poison(value, active, "store")
+        if memory is not None:
+            memory.view(value.data.dtype)[...] = np.broadcast_to(value.data, ptrs.data.shape).ravel()
+            return None
         return super().create_masked_store(ptrs, value, TensorHandle(active, tl.int1), cache_modifier, eviction_policy)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
@@ -90,35 +98,50 @@ class MemoryOps(interpreter.InterpreterBuilder):
 
     # checks
 
-    def _check(self, pointers: TensorHandle, active: np.ndarray, access: str, semantic=None) -> None:
+    def _running(self) -> Launch:
         if self.launch is None:
             raise KernelError("memory is accessible only while a kernel runs")
-        addresses = pointers.data.ravel() if active.all() else pointers.data[active]
+        return self.launch
+
+    def _check(self, pointers: TensorHandle, active: np.ndarray, access: str, semantic=None) -> np.ndarray | None:
+        """Checks every active lane. Returns the bytes if all lanes are active and lie side by side, else None."""
+        launch = self._running()
+        all_active = bool(active.all())
+        addresses = (pointers.data.ravel() if all_active else pointers.data[active]).view(np.int64)
         if addresses.size == 0:
-            return
-        addresses = addresses.view(np.int64)
+            return None
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        regions = pointers.attr.get("regions") or tuple(self.launch.regions)
-        low, high = int(addresses.min()), int(addresses.max()) + size
+        contiguous = bool((addresses[1:] - addresses[:-1] == size).all())
+        ends = addresses[[0, -1]] if contiguous else addresses
+        low, high = int(ends.min()), int(ends.max()) + size
+        regions = pointers.attr.get("regions") or tuple(launch.regions)
+        misaligned = ends % size != 0
+        if misaligned.any():
+            lane = int(np.flatnonzero(misaligned)[0])
+            self._fail(Misaligned, access, f"is not aligned to {size} bytes", addresses, lane, size, regions, active)
+        touched: Sequence[tuple[Region, slice | np.ndarray]]
         for region in regions:
             if region.holds_all(low, high):
-                touched = [(region, addresses)]
+                touched = [(region, slice(low, high) if contiguous else addresses)]
                 break
         else:
             touched = self._locate(regions, addresses, size, access, active)
-        if (addresses % size).any():
-            lane = int(np.flatnonzero(addresses % size)[0])
-            self._fail(Misaligned, access, f"is not aligned to {size} bytes", addresses, lane, size, regions, active)
+            contiguous = False
         for region, part in touched:
-            if access == "store" or (settings.races and not self.launch.races_allowed(region)):
-                self._record(region, part, size, access, regions, active)
+            if access == "store" or (settings.races and not launch.races_allowed(region)):
+                self._record(region, part, size, access)
         if semantic is not None and addresses.size == 1:  # only scalar atomics are taken for synchronisation
             if semantic in ACQUIRING:
-                self.launch.acquire(low)
+                launch.acquire(low)
             if semantic in RELEASING:
-                self.launch.release(low)
+                launch.release(low)
+        if not (contiguous and all_active):
+            return None
+        return np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8)
 
-    def _locate(self, regions, addresses: np.ndarray, size: int, access: str, active) -> list[tuple[Region, np.ndarray]]:
+    def _locate(
+        self, regions: tuple[Region, ...], addresses: np.ndarray, size: int, access: str, active: np.ndarray
+    ) -> list[tuple[Region, np.ndarray]]:
         """Splits the lanes by the region they lie in; raises OutOfBounds for a lane that lies in none."""
         left = np.ones(addresses.shape, dtype=bool)
         touched = []
@@ -133,25 +156,31 @@ class MemoryOps(interpreter.InterpreterBuilder):
             self._fail(OutOfBounds, access, what, addresses, lane, size, regions, active)
         return touched
 
-    def _record(self, region: Region, addresses: np.ndarray, size: int, access: str, regions, active) -> None:
-        shadow, clock = region.shadow, self.launch.clock
-        cells = shadow.cells(addresses, size)
+    def _record(self, region: Region, part: slice | np.ndarray, size: int, access: str) -> None:
+        """Updates the shadow for lanes of one region (a slice of addresses, or one address each); reports conflicts."""
+        launch, shadow = self._running(), region.shadow
+        clock = launch.clock
+        cells = shadow.cells(part, size)
+
+        def fail(error: type[KernelError], what: str, lane: int) -> NoReturn:
+            addresses = np.arange(part.start, part.stop, size) if isinstance(part, slice) else part
+            self._fail(error, access, what, addresses, lane, size, (region,), None)
+
         if access == "store":
             duplicate = shadow.first_duplicate(cells)
             if duplicate is not None:
-                what = "writes bytes that another lane of the same store also writes"
-                self._fail(DuplicateStore, access, what, addresses, duplicate, size, (region,), None)
-            if not settings.races or self.launch.races_allowed(region):
+                fail(DuplicateStore, "writes bytes that another lane of the same store also writes", duplicate)
+            if not settings.races or launch.races_allowed(region):
                 return
         if access == "load":
             conflict = shadow.read(cells, clock)
         else:
             conflict = shadow.write(cells, clock, atomic=access == "atomic")
         if conflict is not None:
-            lane = conflict.lane if not isinstance(cells, slice) else conflict.lane * shadow.width // size
-            other = f"program {self.launch.program_index(conflict.program)}"
+            lane = conflict.position * shadow.width // size if isinstance(cells, slice) else conflict.position
+            other = f"program {launch.program_index(conflict.program)}"
             what = f"races: {conflict.kind.format(other=other)} the same bytes, and nothing orders the two"
-            self._fail(Race, access, what, addresses, lane, size, (region,), None)
+            fail(Race, what, lane)
 
     def _fail(self, error, access: str, what: str, addresses, lane: int, size: int, regions, active) -> NoReturn:
         """Raises `error` about active lane number `lane`; `active` (or None if unknown) turns it into a block index."""
@@ -169,16 +198,17 @@ class MemoryOps(interpreter.InterpreterBuilder):
     def _with_poison(self, loaded: TensorHandle, active: np.ndarray) -> TensorHandle:
         if active.all() or not settings.poison:
             return loaded
-        self.launch.poison_exists = True
+        self._running().poison_exists = True
         return TensorHandle(poison.fill(loaded.data, loaded.dtype.scalar, ~active), loaded.dtype)
 
     def _check_no_poison(self, value: TensorHandle, active: np.ndarray, access: str) -> None:
-        if not self.launch.poison_exists:
+        if not self._running().poison_exists:
             return
         poisoned = np.broadcast_to(poison.find(value.data, value.dtype.scalar), active.shape) & active
         if poisoned.any():
             index = tuple(int(axis[0]) for axis in np.nonzero(poisoned))
             raise PoisonStored(
-                f"{access} of a value that comes from a lane masked off in tl.load or an atomic: undefined on a GPU. Give "
-                f"tl.load an `other`, or mask the {access}. {int(poisoned.sum())} lanes, first at block index {index}"
+                f"{access} of a value that comes from a lane masked off in tl.load or an atomic: undefined on a GPU. "
+                f"Give tl.load an `other`, or mask the {access}. "
+                f"{int(poisoned.sum())} lanes, first at block index {index}"
             )

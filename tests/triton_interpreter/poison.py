@@ -25,17 +25,17 @@ def pattern(dtype: tl.dtype) -> int:
 def fill(data: np.ndarray, dtype: tl.dtype, masked_off: np.ndarray) -> np.ndarray:
     """A copy of `data` (any shape, interpreter representation of `dtype`) with poison where `masked_off`."""
     unsigned = np.dtype(f"u{data.itemsize}")
-    bits = np.ascontiguousarray(data).view(unsigned)
+    bits = np.asarray(data, order="C").view(unsigned)
     return np.where(masked_off, unsigned.type(pattern(dtype)), bits).astype(unsigned).view(data.dtype)
 
 
 def find(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """Which elements are poison. Always false for 8- and 16-bit integers and fp8, where any pattern may be real data."""
+    """Which elements are poison. Never for 8- and 16-bit integers and fp8, where any pattern may be real data."""
     is_float = dtype in FLOAT_PATTERNS
     if not is_float and (dtype.is_floating() or dtype.primitive_bitwidth < 32):
         return np.zeros(data.shape, dtype=bool)
     unsigned = np.dtype(f"u{data.itemsize}")
-    bits = np.ascontiguousarray(data).view(unsigned)
+    bits = np.asarray(data, order="C").view(unsigned)
     if is_float:  # either sign
         bits = bits & unsigned.type((1 << (data.itemsize * 8 - 1)) - 1)
     return bits == unsigned.type(pattern(dtype))

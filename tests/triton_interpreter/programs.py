@@ -53,7 +53,7 @@ _patch_depth = 0
 
 @contextlib.contextmanager
 def patched_language() -> Iterator[None]:
-    """triton.language executes instead of tracing. Nested uses cost nothing: plain Triton patches at every device call."""
+    """triton.language executes instead of tracing. Nested uses are free; plain Triton patches at every device call."""
     global _patch_depth
     scope = interpreter._LangPatchScope() if _patch_depth == 0 else None
     _patch_depth += 1
@@ -85,7 +85,7 @@ def _kernel_line(error: BaseException) -> str:
     """Where in the kernel's source the error arose: the innermost frame outside Triton and this package."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in ("triton", "numpy") and not module.startswith(__package__ or "triton_interpreter"):
+        if module.split(".")[0] not in ("triton", "numpy") and module.rpartition(".")[0] != __package__:
             return f", line {line} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
     return ""
 
@@ -133,7 +133,8 @@ class CheckedGridExecutor(interpreter.GridExecutor):
         given = tuple(self.grid(bound) if callable(self.grid) else self.grid)
         if not 1 <= len(given) <= 3:
             raise ValueError(f"{name}: a grid has 1 to 3 dimensions, got {given}")
-        grid = (*(int(size) for size in given), 1, 1)[:3]
+        x, y, z = (*(int(size) for size in given), 1, 1)[:3]
+        grid = (x, y, z)
         for axis, (size, limit) in enumerate(zip(grid, GRID_LIMITS, strict=True)):
             if not 0 <= size <= limit:
                 raise ValueError(f"{name}: grid dimension {axis} must be 0 to {limit}, got {size}")

@@ -1,7 +1,7 @@
 """tl.reduce and tl.associative_scan over whole blocks.
 
-Reductions combine neighbours pairwise, which is the shape of a GPU's tree (its exact order depends on the layout, so sums
-agree to rounding error). Any associative combine function runs on half blocks at a time instead of element by element.
+Reductions combine neighbours pairwise, which is the shape of a GPU's tree (its exact order depends on the layout, so
+sums agree to rounding error). Any associative combine function runs on half blocks at a time, not element by element.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 from . import poison
 from .errors import NotFaithful
 
+Arrays = list[np.ndarray]
 ARGUMENT_EXTREMES = {
     standard._argmin_combine_tie_break_left: (np.min, np.argmin),
     standard._argmin_combine_tie_break_fast: (np.min, np.argmin),
@@ -43,7 +44,7 @@ def _tensor(data: np.ndarray, dtype: tl.dtype) -> tl.tensor:
     return tl.tensor(interpreter.TensorHandle(handle_data, dtype), tl.block_type(dtype, shape) if shape else dtype)
 
 
-def _call(combine: Callable, left: list[np.ndarray], right: list[np.ndarray], dtypes: list[tl.dtype]) -> list[np.ndarray]:
+def _call(combine: Callable, left: Arrays, right: Arrays, dtypes: list[tl.dtype]) -> Arrays:
     """combine(*left, *right) on blocks, as arrays in the blocks' own types."""
     operands = [_tensor(data, dtype) for data, dtype in zip(left + right, dtypes * 2, strict=True)]
     result = combine(*operands)
@@ -66,7 +67,8 @@ class PairwiseReduce(interpreter.ReduceOps):
         axis %= arrays[0].ndim
         if self.combine_fn in ARGUMENT_EXTREMES:
             value, index = (function(arrays[0], axis=axis) for function in ARGUMENT_EXTREMES[self.combine_fn])
-            results = [np.asarray(value), np.take_along_axis(arrays[1], np.expand_dims(index, axis), axis).squeeze(axis)]
+            picked = np.take_along_axis(arrays[1], np.expand_dims(index, axis), axis).squeeze(axis)
+            results = [np.asarray(value), picked]
         elif self.combine_fn in DIRECT:
             results = [self._direct(arrays[0], axis, dtypes[0])]
         else:
@@ -78,17 +80,17 @@ class PairwiseReduce(interpreter.ReduceOps):
 
     def _direct(self, data: np.ndarray, axis: int, dtype: tl.dtype) -> np.ndarray:
         operation = DIRECT[self.combine_fn]
-        poisoned = None
+        poisoned = np.zeros((), dtype=bool)
         launch = interpreter.interpreter_builder.launch
         if operation is not np.add and launch is not None and launch.poison_exists:
-            poisoned = poison.find(data, dtype).any(axis=axis)  # fmax and fmin would drop the NaN
+            poisoned = np.asarray(poison.find(data, dtype).any(axis=axis))  # fmax and fmin would drop the NaN
         data = np.moveaxis(data, axis, 0)
         while data.shape[0] > 1:
             data = operation(data[0::2], data[1::2])
         result = data[0]
-        return poison.fill(result, dtype, poisoned) if poisoned is not None and poisoned.any() else result
+        return poison.fill(result, dtype, poisoned) if poisoned.any() else result
 
-    def _general(self, arrays: list[np.ndarray], axis: int, dtypes: list[tl.dtype]) -> list[np.ndarray]:
+    def _general(self, arrays: Arrays, axis: int, dtypes: list[tl.dtype]) -> Arrays:
         arrays = [np.moveaxis(data, axis, 0) for data in arrays]
         while arrays[0].shape[0] > 1:
             arrays = _call(self.combine_fn, [a[0::2] for a in arrays], [a[1::2] for a in arrays], dtypes)
@@ -96,7 +98,7 @@ class PairwiseReduce(interpreter.ReduceOps):
 
 
 class DoublingScan(interpreter.ScanOps):
-    """Sums and products run in order; any other function by doubling: after step k every element holds 2**k neighbours."""
+    """Sums and products run in order, any other function by doubling: step k combines 2**k neighbours."""
 
     def apply_impl(self, inputs: tuple[tl.tensor, ...]) -> tuple[tl.tensor, ...]:
         refuse_bfloat16(inputs, "scan")
@@ -115,7 +117,7 @@ class DoublingScan(interpreter.ScanOps):
         results = [np.moveaxis(data, 0, self.axis) for data in results]
         return tuple(_tensor(data, dtype) for data, dtype in zip(results, dtypes, strict=True))
 
-    def _general(self, arrays: list[np.ndarray], dtypes: list[tl.dtype]) -> list[np.ndarray]:
+    def _general(self, arrays: Arrays, dtypes: list[tl.dtype]) -> Arrays:
         length, distance = arrays[0].shape[0], 1
         while distance < length:
             earlier = [np.roll(data, distance, axis=0) for data in arrays]

@@ -72,4 +72,5 @@ class Region:
         count, left = divmod(offset, size)
         elements = f"element {count}" if left == 0 else f"byte {offset}, not a whole number of elements"
         extent = f"bytes {self.start - self.origin} to {self.end - self.origin}"
-        return f"argument {self.name!r}, {elements} (byte offset {offset}); the argument spans {extent}: {self.description}"
+        where = f"argument {self.name!r}, {elements} (byte offset {offset})"
+        return f"{where}; the argument spans {extent}: {self.description}"

@@ -1,4 +1,4 @@
-"""Switches of the interpreter. Tests change them with `override`, a shell with the environment variables named below."""
+"""Switches of the interpreter. Tests change them with `override`, a shell with the variables named below."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ settings.validate()
 
 @contextlib.contextmanager
 def override(**changes: object) -> Iterator[Settings]:
-    """Changes settings inside a `with` block. Raises TypeError for an unknown name, ValueError for an unknown choice."""
+    """Changes settings in a `with` block. Raises TypeError for an unknown name, ValueError for an unknown choice."""
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(changes.keys() - known):
         raise TypeError(f"unknown settings {unknown}, known are {sorted(known)}")

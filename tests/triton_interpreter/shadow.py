@@ -1,9 +1,10 @@
 """Who touched which byte: the race detector's record of one storage during one launch.
 
-Every cell remembers its last writer and its last reader, each as a program number and that program's epoch. Programs run
-one after another, but on a GPU they run at once; so an access races with an earlier one of another program unless a
-chain of atomics orders the two. A program's epoch grows with every release; `Clock.seen` holds, for each other program,
-the last epoch that an acquire has made visible. (This is the FastTrack scheme: scalar clocks per cell, vector per program.)
+Every cell remembers its last writer and its last reader, each as a program number and that program's epoch. Programs
+run one after another here, but at once on a GPU; so an access races with an earlier one of another program unless a
+chain of atomics orders the two. A program's epoch grows with every release; `Clock.seen` holds, for each other
+program, the last epoch that an acquire has made visible. (This is the FastTrack scheme: scalar clocks per cell, a
+vector clock per program.)
 
 A cell is as wide as the accesses made so far, and is split into bytes as soon as another width or alignment appears.
 """
@@ -35,9 +36,9 @@ class Clock:
 
 @dataclasses.dataclass
 class Conflict:
-    """The first lane that races, and the access it races with."""
+    """Where in the cells given (an index of their first dimension) a race is, and the access it is with."""
 
-    lane: int
+    position: int
     program: int
     kind: str
 
@@ -59,18 +60,18 @@ class Shadow:
             setattr(self, name, np.repeat(getattr(self, name), self.width))
         self.width = 1
 
-    def cells(self, addresses: np.ndarray, size: int) -> np.ndarray | slice:
-        """Indices of the cells of each lane: a slice where the lanes are contiguous, else (lanes, cells per lane)."""
-        offsets = addresses - self.base
+    def cells(self, lanes: np.ndarray | slice, size: int) -> np.ndarray | slice:
+        """Cells of the lanes' bytes: a slice for a slice of addresses; (lanes, cells each) for one address per lane."""
+        first_bytes = lanes.start if isinstance(lanes, slice) else lanes
+        aligned = not np.any((first_bytes - self.base) % size)
         if self.width == 0:
-            self._allocate(1 if (offsets % size).any() else size)
-        if self.width != 1 and (self.width != size or (offsets % size).any()):
+            self._allocate(size if aligned else 1)
+        if self.width != 1 and not (self.width == size and aligned):
             self._split_into_bytes()
-        per_lane = size // self.width
-        first = offsets // self.width
-        if (np.diff(first) == per_lane).all():
-            return slice(int(first[0]), int(first[-1]) + per_lane)
-        return first if per_lane == 1 else first[:, None] + np.arange(per_lane)
+        if isinstance(lanes, slice):
+            return slice((lanes.start - self.base) // self.width, (lanes.stop - self.base) // self.width)
+        first = (lanes - self.base) // self.width
+        return first if self.width == size else first[:, None] + np.arange(size)
 
     def read(self, cells: np.ndarray | slice, clock: Clock, atomic: bool = False) -> Conflict | None:
         """Records a read by the running program; returns the write it races with, if any."""
