@@ -12,6 +12,7 @@ from policy import assert_bitwise, threads
 import pynn
 from pynn.ops.random import make_key
 
+KERNEL = "normal"
 SEED = 0x123456789ABCDEF
 # SHA-256 of 2^20 float32 normals of this seed. Every kernel on every device must reproduce it.
 DIGEST = "075fe547ff1bb9076e448b5ed31637b418ddcdbc56615620b1a461a3a8346c0b"

@@ -12,7 +12,7 @@
 #endif
 
 // The namespace of this library's launchers: csrc/include/<op>.h declares them there, csrc/ops/<op>.cpp calls launch::.
-#ifdef PYNN_CUDA
+#if defined(PYNN_CUDA) || defined(PYNN_SIM)
 #define PYNN_LAUNCH_NAMESPACE cuda
 #else
 #define PYNN_LAUNCH_NAMESPACE cpu

@@ -11,12 +11,10 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._function import library
-
-library.define("normal(Tensor like, Tensor key) -> Tensor")
+from ._registry import define
 
 
-@torch.library.register_fake("pynn::normal", lib=library)
+@define("normal(Tensor like, Tensor key) -> Tensor", triton="diffusion")
 def _(like, key):
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
