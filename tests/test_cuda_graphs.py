@@ -18,9 +18,10 @@ T, SHAPE = 20, (6, 3, 9, 7)
 def device(request):
     """Runs the test on each GPU backend; skipped with the reason where it cannot run."""
     name = request.param
-    reason = pynn.backends.unavailable.get(name, "this build of pynn has no such backend")
-    if reason or not torch.cuda.is_available():
-        pytest.skip(f"{name}: {reason or 'no GPU'}")
+    if pynn.backends.unavailable[name]:
+        pytest.skip(f"{name}: {pynn.backends.unavailable[name]}")
+    if not torch.cuda.is_available():
+        pytest.skip(f"{name}: no GPU")
     with pynn.backend(name):
         yield "cuda"
 

@@ -17,7 +17,6 @@ import torch
 import pynn
 from pynn.diffusion import Schedule
 
-DEVICE_OF = {"cuda": "cuda", "triton": "cuda"}  # every other backend takes CPU tensors
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((3, 5, 7), (4, 2, 32), (2, 4099))  # rows that start inside a quad, whole vectors, rows of several blocks
 # Where another order of summation or another libm is allowed: result -> relative error per dtype, 0 otherwise.
@@ -92,7 +91,7 @@ def compare(backend: str, case: Case, dtype: torch.dtype) -> tuple[list[str], in
         with pynn.backend("cpu"):
             expected = case("cpu", dtype)
         with pynn.backend(backend):
-            got = case(DEVICE_OF.get(backend, "cpu"), dtype)
+            got = case(pynn.backends.device_of(backend), dtype)
     except Exception as error:
         return [f"{type(error).__name__}: {error}"], 1
     problems = []
