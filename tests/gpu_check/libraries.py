@@ -1,4 +1,8 @@
-"""Makes sure that the kernel libraries load here: the carried ones, or new ones built for this GPU."""
+"""Makes sure that the kernel libraries load here: the carried ones, or new ones built for this GPU.
+
+The program that compares the PTX wrappers with their twins is built too when it was not carried; without it only the
+part that runs it fails.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,13 @@ def arch_of(major: int, minor: int) -> str:
     return f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 
+def build_primitives() -> None:
+    if not (ROOT / "build" / "primitives_check").exists():
+        subprocess.run(["make", "primitives-check", f"BIN={Path(sys.executable).parent}"], cwd=ROOT, check=False)
+
+
 def main() -> int:
+    build_primitives()
     why = reason()
     if not why:
         print("the libraries in pynn/lib load")
