@@ -20,4 +20,5 @@ inline void check_launch(const char* kernel) {
     ::pynn::cuda::check_launch(#kernel);                                                   \
   } while (false)
 
+#define SHARED_ARRAY(T, name, count) __shared__ T name[count]
 }  // namespace pynn::cuda

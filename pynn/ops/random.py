@@ -2,8 +2,8 @@
 
 Element i of a draw with key (seed, offset) comes from word i % 4 of Philox4x32-10(key=seed, counter=offset + i // 4)
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the integer stream of torch.func._random),
-through a Box-Muller transform made of IEEE additions, multiplications and square roots only. Every dtype gets the same
-float32 normals, widened or rounded once.
+through a Box-Muller transform made of IEEE additions, multiplications, fused multiply-adds and square roots only. Every
+dtype gets the same float32 normals, widened or rounded once.
 """
 
 from __future__ import annotations
