@@ -17,7 +17,7 @@ demo: build
 
 # The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
 # has to be chosen when a process starts. With a GPU the first run takes its kernels along.
-INTERPRETED := $(patsubst triton_kernels/%.py,tests/test_%.py,$(filter-out %/philox.py %/__init__.py,$(wildcard triton_kernels/*.py))) \
+INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
 	tests/test_random.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
