@@ -60,8 +60,8 @@ BUGS = [
         "load out of bounds",
         lambda: kernels.copy_without_load_mask[(2,)](ramp(100), zeros(100), 100, BLOCK=64),
         "OutOfBounds",
-        r"copy_without_load_mask, program \(1, 0, 0\), line \d+ of planted_kernels.py: load is out of bounds \(28 of 64 .*"
-        r"'x', element 100 \(byte offset 400\).* bytes 0 to 400: "
+        r"copy_without_load_mask, program \(1, 0, 0\), line \d+ of planted_kernels.py: "
+        r"load is out of bounds \(28 of 64 .*'x', element 100 \(byte offset 400\).* bytes 0 to 400: "
         r"torch.float32 of shape \(100,\) at block index \(36,\)",
     ),
     Bug(
