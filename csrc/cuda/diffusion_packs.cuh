@@ -69,7 +69,7 @@ __device__ void store_pack(T* to, int64_t index, const Pack<T>& pack, const Flat
     uint4 vector[kVectors];
     memcpy(vector, &pack, sizeof(pack));
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(to + index)[v] = vector[v];
+    for (int v = 0; v < kVectors; ++v) store_streaming(reinterpret_cast<uint4*>(to + index) + v, vector[v]);
   } else {
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k)
@@ -124,9 +124,9 @@ struct NoiseSource {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) values.z[k] = to_float(loaded.element[k]);
     } else if (!key_per_row) {
-      const uint64_t counter = uint64_t(keys[1]) + uint64_t(index >> 2);
+      const uint64_t seed = uint64_t(__ldg(keys)), counter = uint64_t(__ldg(keys + 1)) + uint64_t(index >> 2);
 #pragma unroll
-      for (int q = 0; q < kPack<T> / 4; ++q) quad(&values.z[4 * q], uint64_t(keys[0]), counter + q);
+      for (int q = 0; q < kPack<T> / 4; ++q) quad(&values.z[4 * q], seed, counter + q);
     } else if (flat.inner % 4 == 0) {  // a row begins with a quad
 #pragma unroll
       for (int q = 0; q < kPack<T> / 4; ++q)
@@ -147,16 +147,18 @@ struct NoiseSource {
   __device__ void quad_of(C* z, Position at) const {
     quad(z, uint64_t(keys[2 * at.row]), uint64_t(keys[2 * at.row + 1]) + uint64_t(at.column >> 2));
   }
-  // Rows begin inside packs: an element finds its own quad, which is made again where it changes.
-  __device__ void one_by_one(C* z, int64_t index, const Flat& flat, const Rows& rows) const {
-    C made[4];
-#pragma unroll
+  // Rows begin inside packs: an element finds its own quad, which is made again where it changes. The values move up
+  // one place per step, so that the loop stays a loop and the array stays in registers.
+  __device__ void one_by_one(C (&z)[kPack<T>], int64_t index, const Flat& flat, const Rows& rows) const {
+    C made[4] = {};
+#pragma unroll 1
     for (int k = 0; k < kPack<T>; ++k) {
-      if (index + k >= flat.size) break;
-      const Position at = rows.of(index + k);
+      const Position at = rows.of(index + k < flat.size ? index + k : flat.size - 1);
       const int word = int(at.column & 3);
       if (k == 0 || word == 0) quad_of(made, at);
-      z[k] = word == 0 ? made[0] : word == 1 ? made[1] : word == 2 ? made[2] : made[3];
+#pragma unroll
+      for (int i = 0; i + 1 < kPack<T>; ++i) z[i] = z[i + 1];
+      z[kPack<T> - 1] = word == 0 ? made[0] : word == 1 ? made[1] : word == 2 ? made[2] : made[3];
     }
   }
 };
