@@ -22,10 +22,11 @@ class Config:
     num_warps: int
 
 
-# Bytes of an element -> config: two 16-byte packs per thread of a warp of 32, one of a wavefront of 64.
+# Bytes of an element -> config: 16 elements per thread of a warp of 32, which hides the coefficients of a row behind its
+# noise and keeps 32 bytes or more of each tensor in flight.
 _CONFIGS = {
-    "cuda": {2: Config(2048, 8, 4), 4: Config(1024, 8, 4), 8: Config(512, 8, 4)},
-    "hip": {2: Config(2048, 8, 4), 4: Config(1024, 8, 4), 8: Config(512, 8, 4)},
+    "cuda": {2: Config(2048, 8, 4), 4: Config(2048, 8, 4), 8: Config(1024, 8, 4)},
+    "hip": {2: Config(2048, 8, 4), 4: Config(2048, 8, 4), 8: Config(1024, 8, 4)},
     # The interpreter pays per program, not per element.
     "interpret": {size: Config(8192, 1024, 1) for size in (2, 4, 8)},
 }
