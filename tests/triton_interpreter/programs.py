@@ -84,13 +84,15 @@ def call_device_function(self: InterpretedFunction, *args, **kwargs) -> object:
         return self.rewrite()(*args, **kwargs)
 
 
-def _kernel_line(error: BaseException) -> str:
-    """Where in the kernel's source the error arose: the innermost frame outside Triton and this package."""
+def _place(kernel: str, index: tuple[int, int, int] | None, error: BaseException) -> str:
+    """Kernel, program, and the line of its source: that of the innermost frame outside Triton and this package."""
+    if index is None:
+        return f"{kernel}, converting its arguments"
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         module = frame.f_globals.get("__name__", "")
         if module.split(".")[0] not in ("triton", "numpy") and module.rpartition(".")[0] != __package__:
-            return f", line {line} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
-    return ""
+            return f"{kernel}, program {index}, line {line} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
+    return f"{kernel}, program {index}"
 
 
 class CheckedGridExecutor(interpreter.GridExecutor):
@@ -119,11 +121,11 @@ class CheckedGridExecutor(interpreter.GridExecutor):
                     launch.begin(index)
                     self.fn(**values)
         except KernelError as error:
-            error.error_message = f"{name}, program {index}{_kernel_line(error)}: {error.error_message}"
+            error.error_message = f"{_place(name, index, error)}: {error.error_message}"
             error.args = (error.error_message,)
             raise
         except Exception as error:
-            raise KernelFailed(f"{name}, program {index}{_kernel_line(error)}: {error!r}") from error
+            raise KernelFailed(f"{_place(name, index, error)}: {error!r}") from error
         finally:
             builder.launch = None
 

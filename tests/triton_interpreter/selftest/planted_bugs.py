@@ -55,6 +55,14 @@ class Bug:
     plain_misses: bool = True
 
 
+def counter_bug(order: str) -> Bug:
+    def launch() -> None:
+        kernels.last_program_sums[(4,)](ramp(4), zeros(4), words(1), zeros(1), PROGRAMS=4, ORDER=order)
+
+    message = r"program \(3, 0, 0\).*load races: program \(0, 0, 0\) writes the same bytes.*'partial'"
+    return Bug(f"a counter that is only {order} does not order writes before reads", launch, "Race", message)
+
+
 BUGS = [
     Bug(
         "load out of bounds",
@@ -170,12 +178,7 @@ BUGS = [
         "Race",
         r"races: program \(0, 0, 0\) (updates atomically|reads)",
     ),
-    Bug(
-        "a relaxed counter orders nothing",
-        lambda: kernels.last_program_sums_relaxed[(4,)](ramp(4), zeros(4), words(1), zeros(1), PROGRAMS=4),
-        "Race",
-        r"program \(3, 0, 0\).*load races: program \(0, 0, 0\) writes the same bytes.*'partial'",
-    ),
+    *(counter_bug(order) for order in ("relaxed", "acquire", "release")),
     Bug(
         "sum over masked-off lanes",
         lambda: kernels.sum_without_other[(1,)](ramp(50), zeros(1), 50, BLOCK=64),
@@ -201,6 +204,18 @@ BUGS = [
         ),
         "PoisonStored",
         r"6 lanes, first at block index \(10,\)",
+    ),
+    Bug(
+        "masked-off integers through a conversion",
+        lambda: kernels.convert_integers_without_other[(1,)](ramp(50, torch.int32), zeros(64), 50, BLOCK=64),
+        "PoisonStored",
+        r"14 lanes, first at block index \(50,\)",
+    ),
+    Bug(
+        "matrix product over masked-off lanes",
+        lambda: kernels.matmul_without_other[(1,)](zeros(16, 16), zeros(16, 16), 10, BLOCK=16),
+        "PoisonStored",
+        r"256 lanes, first at block index \(0, 0\)",
     ),
     Bug(
         "sum in bfloat16",
