@@ -11,12 +11,17 @@ PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-isa lint format bench packaging build clean
+.PHONY: demo test test-isa lint format bench packaging wheel gpu gpu-carry build clean
 demo: build
 	$(BIN)/pynn train ddpm --out runs/demo --overwrite --threads auto
 
+# The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
+# has to be chosen when a process starts. With a GPU the first run takes its kernels along.
+INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
+	tests/test_random.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "[interpret" $(INTERPRETED)
 
 # The same kernels for older CPUs: the op tests again on the other instruction sets. The baseline has no fused
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
@@ -24,16 +29,36 @@ test: build
 ISA_TESTS := tests/test_conv2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py
 test-isa: build
-	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q $(ISA_TESTS)
-	PYNN_CPU_ISA=baseline OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not accuracy" $(ISA_TESTS)
+	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim" $(ISA_TESTS)
+	PYNN_CPU_ISA=baseline OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim and not accuracy" \
+	  $(ISA_TESTS)
 
-# Installs the wheel into fresh environments, with and without build isolation, on the oldest and the newest torch.
-packaging: build
+# The wheels for a release, into dist/: without CUDA kernels, and with them for CUDA 13 (docs/wheels.md).
+wheel: $(STAMP)
+	rm -f dist/*.whl
+	PYNN_WHEEL_VARIANT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	@if command -v nvcc /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc >/dev/null; then \
+	  PYNN_WHEEL_VARIANT=cu13 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .; \
+	else echo "no nvcc: the cu13 wheel is left out"; fi
+	@ls -l dist/*.whl
+
+# Looks into those wheels and installs them into a fresh environment; then `pip install .` with build isolation.
+packaging: wheel
 	$(BIN)/python tests/packaging_check.py
 
 # A short benchmark run: fails on wrong results, never on time.
 bench: build
 	$(BIN)/python -m bench --quick
+
+# Everything that needs a GPU, in less than eight minutes: checks, tests, compute-sanitizer, benchmarks. Installs nothing:
+# GPU_PYTHON has a CUDA build of torch, Triton, pytest, pytest-xdist and hypothesis. Results go to bench/results, or OUT.
+GPU_PYTHON ?= python3
+gpu:
+	PYTHONPATH=.:tests $(GPU_PYTHON) -m gpu_check $(if $(OUT),--out $(OUT))
+
+# Builds here what a GPU machine without a compiler or a package index needs, and prints what to take along.
+gpu-carry: build primitives-check
+	PYTHONPATH=.:tests $(BIN)/python -m gpu_check.carry
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 lint: $(STAMP)

@@ -3,9 +3,12 @@
 Products, all under pynn/:
     lib/libpynn_cpu_<isa>.so   csrc/ops + csrc/cpu, once per instruction set; one of them is loaded at run time
     lib/libpynn_cuda.so        csrc/ops + csrc/cuda, when nvcc is found (a CPU-only torch is enough, no GPU is needed)
+    lib/libpynn_sim.so         csrc/ops + csrc/cuda compiled by the host compiler over csrc/sim: a test tool for source
+                               trees (--inplace), never part of a wheel; needs no CUDA toolkit
     _core.<python tag>.so      build facts and CPU features; the only file that depends on the Python version
 
-Environment: PYNN_CUDA_ARCHS ("80 90a"; empty builds no CUDA library), CUDA_HOME, MAX_JOBS.
+Environment: PYNN_CUDA_ARCHS ("80 90a"; empty builds no CUDA library), CUDA_HOME, MAX_JOBS; PYNN_WHEEL_VARIANT ("cpu" or
+"cu13": a wheel for release, which says so in its version and holds exactly that; see docs/wheels.md).
 """
 
 import importlib.util
@@ -18,12 +21,15 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-VERSION = "0.1.0"
+VARIANT = os.environ.get("PYNN_WHEEL_VARIANT", "")
+VERSION = "0.1.0" + (f"+{VARIANT}" if VARIANT else "")
 TORCH_TARGET = "0x020b000000000000"  # the binaries load on torch 2.11 and every later release
-CUDA_ARCHS = "80 86 89 90a 100 120"
+CUDA_ARCHS = "" if VARIANT == "cpu" else "80 86 89 90a 100 120"
 
 CPU_ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -63,6 +69,20 @@ def cuda_home():
     if nvcc:
         print(f"{nvcc} found, but no toolkit around it: set CUDA_HOME to build the CUDA kernels", file=sys.stderr)
     return None
+
+
+def check_variant(cuda, archs):
+    """A release wheel holds what its version says, or is not built."""
+    if VARIANT not in ("", "cpu", "cu13"):
+        raise ValueError(f"PYNN_WHEEL_VARIANT: expected cpu or cu13, got {VARIANT!r}")
+    if VARIANT == "cpu" and archs:
+        raise RuntimeError(f"PYNN_WHEEL_VARIANT=cpu holds no CUDA kernels, but PYNN_CUDA_ARCHS asks for {archs}")
+    if VARIANT == "cu13":
+        if not archs:
+            raise RuntimeError("PYNN_WHEEL_VARIANT=cu13 needs a CUDA 13 toolkit and a list of architectures")
+        version = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        if "release 13." not in version:
+            raise RuntimeError(f"PYNN_WHEEL_VARIANT=cu13 needs CUDA 13, got {version.strip().splitlines()[-1]}")
 
 
 def quote(path):
@@ -123,8 +143,21 @@ class BuildLibraries(build_ext):
             objects = self.compile(ninja, temp / f"cpu_{isa}", "cxx", ops + cpu, [f'-DPYNN_ISA=\\"{isa}\\"', *flags])
             ninja.edge(package / f"lib/libpynn_cpu_{isa}.so", "link", objects)
 
+        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        if self.inplace and sources:
+            ninja.rule(
+                "cxx_cuda",
+                f"{cxx} -x c++ -MD -MF $out.d {CXX_FLAGS} -Wno-unknown-pragmas -DPYNN_SIM {include} -c $in -o $out",
+            )
+            runtime = sorted((ROOT / "csrc/sim").glob("*.cpp"))
+            objects = self.compile(
+                ninja, temp / "sim", "cxx", self.with_kernels(ops, sources) + runtime, ["-DPYNN_SIM"]
+            )
+            objects += self.compile(ninja, temp / "sim", "cxx_cuda", sources, [])
+            ninja.edge(package / "lib/libpynn_sim.so", "link", objects)
+
         archs = os.environ.get("PYNN_CUDA_ARCHS", CUDA_ARCHS).split()
-        cuda, sources = cuda_home(), sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        cuda = cuda_home()
         built_archs = archs if cuda and sources else []
         if built_archs:
             gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
@@ -140,6 +173,7 @@ class BuildLibraries(build_ext):
             runtime = f"-L{quote(cuda / 'lib64')} -lcudart_static -lrt -ldl -lpthread"
             ninja.edge(package / "lib/libpynn_cuda.so", "link", objects, flags=runtime)
 
+        check_variant(cuda, built_archs)
         self.describe_core(ninja, temp, package, built_archs)
         return ninja
 
@@ -181,10 +215,36 @@ class BuildLibraries(build_ext):
         return []
 
 
+class BuildPython(build_py):
+    def run(self):
+        if not self.editable_mode:  # nothing of an earlier build may get into this wheel
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+    def find_package_modules(self, package, package_dir):
+        """Without pynn/triton_kernels.py, which stands in for the package of that name in a source tree."""
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("pynn", "triton_kernels")]
+
+
+class BuildWheel(bdist_wheel):
+    def get_tag(self):
+        """A release wheel serves every Python: pynn._core, which serves one, is optional."""
+        python, abi, platform_tag = super().get_tag()
+        return ("py3", "none", platform_tag) if VARIANT else (python, abi, platform_tag)
+
+
+PACKAGES = ["pynn", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion", "pynn.train"]
+PACKAGE_DIRECTORIES = {}
+if (ROOT / "triton_kernels").is_dir():
+    PACKAGES.append("pynn.triton_kernels")
+    PACKAGE_DIRECTORIES["pynn.triton_kernels"] = "triton_kernels"
+
 setup(
     version=VERSION,
-    packages=["pynn", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion", "pynn.train"],
+    packages=PACKAGES,
+    package_dir=PACKAGE_DIRECTORIES,
     package_data={"pynn": ["py.typed"]},
     ext_modules=[Extension("pynn.kernels", [])],  # marks the wheel as platform-specific; BuildLibraries does the work
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython, "bdist_wheel": BuildWheel},
 )

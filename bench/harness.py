@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import functools
 import platform
 import statistics
 import subprocess
@@ -19,9 +20,11 @@ from pathlib import Path
 import torch
 
 import pynn
+from bench import _gpu
 from pynn.info import versions
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 BASELINE = "torch"  # the fastest provider whose name starts so
 MIN_ROUND_S = 2e-4  # a round repeats a fast callable until it takes this long
 
@@ -35,6 +38,7 @@ class Case:
         providers: name -> callable; at least one of torch, named "torch" or "torch <variant>".
         check: raises when the providers' results disagree; runs before anything is timed.
         bytes: memory traffic the op cannot avoid, for GB/s. flops: for GFLOP/s.
+        device: "cpu" or "cuda", where the callables run.
     """
 
     op: str
@@ -45,11 +49,18 @@ class Case:
     check: Callable[[], None]
     bytes: float = 0.0
     flops: float = 0.0
+    device: str = "cpu"
 
 
 @dataclasses.dataclass
 class Row:
-    """One line of the results: times in microseconds, ratio = torch's best median / this median (above 1 is faster)."""
+    """One line of the results: times in microseconds, ratio = torch's best median / this median (above 1 is faster).
+
+    threads is 0 on a GPU. timing is how the time was taken: "wall" on a CPU; on a GPU "events" around the eager call,
+    or "graph", events around the replay of a CUDA graph of it. copy_fraction is gb_per_s over the bandwidth of a large
+    copy on the same device in the same run. The last four columns are empty in rows written before they existed, the
+    last three on a CPU too.
+    """
 
     op: str
     shape: str
@@ -69,6 +80,10 @@ class Row:
     pynn: str
     git: str
     date: str
+    timing: str
+    peak_mb: float | None
+    copy_gb_per_s: float | None
+    copy_fraction: float | None
 
 
 def _repeats(fn: Callable[[], object]) -> int:
@@ -98,23 +113,62 @@ def interleaved(providers: dict[str, Callable[[], object]], budget_s: float) -> 
     return times
 
 
-def device_name() -> str:
+@functools.cache
+def device_name(device: str = "cpu") -> str:
     """A file-name-safe name of the processor."""
-    return "".join(c if c.isalnum() else "-" for c in versions()["CPU"].split(",")[0]).strip("-").lower()
+    name = _gpu.device_name() if device == "cuda" else versions()["CPU"].split(",")[0]
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
 
 
+@functools.cache
 def git_revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    """The commit of this tree; where git's data was left behind, what `make gpu-carry` noted in build/revision."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        found = ""
+    noted = ROOT / "build" / "revision"
+    return found or (noted.read_text().strip() if noted.exists() else "unknown")
 
 
 def run(case: Case, *, threads: int = 1, budget_s: float = 1.0) -> list[Row]:
-    """Checks the case, times it, and returns a row per provider."""
+    """Checks the case, times it, and returns a row per provider; on a GPU a second one for ops that are short."""
+    if case.device == "cuda":
+        return _run_on_gpu(case, budget_s)
     torch.set_num_threads(threads)
     case.check()
-    times = interleaved(case.providers, budget_s)
+    return _rows(case, interleaved(case.providers, budget_s), timing="wall", threads=threads)
+
+
+def _run_on_gpu(case: Case, budget_s: float) -> list[Row]:
+    case.check()
+    times = _gpu.interleaved(case.providers, budget_s)
+    peaks = {name: _gpu.peak_bytes(fn) for name, fn in case.providers.items()}
+    rows = _rows(case, times, timing="events", peaks=peaks)
+    if min(map(statistics.median, times.values())) >= _gpu.GRAPH_BELOW_S:
+        return rows
+    graphs = {}
+    for name, fn in case.providers.items():
+        try:
+            graphs[name] = _gpu.captured(fn)
+        except RuntimeError as error:  # the other providers' rows are still worth having
+            print(f"{case.op} {case.shape} {case.mode}: {name} was not captured in a graph: {error}")
+    if any(name.startswith(BASELINE) for name in graphs):
+        rows += _rows(case, _gpu.interleaved(graphs, budget_s), timing="graph", peaks=peaks)
+    return rows
+
+
+def _rows(
+    case: Case,
+    times: dict[str, list[float]],
+    *,
+    timing: str,
+    threads: int = 0,
+    peaks: dict[str, int] | None = None,
+) -> list[Row]:
     baseline = min(statistics.median(samples) for name, samples in times.items() if name.startswith(BASELINE))
+    copy = _gpu.copy_bandwidth() if case.device == "cuda" else None
     rows = []
     for name, samples in times.items():
         p20, p50, p80 = (statistics.quantiles(samples, n=10)[i] for i in (1, 4, 7))
@@ -130,12 +184,16 @@ def run(case: Case, *, threads: int = 1, budget_s: float = 1.0) -> list[Row]:
                 round(baseline / p50, 3),
                 round(case.bytes / p50 / 1e9, 2),
                 round(case.flops / p50 / 1e9, 2),
-                device_name(),
-                pynn.backends.cpu_isa,
+                device_name(case.device),
+                _gpu.architecture() if case.device == "cuda" else pynn.backends.cpu_isa,
                 torch.__version__,
                 pynn.__version__,
                 git_revision(),
                 datetime.date.today().isoformat(),
+                timing,
+                round(peaks[name] / 1e6, 1) if peaks else None,
+                round(copy / 1e9, 1) if copy else None,
+                round(case.bytes / p50 / copy, 3) if copy else None,
             )
         )
     return rows
@@ -144,23 +202,36 @@ def run(case: Case, *, threads: int = 1, budget_s: float = 1.0) -> list[Row]:
 def report(rows: Iterable[Row]) -> None:
     """Prints rows as a table."""
     head = f"{'op':<30} {'shape':<26} {'dtype':<9} {'mode':<17} {'thr':>3}"
-    print(f"{head} {'provider':<12} {'median us':>11} {'x torch':>8}")
+    print(f"{head} {'provider':<14} {'timing':<7} {'median us':>11} {'x torch':>8} {'of copy':>8}")
     for r in rows:
         where = f"{r.op:<30} {r.shape:<26} {r.dtype:<9} {r.mode:<17} {r.threads:>3}"
-        print(f"{where} {r.provider:<12} {r.p50_us:>11.1f} {r.ratio_to_torch:>8.2f}")
+        fraction = "" if r.copy_fraction is None else f"{r.copy_fraction:.2f}"
+        print(f"{where} {r.provider:<14} {r.timing:<7} {r.p50_us:>11.1f} {r.ratio_to_torch:>8.2f} {fraction:>8}")
 
 
-def save(rows: list[Row], path: Path | None = None) -> Path:
-    """Appends rows to bench/results/<device>.csv."""
-    path = path or RESULTS / f"{device_name()}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        if new:
+def save(rows: list[Row], directory: Path = RESULTS) -> list[Path]:
+    """Appends rows to <device>.csv in a directory; older rows that lack columns are kept with those empty."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    paths = []
+    directory.mkdir(parents=True, exist_ok=True)
+    for device in dict.fromkeys(row.device for row in rows):
+        path = directory / f"{device}.csv"
+        old: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                old = list(reader)
+                unknown = set(reader.fieldnames or []) - set(names)
+            if unknown:
+                raise ValueError(f"{path}: columns {sorted(unknown)} are not those of a benchmark row")
+        with path.with_suffix(".new").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
             writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
-    return path
+            writer.writerows(old)
+            writer.writerows(dataclasses.asdict(row) for row in rows if row.device == device)
+        path.with_suffix(".new").replace(path)
+        paths.append(path)
+    return paths
 
 
 def assert_agrees(got: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, what: str) -> None:

@@ -1,15 +1,23 @@
 """Which implementation of an op runs, and why.
 
-`auto` (the default) runs the C++ kernels for CPU tensors and the CUDA C++ kernels for CUDA tensors. A backend can be
-forced with `with pynn.backend(name):` or the environment variable PYNN_BACKEND; a forced backend that cannot run raises
-with the reason. PYNN_CPU_ISA (baseline, avx2, avx512) forces the instruction set of the CPU kernels. Both variables are
-read once, at import, and nowhere else.
+    cpu        C++ kernels on CPU tensors, built for three instruction sets
+    cuda       CUDA C++ kernels on CUDA tensors
+    triton     Triton kernels on CUDA tensors
+    sim        the CUDA C++ sources compiled by the host compiler, on CPU tensors: a test tool, slow (csrc/sim)
+    interpret  the Triton kernels in Triton's interpreter, on CPU tensors: a test tool, slow; needs TRITON_INTERPRET=1
+
+`auto` (the default) runs `cpu` for CPU tensors; for CUDA tensors `cuda`, or `triton` where an op has no CUDA C++
+kernel. A backend can be forced with `with pynn.backend(name):` or the environment variable PYNN_BACKEND; a forced
+backend that cannot run raises with the reason. PYNN_CPU_ISA (baseline, avx2, avx512) forces the instruction set of the
+CPU kernels, PYNN_SIM_LIBRARY names another build of the sim kernels (with sanitizers). These variables are read once,
+at import, and nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +29,18 @@ try:
 except ImportError:  # built without Python headers, or for another Python: everything still works
     _core = None  # type: ignore[assignment]
 
-BACKENDS = ("auto", "cpu", "cuda")
+# Backend -> (device of its tensors, namespace of its ops).
+_TARGETS = {
+    "cpu": ("cpu", "pynn"),
+    "cuda": ("cuda", "pynn"),
+    "triton": ("cuda", "pynn_triton"),
+    "sim": ("cpu", "pynn_sim"),
+    "interpret": ("cpu", "pynn_triton"),
+}
+BACKENDS = ("auto", *_TARGETS)
 CPU_ISAS = ("avx512", "avx2", "baseline")  # best first
 
 _DIRECTORY = Path(__file__).parent / "lib"
-_DEVICE_OF = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def _cpu_supports(isa: str) -> bool:
@@ -52,9 +67,8 @@ def _library(name: str) -> Path:
     return _DIRECTORY / f"libpynn_{name}.so"
 
 
-def _load(name: str) -> str:
+def _load(path: Path) -> str:
     """Loads a kernel library; returns '' or the reason why it is not available."""
-    path = _library(name)
     if not path.exists():
         return f"{path.name} was not built"
     try:
@@ -64,9 +78,35 @@ def _load(name: str) -> str:
     return ""
 
 
+def _triton_reason(interpreted: bool) -> str:
+    """'' or the reason why Triton kernels cannot run compiled or interpreted; triton itself is not imported here."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted != (os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")):
+        state = "without" if interpreted else "with"
+        return f"this process was started {state} TRITON_INTERPRET=1"
+    return ""
+
+
 cpu_isa = _pick_cpu_isa()
-# Backend -> '' when its kernels are loaded, otherwise the reason why not.
-unavailable = {"cpu": _load(f"cpu_{cpu_isa}"), "cuda": _load("cuda")}
+# Backend -> '' when its kernels are loaded (or can be), otherwise the reason why not.
+unavailable: dict[str, str] = {
+    "cpu": _load(_library(f"cpu_{cpu_isa}")),
+    "cuda": _load(_library("cuda")),
+    "triton": _triton_reason(interpreted=False),
+    "sim": _load(Path(os.environ.get("PYNN_SIM_LIBRARY", "") or _library("sim"))),
+    "interpret": _triton_reason(interpreted=True),
+}
+# Namespaces in which ops are worth defining here, see pynn/ops/_registry.py.
+NAMESPACES: tuple[str, ...] = tuple(
+    namespace
+    for namespace, wanted in {
+        "pynn": True,
+        "pynn_sim": not unavailable["sim"],
+        "pynn_triton": not (unavailable["triton"] and unavailable["interpret"]),
+    }.items()
+    if wanted
+)
 
 
 def _checked(name: str, source: str) -> str:
@@ -83,7 +123,7 @@ def backend(name: str) -> Iterator[None]:
     """Runs every pynn op inside the block on one backend.
 
     Args:
-        name: "auto", "cpu" or "cuda".
+        name: "auto", "cpu", "cuda", "triton", "sim" or "interpret".
     Raises:
         ValueError: no such backend.
         RuntimeError: from the op, when the backend cannot run it; the message has the reason.
@@ -129,31 +169,77 @@ def explain() -> Iterator[list[Call]]:
         _calls = before
 
 
+_kernels: dict[str, tuple[str, ...]] = {}  # op -> backends that have a kernel for it, whether or not they can run here
+
+
+def add_op(name: str) -> None:
+    """Called once the op `name` is defined: notes which loaded libraries implement it."""
+    found = torch._C._dispatch_has_kernel_for_dispatch_key
+    _kernels[name] = tuple(
+        backend
+        for backend, (device, namespace) in _TARGETS.items()
+        if hasattr(getattr(torch.ops, namespace), name) and found(f"{namespace}::{name}", device.upper())
+    )
+
+
+def device_of(backend: str) -> str:
+    """Type of the device whose tensors this backend takes: "cpu" or "cuda"."""
+    return _TARGETS[backend][0]
+
+
+def namespace_of(backend: str) -> str:
+    """Namespace of torch.ops that holds this backend's ops."""
+    return _TARGETS[backend][1]
+
+
 def has_kernel(name: str, chosen: str) -> bool:
-    """Whether a loaded library implements the dispatcher op `pynn::name` for this backend."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pynn::{name}", chosen.upper())
+    """Whether this backend has a kernel for the dispatcher op `name`; whether it can run here is another question."""
+    return chosen in _kernels[name]
+
+
+def require(name: str, chosen: str) -> None:
+    """Raises RuntimeError with the reason when this backend cannot run the op `name`."""
+    if unavailable[chosen]:
+        raise RuntimeError(f"pynn.{name}: backend {chosen!r} is not available: {unavailable[chosen]}")
+    if not has_kernel(name, chosen):
+        others = [b for b in _TARGETS if b != chosen and not unavailable[b] and has_kernel(name, b)]
+        raise RuntimeError(
+            f"pynn.{name}: backend {chosen!r} has no kernel for this op yet; there are kernels for "
+            f"{', '.join(others) or 'no backend'}"
+        )
 
 
 def op(name: str, tensor: torch.Tensor):
-    """The dispatcher op `pynn::name` for the backend that serves this tensor.
+    """The dispatcher op `name` of the backend that serves this tensor.
 
     Raises:
         RuntimeError: no kernel can run it; the message has the reason.
     """
     device = tensor.device.type
-    if device in ("cpu", "cuda"):
-        chosen = device if _forced == "auto" else _forced
-        if _DEVICE_OF[chosen] != device:
-            raise RuntimeError(f"pynn.{name}: backend {chosen!r} was forced but the tensor is on {device}")
-        if unavailable[chosen]:
-            raise RuntimeError(f"pynn.{name}: backend {chosen!r} is not available: {unavailable[chosen]}")
-        if chosen == "cuda" and not has_kernel(name, chosen):
-            raise RuntimeError(f"pynn.{name}: there is no CUDA kernel for this op yet; it runs on CPU tensors")
-        if _calls is not None and not torch.compiler.is_compiling():
-            _record(name, chosen, tensor)
-    elif device != "meta":  # meta tensors run the shape rule of the op
+    if device == "cpu" and _forced == "auto":
+        chosen = "cpu"
+        if unavailable["cpu"]:
+            require(name, chosen)
+    elif device in ("cpu", "cuda"):
+        chosen = _choose(name, device)
+    elif device == "meta":  # runs the shape rule of the op
+        return getattr(torch.ops.pynn, name).default
+    else:
         raise RuntimeError(f"pynn.{name}: expected a CPU or CUDA tensor, got one on {device}")
-    return getattr(torch.ops.pynn, name).default
+    if _calls is not None and not torch.compiler.is_compiling():
+        _record(name, chosen, tensor)
+    return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
+
+
+def _choose(name: str, device: str) -> str:
+    chosen = _forced
+    if chosen == "auto":
+        usable = (b for b in ("cuda", "triton") if not unavailable[b] and has_kernel(name, b))
+        chosen = next(usable, "cuda")
+    elif _TARGETS[chosen][0] != device:
+        raise RuntimeError(f"pynn.{name}: backend {chosen!r} was forced but the tensor is on {device}")
+    require(name, chosen)
+    return chosen
 
 
 def _record(name: str, chosen: str, tensor: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
         "instruction set": f"{backends.cpu_isa} (built: {core.cpu_isas if core else 'unknown'})",
         "CUDA in torch": cuda,
         "GPUs": ", ".join(gpus) or "none",
-        "CUDA kernels for": (core.cuda_archs if core else "") or "none",
+        "CUDA kernels for": (core.cuda_archs or "none") if core else "unknown",
         "compiler": core.compiler if core else "unknown (pynn._core was not built)",
     }
 
@@ -48,9 +48,9 @@ def availability() -> list[tuple[str, str, str]]:
     rows = []
     for op in pynn.ops.__all__:
         for backend, reason in backends.unavailable.items():
-            if not reason and not backends.has_kernel(_KERNEL_OF.get(op, f"{op}_fwd"), backend):
-                reason = "no kernel yet"
-            elif not reason and backend == "cuda" and not torch.cuda.is_available():
+            if not backends.has_kernel(_KERNEL_OF.get(op, f"{op}_fwd"), backend):
+                reason = reason or "no kernel yet"
+            elif not reason and backends.device_of(backend) == "cuda" and not torch.cuda.is_available():
                 reason = "torch sees no GPU"
             rows.append((op, backend, reason))
     return rows
@@ -88,13 +88,23 @@ CHECKS: dict[str, Callable[[], bool]] = {
 }
 
 
+def print_availability() -> None:
+    """A row per op, a column per backend; the reasons stand below, numbered."""
+    rows = availability()
+    reasons = list(dict.fromkeys(reason for _, _, reason in rows if reason))
+    print(f"\n{'op':<30}" + "".join(f"{backend:<11}" for backend in backends.unavailable))
+    for op in pynn.ops.__all__:
+        marks = ("yes" if not reason else f"no [{reasons.index(reason) + 1}]" for name, _, reason in rows if name == op)
+        print(f"{op:<30}" + "".join(f"{mark:<11}" for mark in marks))
+    for number, reason in enumerate(reasons, 1):
+        print(f"[{number}] {reason}")
+
+
 def main() -> int:
     """Prints the report; returns 1 when a self-check fails."""
     for name, value in versions().items():
         print(f"{name:<18} {value}")
-    print(f"\n{'op':<30} {'backend':<8} available")
-    for op, backend, reason in availability():
-        print(f"{op:<30} {backend:<8} {'yes' if not reason else 'no: ' + reason}")
+    print_availability()
     print("\nself-check (CPU)")
     failed = 0
     for name, check in CHECKS.items():

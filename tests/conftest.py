@@ -1,8 +1,14 @@
-"""Fixtures shared by every test: one thread, a fixed seed, and the backend an op runs on."""
+"""Fixtures shared by every test: one thread, a fixed seed, and the backend an op runs on.
+
+A test that takes `backend` runs once per backend. One process runs cpu and sim, and with a GPU cuda and triton; the
+Triton kernels are interpreted in a process of their own: TRITON_INTERPRET=1 python -m pytest -k interpret.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import os
 import warnings
 
 import pytest
@@ -23,22 +29,47 @@ settings.load_profile("pynn")
 warnings.filterwarnings("ignore", message=".*lazy loading.*")
 
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+
+    triton_interpreter.install()  # before a kernel module is imported
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     name: str
     device: str
 
+    @property
+    def ops(self):
+        """The dispatcher namespace of this backend, for tests that call its ops directly."""
+        return getattr(torch.ops, pynn.backends.namespace_of(self.name))
 
-@pytest.fixture(params=["cpu", "cuda"])
+
+@pytest.fixture(params=pynn.backends.BACKENDS[1:])
 def backend(request):
-    """Runs the test once per backend; a backend that this machine lacks is skipped with the reason."""
+    """Runs the test once per backend; a backend that this machine or the op lacks is skipped with the reason.
+
+    The op is the test module's: test_<op>.py tests the kernel <op>_fwd, or the one the module names as KERNEL.
+    """
     name = request.param
+    kernel = getattr(request.module, "KERNEL", request.module.__name__.rpartition("test_")[2] + "_fwd")
+    device = pynn.backends.device_of(name)
     if pynn.backends.unavailable[name]:
         pytest.skip(f"{name}: {pynn.backends.unavailable[name]}")
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("cuda: no GPU")
+    if not pynn.backends.has_kernel(kernel, name):
+        pytest.skip(f"{name}: no kernel for {kernel} yet")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"{name}: no GPU")
     with pynn.backend(name):
-        yield Backend(name, name)
+        yield Backend(name, device)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests did not run, by reason: one line each instead of one per test."""
+    skipped = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"{count:6} {reason}")
 
 
 @pytest.fixture(autouse=True)

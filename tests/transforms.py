@@ -14,7 +14,7 @@ def _close(a, b, what):
 def _gradients(fn, args):
     leaves = [a.detach().requires_grad_() for a in args]
     output = fn(*leaves)
-    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
     return output.detach(), torch.autograd.grad((output * weight).sum(), leaves)
 
 
@@ -49,7 +49,7 @@ def assert_exports(fn, *args) -> None:
     program = torch.export.export(Module(), args)
     _close(program.module()(*args), fn(*args), "export")
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert any(target.startswith("pynn.") for target in targets), f"export: no pynn op in {targets}"
+    assert any(target.startswith("pynn") for target in targets), f"export: no pynn op in {targets}"
 
 
 def assert_func_grad(fn, *args) -> None:
@@ -57,7 +57,8 @@ def assert_func_grad(fn, *args) -> None:
 
     def scalar(x):
         output = fn(x, *args[1:])
-        return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum()
+        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+        return (output * weight.view(output.shape)).sum()
 
     def eager(x):
         leaf = x.detach().requires_grad_()

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "diffusion_math.h"
 #include "normal.h"
@@ -182,12 +181,13 @@ void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy
   });
 }
 
+int64_t loss_partial_sums(const DiffusionShape& shape) { return shape.batch * blocks_per_row(shape); }
+
 template <class T>
-void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0, const int64_t* t, const double* table,
-                            Noise noise, DiffusionShape shape, void*) {
+void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, double* partial, const T* output, const T* x0, const int64_t* t,
+                            const double* table, Noise noise, DiffusionShape shape, void*) {
   using C = accumulate_t<T>;
   const int64_t per_row = blocks_per_row(shape);
-  std::vector<double> partial(size_t(shape.batch * per_row));
   for_each_block<C>(shape, [&](int64_t b, int64_t begin, int64_t count, NoiseBlock<C>& block) {
     const LossRow<C> row(table, row_of(t, shape, b));
     const C* __restrict z = block.fill(noise, b, begin, count);
@@ -203,11 +203,11 @@ void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0,
     for (int k = 0; j < count; ++j, ++k) sum[k] += squared(j);
     double total = 0;
     for (C part : sum) total += double(part);
-    partial[size_t(b * per_row + begin / kBlock)] = total;
+    partial[b * per_row + begin / kBlock] = total;
   });
   for (int64_t b = 0; b < shape.batch; ++b) {
     double total = 0;
-    for (int64_t i = 0; i < per_row; ++i) total += partial[size_t(b * per_row + i)];
+    for (int64_t i = 0; i < per_row; ++i) total += partial[b * per_row + i];
     loss[b] = accumulate_t<T>(total * LossRow<C>(table, row_of(t, shape, b)).weight / double(shape.inner));
   }
 }

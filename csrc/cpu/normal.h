@@ -9,11 +9,50 @@ typedef uint64_t VecUint64 __attribute__((vector_size(kVectorBytes)));
 }  // namespace pynn::cpu
 
 namespace pynn {
+
+#if defined(__x86_64__) && !defined(__FMA__)
+// a * b + c rounded once, on machines without the instruction: exact product and sum in float64, the sum rounded to odd
+// (Boldo and Melquiond 2008), so that the final rounding to float32 sees which side of a tie the exact value is on.
+PYNN_HD __m128d fma_rounded_to_odd(__m128d a, __m128d b, __m128d c) {
+  const __m128d product = a * b, sum = product + c, back = sum - product, error = (product - (sum - back)) + (c - back);
+  // An even sum that is not exact moves to its odd neighbour on the side of the error.
+  const __m128i bits = _mm_castpd_si128(sum), one = _mm_set1_epi64x(1);
+  const __m128i opposite = _mm_srli_epi64(_mm_xor_si128(_mm_castpd_si128(error), bits), 63);
+  const __m128i side = _mm_sub_epi64(one, _mm_slli_epi64(opposite, 1));
+  const __m128i even = _mm_sub_epi64(_mm_and_si128(bits, one), one);  // all bits set, or none
+  const __m128i inexact = _mm_castpd_si128(_mm_cmpneq_pd(error, _mm_setzero_pd()));
+  return _mm_castsi128_pd(_mm_add_epi64(bits, _mm_and_si128(side, _mm_and_si128(even, inexact))));
+}
+PYNN_HD cpu::VecFloat emulated_fma(cpu::VecFloat a, cpu::VecFloat b, cpu::VecFloat c) {
+  const __m128d low = fma_rounded_to_odd(_mm_cvtps_pd(a), _mm_cvtps_pd(b), _mm_cvtps_pd(c));
+  const __m128d high = fma_rounded_to_odd(_mm_cvtps_pd(_mm_movehl_ps(a, a)), _mm_cvtps_pd(_mm_movehl_ps(b, b)),
+                                          _mm_cvtps_pd(_mm_movehl_ps(c, c)));
+  return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+}
+#endif
+
 template <>
 struct Lanes<cpu::VecFloat> {
   using Int = cpu::VecInt;
   using Uint = cpu::VecUint;
   static PYNN_HD cpu::VecFloat convert(Int v) { return __builtin_convertvector(v, cpu::VecFloat); }
+  static PYNN_HD cpu::VecFloat convert_unsigned(Uint v) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepu32_ps(__m512i(v));
+#else
+    return convert(Int(v >> 16)) * 65536.0f + convert(Int(v & 0xffffu));  // only the sum rounds
+#endif
+  }
+  static PYNN_HD cpu::VecFloat multiply_add(cpu::VecFloat a, cpu::VecFloat b, cpu::VecFloat c) {
+#if defined(__FMA__)
+    return cpu::fma(a, b, c);
+#elif defined(__x86_64__)
+    return emulated_fma(a, b, c);
+#else
+    for (int i = 0; i < cpu::kLanes<float>; ++i) a[i] = std::fma(a[i], b[i], c[i]);
+    return a;
+#endif
+  }
   static PYNN_HD cpu::VecFloat square_root(cpu::VecFloat v) {
 #if defined(__AVX512F__)
     return _mm512_sqrt_ps(v);

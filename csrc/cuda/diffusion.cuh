@@ -1,242 +1,409 @@
-// Diffusion steps on a GPU: one pass over memory, noise made in registers.
+// Diffusion steps on a GPU: one pass over memory, noise made in registers. diffusion_packs.cuh is the frame in which
+// the elementwise ones run, with the same arithmetic as on the CPU (diffusion_math.h), so the bits are the CPU's.
 //
-// A thread owns the four elements of one Philox counter at a time (a quad) and strides over the grid; blockIdx.y
-// strides over rows. With one key for the whole draw a row may start inside a quad: its first and last quads are
-// partial. The loss gives each row to one block and sums in a fixed order, so results never depend on scheduling. A
-// timestep outside the table writes NaN: its value is not known to the host.
+// The loss: a warp sums a segment of one row in a fixed order, a second kernel adds the segments of a row; the result
+// does not depend on scheduling or on the device.
+//
+// A timestep outside the table writes NaN: its value is not known to the host.
 #pragma once
-#include "diffusion_math.h"
-#include "launch.h"
+#include "diffusion_packs.cuh"
 
 namespace pynn::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 132 * 16, kMaxRows = 65535;
-
-// The quads of one row: quad q covers elements 4 q - skip .. 4 q - skip + 3.
-struct RowQuads {
-  int64_t skip, count;
-  uint64_t seed, counter;
-
-  __device__ RowQuads(const int64_t* key, const DiffusionShape& shape, int64_t b) {
-    const bool own_key = shape.key_count > 1;
-    const int64_t start = own_key || !key ? 0 : b * shape.inner;
-    skip = start & 3;
-    count = (skip + shape.inner + 3) >> 2;
-    seed = key ? uint64_t(key[own_key ? 2 * b : 0]) : 0;
-    counter = key ? uint64_t(key[own_key ? 2 * b + 1 : 1]) + uint64_t(start >> 2) : 0;
-  }
-};
-
-// Calls body(element, z) for every element of row b that this thread owns.
-template <class T, class Body>
-__device__ void for_each_element(const DiffusionNoise<T>& noise, const DiffusionShape& shape, int64_t b, int64_t first,
-                                 int64_t stride, const Body& body) {
-  using C = accumulate_t<T>;
-  const RowQuads quads(noise.key, shape, b);
-  for (int64_t q = first; q < quads.count; q += stride) {
-    float z[4] = {0, 0, 0, 0};
-    if (noise.key) normal4(quads.seed, quads.counter + uint64_t(q), z);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int64_t j = 4 * q + k - quads.skip;
-      if (j < 0 || j >= shape.inner) continue;
-      body(j, noise.given ? C(to_float(noise.given[b * shape.inner + j])) : C(z[k]));
-    }
-  }
-}
 
 __device__ inline bool valid(int64_t t, int64_t low, const DiffusionShape& shape) {
   return t >= low && t < shape.timesteps;
 }
 
-#define FOR_EACH_ROW(b, shape) for (int64_t b = blockIdx.y; b < (shape).batch; b += gridDim.y)
-__device__ inline int64_t first_quad() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
-__device__ inline int64_t quad_stride() { return int64_t(gridDim.x) * kThreads; }
+template <class T>
+struct NormalOp {
+  using Element = T;
+  static constexpr int kBlocks = kResidentBlocks<T>;
+  using Values = typename NoiseSource<T>::Values;
+  struct Inputs {};
+  struct Row {};
+  struct Outputs {
+    Pack<T> y;
+  };
+  T* y;
+  NoiseSource<T> noise;
+
+  __device__ Inputs load(int64_t, const Flat&) const { return {}; }
+  __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
+    return noise.values(index, flat, rows);
+  }
+  __device__ Row row(int64_t) const { return {}; }
+  __device__ void element(Outputs& out, const Inputs&, const Values& values, const Row&, int k) const {
+    out.y.element[k] = from_float<T>(values.z[k]);
+  }
+  __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
+    store_pack(y, index, out.y, flat);
+  }
+};
+
+// The scales of the jump s -> t in the compute type.
+template <class C>
+struct JumpRow {
+  C signal, noise;
+};
+struct JumpTables {
+  const int64_t *t, *s;
+  const double* table;
+  DiffusionShape shape;
+
+  template <class C>
+  __device__ JumpRow<C> row(int64_t b) const {
+    const int64_t to = row_of(t, shape, b), from = s ? row_of(s, shape, b) : -1;
+    if (!valid(to, 0, shape) || !valid(from, -1, shape) || from >= to) return {C(NAN), C(NAN)};
+    const JumpScale scale(table, t, s, shape, b);
+    return {C(scale.signal), C(scale.noise)};
+  }
+};
 
 template <class T>
-__global__ void normal_kernel(T* y, const int64_t* key, DiffusionShape shape) {
-  FOR_EACH_ROW(b, shape) {
-    for_each_element(DiffusionNoise<T>{nullptr, key}, shape, b, first_quad(), quad_stride(),
-                     [&](int64_t j, accumulate_t<T> z) { y[b * shape.inner + j] = from_float<T>(z); });
+struct ForwardJumpOp {
+  using Element = T;
+  static constexpr int kBlocks = kResidentBlocks<T>;
+  using C = accumulate_t<T>;
+  using Values = typename NoiseSource<T>::Values;
+  using Row = JumpRow<C>;
+  struct Inputs {
+    Pack<T> x;
+  };
+  struct Outputs {
+    Pack<T> y, noise;
+  };
+  T *y, *noise_out;
+  const T* x;
+  JumpTables tables;
+  NoiseSource<T> noise;
+
+  __device__ Inputs load(int64_t index, const Flat& flat) const { return {load_pack(x, index, flat)}; }
+  __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
+    return noise.values(index, flat, rows);
   }
+  __device__ Row row(int64_t b) const { return tables.row<C>(b); }
+  __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
+    out.y.element[k] = from_float<T>(row.signal * to_float(in.x.element[k]) + row.noise * values.z[k]);
+    out.noise.element[k] = from_float<T>(values.z[k]);
+  }
+  __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
+    store_pack(y, index, out.y, flat);
+    if (noise_out) store_pack(noise_out, index, out.noise, flat);
+  }
+};
+
+template <class T>
+struct ForwardJumpBackwardOp {
+  using Element = T;
+  static constexpr int kBlocks = kResidentBlocks<T>;
+  using C = accumulate_t<T>;
+  using Values = NoNoise;
+  using Row = C;
+  struct Inputs {
+    Pack<T> dy;
+  };
+  struct Outputs {
+    Pack<T> dx;
+  };
+  T* dx;
+  const T* dy;
+  JumpTables tables;
+  bool of_noise;
+
+  __device__ Inputs load(int64_t index, const Flat& flat) const { return {load_pack(dy, index, flat)}; }
+  __device__ Values values(int64_t, const Flat&, const Rows&) const { return {}; }
+  __device__ Row row(int64_t b) const {
+    const JumpRow<C> both = tables.row<C>(b);
+    return of_noise ? both.noise : both.signal;
+  }
+  __device__ void element(Outputs& out, const Inputs& in, const Values&, Row factor, int k) const {
+    out.dx.element[k] = from_float<T>(factor * to_float(in.dy.element[k]));
+  }
+  __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
+    store_pack(dx, index, out.dx, flat);
+  }
+};
+
+template <class C>
+__device__ ReverseRow<C> reverse_row(const double* table, const int64_t* t, const DiffusionShape& shape, int64_t b,
+                                     const ReverseClip& clip) {
+  const int64_t step = row_of(t, shape, b);
+  return valid(step, 0, shape) ? ReverseRow<C>(table, step, clip) : ReverseRow<C>::invalid();
 }
 
-template <class T>
-__global__ void forward_jump_kernel(T* y, T* noise_out, const T* x, const int64_t* t, const int64_t* s,
-                                    const double* table, DiffusionNoise<T> noise, DiffusionShape shape) {
+template <class T, bool kLearned>
+struct ReverseStepOp {
+  using Element = T;
+  static constexpr int kBlocks = kResidentBlocks<T> - (kLearned && sizeof(T) < 8);
   using C = accumulate_t<T>;
-  FOR_EACH_ROW(b, shape) {
-    const bool ok = valid(row_of(t, shape, b), 0, shape) &&
-                    (!s || (valid(row_of(s, shape, b), -1, shape) && row_of(s, shape, b) < row_of(t, shape, b)));
-    C signal = C(NAN), sigma = C(NAN);
-    if (ok) {
-      const JumpScale scale(table, t, s, shape, b);
-      signal = C(scale.signal), sigma = C(scale.noise);
+  using Values = typename NoiseSource<T>::Values;
+  using Row = ReverseRow<C>;
+  struct Inputs {
+    Pack<T> x, output, variance;
+  };
+  struct Outputs {
+    Pack<T> y, x0;
+  };
+  T *y, *x0_out;
+  const T *x, *output, *variance;
+  const int64_t* t;
+  const double* table;
+  ReverseClip clip;
+  DiffusionShape shape;
+  NoiseSource<T> noise;
+
+  __device__ Inputs load(int64_t index, const Flat& flat) const {
+    return {load_pack(x, index, flat), load_pack(output, index, flat),
+            kLearned ? load_pack(variance, index, flat) : Pack<T>{}};
+  }
+  __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
+    return noise.values(index, flat, rows);
+  }
+  __device__ Row row(int64_t b) const { return reverse_row<C>(table, t, shape, b, clip); }
+  __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
+    const C x = to_float(in.x.element[k]), o = to_float(in.output.element[k]);
+    const C x0 = row.x0(x, o), clipped = row.clipped(x0);
+    const C sigma = kLearned ? row.learned_sigma(to_float(in.variance.element[k])) : row.sigma;
+    const C z = row.sigma == C(0) ? C(0) : values.z[k];
+    out.y.element[k] = from_float<T>(row.mean(x, o, x0, clipped) + sigma * z);
+    out.x0.element[k] = from_float<T>(clipped);
+  }
+  __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
+    store_pack(y, index, out.y, flat);
+    if (x0_out) store_pack(x0_out, index, out.x0, flat);
+  }
+};
+
+template <class T, bool kLearned>
+struct ReverseStepBackwardOp {
+  using Element = T;
+  static constexpr int kBlocks = kResidentBlocks<T> - (kLearned && sizeof(T) < 8);
+  using C = accumulate_t<T>;
+  using Values = typename NoiseSource<T>::Values;
+  using Row = ReverseRow<C>;
+  struct Inputs {
+    Pack<T> dy, x, output, variance;
+  };
+  struct Outputs {
+    Pack<T> dx, doutput, dvariance;
+  };
+  T *dx, *doutput, *dvariance;
+  const T *dy, *x, *output, *variance;
+  const int64_t* t;
+  const double* table;
+  ReverseClip clip;
+  DiffusionShape shape;
+  NoiseSource<T> noise;
+
+  __device__ Inputs load(int64_t index, const Flat& flat) const {
+    return {load_pack(dy, index, flat), load_pack(x, index, flat), load_pack(output, index, flat),
+            kLearned ? load_pack(variance, index, flat) : Pack<T>{}};
+  }
+  __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
+    return kLearned ? noise.values(index, flat, rows) : Values{};
+  }
+  __device__ Row row(int64_t b) const { return reverse_row<C>(table, t, shape, b, clip); }
+  __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
+    const C x0 = row.x0(to_float(in.x.element[k]), to_float(in.output.element[k])), g = to_float(in.dy.element[k]);
+    out.dx.element[k] = from_float<T>(row.x_slope(x0) * g);
+    out.doutput.element[k] = from_float<T>(row.output_slope(x0) * g);
+    if constexpr (kLearned) {
+      const C z = row.sigma == C(0) ? C(0) : values.z[k];
+      out.dvariance.element[k] = from_float<T>(g * z * row.learned_sigma_slope(to_float(in.variance.element[k])));
     }
-    for_each_element(noise, shape, b, first_quad(), quad_stride(), [&](int64_t j, C z) {
-      const int64_t at = b * shape.inner + j;
-      y[at] = from_float<T>(signal * to_float(x[at]) + sigma * z);
-      if (noise_out) noise_out[at] = from_float<T>(z);
-    });
   }
+  __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
+    store_pack(dx, index, out.dx, flat);
+    store_pack(doutput, index, out.doutput, flat);
+    if (kLearned) store_pack(dvariance, index, out.dvariance, flat);
+  }
+};
+
+template <class C>
+__device__ LossRow<C> loss_row(const double* table, const int64_t* t, const DiffusionShape& shape, int64_t b) {
+  const int64_t step = row_of(t, shape, b);
+  return valid(step, 0, shape) ? LossRow<C>(table, step) : LossRow<C>::invalid();
 }
 
 template <class T>
-__global__ void forward_jump_bwd_kernel(T* dx, const T* dy, const int64_t* t, const int64_t* s, const double* table,
-                                        bool of_noise, DiffusionShape shape) {
+struct LossBackwardOp {
+  using Element = T;
+  static constexpr int kBlocks = kResidentBlocks<T>;
   using C = accumulate_t<T>;
-  FOR_EACH_ROW(b, shape) {
-    C factor = C(NAN);
-    if (valid(row_of(t, shape, b), 0, shape) && (!s || valid(row_of(s, shape, b), -1, shape))) {
-      const JumpScale scale(table, t, s, shape, b);
-      factor = C(of_noise ? scale.noise : scale.signal);
+  using Values = typename NoiseSource<T>::Values;
+  struct Row {
+    LossRow<C> target;
+    C scale;
+  };
+  struct Inputs {
+    Pack<T> output, x0;
+  };
+  struct Outputs {
+    Pack<T> doutput, dx0;
+  };
+  T *doutput, *dx0;
+  const C* dloss;
+  const T *output, *x0;
+  const int64_t* t;
+  const double* table;
+  DiffusionShape shape;
+  NoiseSource<T> noise;
+
+  __device__ Inputs load(int64_t index, const Flat& flat) const {
+    return {load_pack(output, index, flat), load_pack(x0, index, flat)};
+  }
+  __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
+    return noise.values(index, flat, rows);
+  }
+  __device__ Row row(int64_t b) const {
+    const LossRow<C> target = loss_row<C>(table, t, shape, b);
+    return {target, C(2 * target.weight / double(shape.inner) * double(dloss[b]))};
+  }
+  __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
+    const C d = row.scale * row.target.error(to_float(in.output.element[k]), to_float(in.x0.element[k]), values.z[k]);
+    out.doutput.element[k] = from_float<T>(d);
+    out.dx0.element[k] = from_float<T>(-row.target.from_x0 * d);
+  }
+  __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
+    store_pack(doutput, index, out.doutput, flat);
+    if (dx0) store_pack(dx0, index, out.dx0, flat);
+  }
+};
+
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kSegment = 2048;  // elements of a row that one warp sums
+
+inline __host__ __device__ int64_t segments_of(int64_t inner) { return (inner + kSegment - 1) / kSegment; }
+
+// The sum over a warp, in lane 0.
+__device__ inline double warp_sum(double sum) {
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
+  return sum;
+}
+
+// Squared errors of one segment per warp: into partial, or as the loss itself where a row is one segment.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+    loss_segments_kernel(accumulate_t<T>* loss, double* partial, const T* output, const T* x0, const int64_t* t,
+                         const double* table, NoiseSource<T> noise, DiffusionShape shape, Flat flat) {
+  using C = accumulate_t<T>;
+  const int64_t segments = segments_of(shape.inner);
+  const int64_t item = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (item >= shape.batch * segments) return;  // the whole warp
+  const int64_t b = item / segments, offset = item % segments * kSegment;
+  const int64_t begin = b * shape.inner + offset;
+  const int64_t end = begin + (shape.inner - offset < kSegment ? shape.inner - offset : kSegment);
+  const int64_t aligned_begin = begin / kPack<T> * kPack<T>;
+  const Rows rows(aligned_begin, shape.inner);
+  const LossRow<C> row = loss_row<C>(table, t, shape, b);
+
+  double sum = 0;
+  for (int64_t index = aligned_begin + lane * kPack<T>; index < end; index += 32 * kPack<T>) {
+    const Pack<T> o = load_pack(output, index, flat), x = load_pack(x0, index, flat);
+    const typename NoiseSource<T>::Values values = noise.values(index, flat, rows);
+    C squares = 0;
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) {
+      const C d = row.error(to_float(o.element[k]), to_float(x.element[k]), values.z[k]);
+      if (index + k >= begin && index + k < end) squares += d * d;
     }
-    for (int64_t j = first_quad(); j < shape.inner; j += quad_stride()) {
-      const int64_t at = b * shape.inner + j;
-      dx[at] = from_float<T>(factor * to_float(dy[at]));
-    }
+    sum += double(squares);
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) {
+    if (segments > 1)
+      partial[item] = sum;
+    else
+      loss[b] = C(sum * row.weight / double(shape.inner));
   }
 }
 
-template <class T>
-__global__ void reverse_step_kernel(T* y, T* x0_out, const T* x, const T* output, const T* variance, const int64_t* t,
-                                    const double* table, ReverseClip clip, DiffusionNoise<T> noise,
-                                    DiffusionShape shape) {
-  using C = accumulate_t<T>;
-  FOR_EACH_ROW(b, shape) {
-    const bool ok = valid(row_of(t, shape, b), 0, shape);
-    const ReverseRow<C> row(table, ok ? row_of(t, shape, b) : 0, clip);
-    for_each_element(noise, shape, b, first_quad(), quad_stride(), [&](int64_t j, C z) {
-      const int64_t at = b * shape.inner + j;
-      const C xj = to_float(x[at]), oj = to_float(output[at]), x0 = row.x0(xj, oj), clipped = row.clipped(x0);
-      const C sigma = variance ? row.learned_sigma(to_float(variance[at])) : row.sigma;
-      const C noise_term = sigma * (row.sigma == C(0) ? C(0) : z);
-      y[at] = from_float<T>(ok ? row.mean(xj, oj, x0, clipped) + noise_term : C(NAN));
-      if (x0_out) x0_out[at] = from_float<T>(ok ? clipped : C(NAN));
-    });
-  }
-}
-
-template <class T>
-__global__ void reverse_step_bwd_kernel(T* dx, T* doutput, T* dvariance, const T* dy, const T* x, const T* output,
-                                        const T* variance, const int64_t* t, const double* table, ReverseClip clip,
-                                        DiffusionNoise<T> noise, DiffusionShape shape) {
-  using C = accumulate_t<T>;
-  FOR_EACH_ROW(b, shape) {
-    const bool ok = valid(row_of(t, shape, b), 0, shape);
-    const ReverseRow<C> row(table, ok ? row_of(t, shape, b) : 0, clip);
-    for_each_element(noise, shape, b, first_quad(), quad_stride(), [&](int64_t j, C z) {
-      const int64_t at = b * shape.inner + j;
-      const C x0 = row.x0(to_float(x[at]), to_float(output[at])), g = ok ? C(to_float(dy[at])) : C(NAN);
-      dx[at] = from_float<T>(row.x_slope(x0) * g);
-      doutput[at] = from_float<T>(row.output_slope(x0) * g);
-      if (!dvariance) return;
-      const C zj = row.sigma == C(0) ? C(0) : z;
-      dvariance[at] = from_float<T>(g * zj * row.learned_sigma_slope(to_float(variance[at])));
-    });
-  }
-}
-
-// One block per row: each thread sums its quads, then a tree over the block, in double.
-template <class T>
-__global__ void loss_kernel(accumulate_t<T>* loss, const T* output, const T* x0, const int64_t* t, const double* table,
-                            DiffusionNoise<T> noise, DiffusionShape shape) {
-  using C = accumulate_t<T>;
-  __shared__ double partial[kThreads];
-  for (int64_t b = blockIdx.x; b < shape.batch; b += gridDim.x) {
-    const bool ok = valid(row_of(t, shape, b), 0, shape);
-    const LossRow<C> row(table, ok ? row_of(t, shape, b) : 0);
-    double sum = 0;
-    for_each_element(noise, shape, b, threadIdx.x, kThreads, [&](int64_t j, C z) {
-      const int64_t at = b * shape.inner + j;
-      const C d = row.error(to_float(output[at]), to_float(x0[at]), z);
-      sum += double(d) * double(d);
-    });
-    partial[threadIdx.x] = sum;
-    __syncthreads();
-    for (int width = kThreads / 2; width > 0; width /= 2) {
-      if (int(threadIdx.x) < width) partial[threadIdx.x] += partial[threadIdx.x + width];
-      __syncthreads();
-    }
-    if (threadIdx.x == 0) loss[b] = accumulate_t<T>(ok ? partial[0] * row.weight / double(shape.inner) : double(NAN));
-    __syncthreads();
-  }
-}
-
-template <class T>
-__global__ void loss_bwd_kernel(T* doutput, T* dx0, const accumulate_t<T>* dloss, const T* output, const T* x0,
-                                const int64_t* t, const double* table, DiffusionNoise<T> noise, DiffusionShape shape) {
-  using C = accumulate_t<T>;
-  FOR_EACH_ROW(b, shape) {
-    const bool ok = valid(row_of(t, shape, b), 0, shape);
-    const LossRow<C> row(table, ok ? row_of(t, shape, b) : 0);
-    const C scale = ok ? C(2 * row.weight / double(shape.inner) * double(dloss[b])) : C(NAN);
-    for_each_element(noise, shape, b, first_quad(), quad_stride(), [&](int64_t j, C z) {
-      const int64_t at = b * shape.inner + j;
-      const C d = scale * row.error(to_float(output[at]), to_float(x0[at]), z);
-      doutput[at] = from_float<T>(d);
-      if (dx0) dx0[at] = from_float<T>(-row.from_x0 * d);
-    });
-  }
-}
-
-// Enough blocks to fill the device: x over a row's quads, y over rows.
-inline dim3 grid_for(const DiffusionShape& shape) {
-  const int64_t rows = shape.batch < kMaxRows ? shape.batch : kMaxRows;
-  const int64_t wanted = (shape.inner / 4 + kThreads) / kThreads;
-  const int64_t allowed = kMaxBlocks / rows > 1 ? kMaxBlocks / rows : 1;
-  return dim3(unsigned(wanted < allowed ? wanted : allowed), unsigned(rows));
+// Adds the segments of a row, a warp per row.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    loss_rows_kernel(C* loss, const double* partial, const int64_t* t, const double* table, DiffusionShape shape) {
+  const int64_t segments = segments_of(shape.inner);
+  const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (b >= shape.batch) return;  // the whole warp
+  double sum = 0;
+  for (int64_t i = lane; i < segments; i += 32) sum += partial[b * segments + i];
+  sum = warp_sum(sum);
+  if (lane == 0) loss[b] = C(sum * loss_row<C>(table, t, shape, b).weight / double(shape.inner));
 }
 
 }  // namespace
 
 template <class T>
 void Diffusion<T>::normal(T* y, const int64_t* key, DiffusionShape shape, void* stream) {
-  LAUNCH(normal_kernel<T>, grid_for(shape), kThreads, 0, stream, y, key, shape);
+  const NormalOp<T> op{y, {{nullptr, key}, shape}};
+  launch_elementwise(op, shape, true, {y}, stream);
 }
 
 template <class T>
 void Diffusion<T>::forward_jump_fwd(T* y, T* noise_out, const T* x, const int64_t* t, const int64_t* s,
                                     const double* table, Noise noise, DiffusionShape shape, void* stream) {
-  LAUNCH(forward_jump_kernel<T>, grid_for(shape), kThreads, 0, stream, y, noise_out, x, t, s, table, noise, shape);
+  const ForwardJumpOp<T> op{y, noise_out, x, {t, s, table, shape}, {noise, shape}};
+  launch_elementwise(op, shape, shape.t_count == 1, {y, noise_out, x, noise.given}, stream);
 }
 
 template <class T>
 void Diffusion<T>::forward_jump_bwd(T* dx, const T* dy, const int64_t* t, const int64_t* s, const double* table,
                                     bool of_noise, DiffusionShape shape, void* stream) {
-  LAUNCH(forward_jump_bwd_kernel<T>, grid_for(shape), kThreads, 0, stream, dx, dy, t, s, table, of_noise, shape);
+  const ForwardJumpBackwardOp<T> op{dx, dy, {t, s, table, shape}, of_noise};
+  launch_elementwise(op, shape, shape.t_count == 1, {dx, dy}, stream);
 }
 
 template <class T>
 void Diffusion<T>::reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output, const T* variance, const int64_t* t,
                                     const double* table, ReverseClip clip, Noise noise, DiffusionShape shape,
                                     void* stream) {
-  LAUNCH(reverse_step_kernel<T>, grid_for(shape), kThreads, 0, stream, y, x0_out, x, output, variance, t, table, clip,
-         noise, shape);
+  const auto run = [&](auto op) {
+    launch_elementwise(op, shape, shape.t_count == 1, {y, x0_out, x, output, variance, noise.given}, stream);
+  };
+  if (variance)
+    run(ReverseStepOp<T, true>{y, x0_out, x, output, variance, t, table, clip, shape, {noise, shape}});
+  else
+    run(ReverseStepOp<T, false>{y, x0_out, x, output, variance, t, table, clip, shape, {noise, shape}});
 }
 
 template <class T>
 void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy, const T* x, const T* output,
                                     const T* variance, const int64_t* t, const double* table, ReverseClip clip,
                                     Noise noise, DiffusionShape shape, void* stream) {
-  LAUNCH(reverse_step_bwd_kernel<T>, grid_for(shape), kThreads, 0, stream, dx, doutput, dvariance, dy, x, output,
-         variance, t, table, clip, noise, shape);
+  const auto run = [&](auto op) {
+    launch_elementwise(op, shape, shape.t_count == 1, {dx, doutput, dvariance, dy, x, output, variance, noise.given},
+                       stream);
+  };
+  if (variance)
+    run(ReverseStepBackwardOp<T, true>{
+        dx, doutput, dvariance, dy, x, output, variance, t, table, clip, shape, {noise, shape}});
+  else
+    run(ReverseStepBackwardOp<T, false>{
+        dx, doutput, dvariance, dy, x, output, variance, t, table, clip, shape, {noise, shape}});
 }
 
+int64_t loss_partial_sums(const DiffusionShape& shape) { return shape.batch * segments_of(shape.inner); }
+
 template <class T>
-void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0, const int64_t* t, const double* table,
-                            Noise noise, DiffusionShape shape, void* stream) {
-  const unsigned blocks = unsigned(shape.batch < kMaxRows ? shape.batch : kMaxRows);
-  LAUNCH(loss_kernel<T>, blocks, kThreads, 0, stream, loss, output, x0, t, table, noise, shape);
+void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, double* partial, const T* output, const T* x0, const int64_t* t,
+                            const double* table, Noise noise, DiffusionShape shape, void* stream) {
+  const Flat flat{shape.batch * shape.inner, shape.inner, is_aligned({output, x0, noise.given})};
+  const int64_t segments = loss_partial_sums(shape);
+  LAUNCH(loss_segments_kernel<T>, unsigned((segments + kWarps - 1) / kWarps), kThreads, 0, stream, loss, partial,
+         output, x0, t, table, {noise, shape}, shape, flat);
+  if (segments > shape.batch)
+    LAUNCH(loss_rows_kernel<accumulate_t<T>>, unsigned((shape.batch + kWarps - 1) / kWarps), kThreads, 0, stream, loss,
+           partial, t, table, shape);
 }
 
 template <class T>
 void Diffusion<T>::loss_bwd(T* doutput, T* dx0, const accumulate_t<T>* dloss, const T* output, const T* x0,
                             const int64_t* t, const double* table, Noise noise, DiffusionShape shape, void* stream) {
-  LAUNCH(loss_bwd_kernel<T>, grid_for(shape), kThreads, 0, stream, doutput, dx0, dloss, output, x0, t, table, noise,
-         shape);
+  const LossBackwardOp<T> op{doutput, dx0, dloss, output, x0, t, table, shape, {noise, shape}};
+  launch_elementwise(op, shape, false, {doutput, dx0, output, x0, noise.given}, stream);
 }
 
 template struct Diffusion<double>;

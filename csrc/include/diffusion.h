@@ -55,6 +55,8 @@ struct DiffusionNoise {
 
 namespace pynn::PYNN_LAUNCH_NAMESPACE {
 
+int64_t loss_partial_sums(const DiffusionShape& shape);
+
 template <class T>
 struct Diffusion {
   using Noise = DiffusionNoise<T>;
@@ -75,9 +77,9 @@ struct Diffusion {
                                const T* variance, const int64_t* t, const double* table, ReverseClip clip, Noise noise,
                                DiffusionShape shape, void* stream);
 
-  // loss[b] = weight * mean((output - target)^2) over the row.
-  static void loss_fwd(accumulate_t<T>* loss, const T* output, const T* x0, const int64_t* t, const double* table,
-                       Noise noise, DiffusionShape shape, void* stream);
+  // loss[b] = weight * mean((output - target)^2) over the row. partial: scratch of loss_partial_sums(shape).
+  static void loss_fwd(accumulate_t<T>* loss, double* partial, const T* output, const T* x0, const int64_t* t,
+                       const double* table, Noise noise, DiffusionShape shape, void* stream);
   static void loss_bwd(T* doutput, T* dx0, const accumulate_t<T>* dloss, const T* output, const T* x0, const int64_t* t,
                        const double* table, Noise noise, DiffusionShape shape, void* stream);
 };

@@ -31,6 +31,7 @@ template <class C>
 struct ReverseRow {
   C x_to_x0, output_to_x0, x0_to_mean, x_to_mean, x_direct, output_direct, sigma, log_min, log_range, low, high;
 
+  ReverseRow() = default;
   PYNN_HD ReverseRow(const double* table, int64_t row, const ReverseClip& clip) {
     const double* r = table + row * kReverseColumns;
     x_to_x0 = C(r[kXToX0]), output_to_x0 = C(r[kOutputToX0]);
@@ -39,6 +40,15 @@ struct ReverseRow {
     x_direct = C(r[kX0ToMean] * r[kXToX0] + r[kXToMean]), output_direct = C(r[kX0ToMean] * r[kOutputToX0]);
     sigma = C(r[kSigma]), log_min = C(r[kLogVarianceMin]), log_range = C(r[kLogVarianceMax] - r[kLogVarianceMin]);
     low = clip.enabled ? C(clip.low) : -C(INFINITY), high = clip.enabled ? C(clip.high) : C(INFINITY);
+  }
+
+  // Every result is NaN.
+  PYNN_HD static ReverseRow invalid() {
+    const C nan = C(NAN);
+    ReverseRow row;
+    row.x_to_x0 = row.output_to_x0 = row.x0_to_mean = row.x_to_mean = row.x_direct = row.output_direct = nan;
+    row.sigma = row.log_min = row.log_range = row.low = row.high = nan;
+    return row;
   }
 
   PYNN_HD C x0(C x, C output) const { return x_to_x0 * x + output_to_x0 * output; }
@@ -68,9 +78,16 @@ struct LossRow {
   C from_x0, from_noise;
   double weight;
 
+  LossRow() = default;
   PYNN_HD LossRow(const double* table, int64_t row) {
     const double* r = table + row * kLossColumns;
     from_x0 = C(r[kX0ToTarget]), from_noise = C(r[kNoiseToTarget]), weight = r[kWeight];
+  }
+  // Every result is NaN.
+  PYNN_HD static LossRow invalid() {
+    LossRow row;
+    row.from_x0 = row.from_noise = C(NAN), row.weight = NAN;
+    return row;
   }
   PYNN_HD C error(C output, C x0, C z) const { return output - (from_x0 * x0 + from_noise * z); }
 };

@@ -12,7 +12,7 @@
 #endif
 
 // The namespace of this library's launchers: csrc/include/<op>.h declares them there, csrc/ops/<op>.cpp calls launch::.
-#ifdef PYNN_CUDA
+#if defined(PYNN_CUDA) || defined(PYNN_SIM)
 #define PYNN_LAUNCH_NAMESPACE cuda
 #else
 #define PYNN_LAUNCH_NAMESPACE cpu
@@ -73,9 +73,13 @@ PYNN_HD double from_float<double>(double v) {
 }
 template <>
 PYNN_HD BFloat16 from_float<BFloat16>(float v) {
+#ifdef __CUDA_ARCH__
+  return BFloat16{bit_cast<uint16_t>(__float2bfloat16_rn(v))};
+#else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return BFloat16{uint16_t(v != v ? 0x7fc0u : rounded)};
+#endif
 }
 template <>
 PYNN_HD Half from_float<Half>(float v) {

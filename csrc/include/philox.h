@@ -1,8 +1,9 @@
 // One counter-based random generator for every device: Philox4x32-10 (Salmon et al., SC 2011) and normals from it.
 //
 // Element i of a draw with key (seed, offset) is word i % 4 of philox4x32(seed, offset + i / 4): the integer stream of
-// torch.func._random. The normal transform uses IEEE + - * sqrt and integer steps only, each rounded on its own, so the
-// bits are the same on every machine as long as the compiler contracts nothing (-ffp-contract=off, --fmad=false).
+// torch.func._random. The normal transform uses IEEE + - * sqrt, explicit fused multiply-adds and integer steps only,
+// so the bits are the same on every machine as long as the compiler fuses nothing else (-ffp-contract=off,
+// --fmad=false).
 //
 // The transform is written once over F, float or a SIMD vector of floats; Lanes<F> names what differs between the two.
 #pragma once
@@ -40,25 +41,30 @@ struct Lanes<float> {
   using Int = int32_t;
   using Uint = uint32_t;
   static PYNN_HD float convert(int32_t v) { return float(v); }
-  static PYNN_HD float square_root(float v) {
+  static PYNN_HD float convert_unsigned(uint32_t v) { return float(v); }
 #ifdef __CUDA_ARCH__
-    return __fsqrt_rn(v);
+  static PYNN_HD float square_root(float v) { return __fsqrt_rn(v); }
+  static PYNN_HD float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 #else
-    return std::sqrt(v);
+  static PYNN_HD float square_root(float v) { return std::sqrt(v); }
+  static PYNN_HD float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 #endif
-  }
 };
 template <class F>
 using Int = typename Lanes<F>::Int;
 template <class F>
 using Uint = typename Lanes<F>::Uint;
 
+// One step of a polynomial: y * x + c, rounded once.
+template <class F>
+PYNN_HD F horner(F y, F x, float c) {
+  return Lanes<F>::multiply_add(y, x, F{} + c);
+}
+
 // Uniform in (0, 1]: the word rounded to float, times 2^-32, plus 2^-33.
 template <class F>
 PYNN_HD F uniform(Uint<F> word) {
-  const F high = Lanes<F>::convert(bit_cast<Int<F>>(word >> 16)),
-          low = Lanes<F>::convert(bit_cast<Int<F>>(word & 0xffffu));
-  return (high * 65536.0f + low) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
+  return horner<F>(Lanes<F>::convert_unsigned(word), F{} + 2.3283064365386963e-10f, 1.1641532182693481e-10f);
 }
 
 // Natural logarithm of a positive normal float: minimax polynomial on [sqrt(1/2), sqrt(2)) (Cephes logf), about 1 ulp.
@@ -67,20 +73,17 @@ PYNN_HD F log_ieee(F x) {
   const Int<F> bits = bit_cast<Int<F>>(x);
   const Int<F> exponent = (bits - 0x3f3504f3) >> 23;
   const F f = bit_cast<F>(bits - (exponent << 23)) - 1.0f;
-  const F z = f * f;
-  F y = f * 7.0376836292e-2f - 1.1514610310e-1f;
-  y = y * f + 1.1676998740e-1f;
-  y = y * f - 1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f;
-  y = y * f - 1.6668057665e-1f;
-  y = y * f + 2.0000714765e-1f;
-  y = y * f - 2.4999993993e-1f;
-  y = y * f + 3.3333331174e-1f;
-  y = y * f * z;
-  const F e = Lanes<F>::convert(exponent);
-  y = y + e * -2.12194440e-4f;
-  y = y - z * 0.5f;
-  return (f + y) + e * 0.693359375f;
+  F y = horner<F>(f, F{} + 7.0376836292e-2f, -1.1514610310e-1f);
+  y = horner<F>(y, f, 1.1676998740e-1f);
+  y = horner<F>(y, f, -1.2420140846e-1f);
+  y = horner<F>(y, f, 1.4249322787e-1f);
+  y = horner<F>(y, f, -1.6668057665e-1f);
+  y = horner<F>(y, f, 2.0000714765e-1f);
+  y = horner<F>(y, f, -2.4999993993e-1f);
+  y = horner<F>(y, f, 3.3333331174e-1f);
+  y = horner<F>(y, f, -0.5f);
+  y = Lanes<F>::multiply_add(f * f, y, f);
+  return Lanes<F>::multiply_add(Lanes<F>::convert(exponent), F{} + 0.693147180559945f, y);
 }
 
 // e^x for finite x, from the same kind of steps (Cephes expf), about 1 ulp; saturates outside [-87, 88].
@@ -103,9 +106,13 @@ PYNN_HD void sincos_turn(Uint<F> turn, F& sine, F& cosine) {
   const Uint<F> quadrant = (turn + 0x20000000u) >> 30;
   const F t = Lanes<F>::convert(bit_cast<Int<F>>(turn - (quadrant << 30))) * 1.4629180792671596e-9f;
   const F z = t * t;
-  const F s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * t + t;
-  const F c =
-      ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - z * 0.5f + 1.0f;
+  F s = horner<F>(z, F{} + -1.9515295891e-4f, 8.3321608736e-3f);
+  s = horner<F>(s, z, -1.6666654611e-1f);
+  s = Lanes<F>::multiply_add(s * z, t, t);
+  F c = horner<F>(z, F{} + 2.443315711809948e-5f, -1.388731625493765e-3f);
+  c = horner<F>(c, z, 4.166664568298827e-2f);
+  c = horner<F>(c, z, -0.5f);
+  c = horner<F>(c, z, 1.0f);
   const auto swap = (quadrant & 1u) != 0u;
   const F a = swap ? c : s, b = swap ? s : c;
   sine = bit_cast<F>(bit_cast<Uint<F>>(a) ^ ((quadrant & 2u) << 30));

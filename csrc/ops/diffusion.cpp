@@ -13,6 +13,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Everything the ops of this file share: the shape, and contiguous views of the index, table and noise operands.
 struct Common {
   const char* op;
+  bool launches = true;  // otherwise this is validation alone, and nothing is copied
   DiffusionShape shape{};
   Tensor t, table;
   OptionalTensor s, noise, key;
@@ -25,6 +26,7 @@ struct Common {
   const int64_t* s_data() const { return s ? pointer<int64_t>(*s) : nullptr; }
   const double* table_data() const { return pointer<double>(table); }
   bool empty() const { return shape.batch == 0 || shape.inner == 0; }
+  Tensor contiguous(const Tensor& tensor) const { return launches ? torch::stable::contiguous(tensor) : tensor; }
 };
 
 void set_sample_shape(Common& c, const Tensor& x, const char* argument) {
@@ -37,21 +39,20 @@ void set_sample_shape(Common& c, const Tensor& x, const char* argument) {
 }
 
 // Timesteps: int64, one or one per sample, each in [low, timesteps). Values on a GPU are not read here: that would
-// stall the stream; the CUDA kernels write NaN for a bad index instead.
+// stall the stream; kernels there write NaN for a bad index instead.
 Tensor check_index(const Common& c, const char* argument, const Tensor& t, const Tensor& x, int64_t low) {
   PYNN_CHECK(t.scalar_type() == ScalarType::Long, c.op, ": expected ", argument, " to be int64, got ",
              name_of(t.scalar_type()));
   check_same_device(c.op, argument, t, "x", x);
   PYNN_CHECK(t.dim() <= 1 && (t.numel() == 1 || t.numel() == c.shape.batch), c.op, ": expected ", argument,
              " of shape [] or [1] or [", c.shape.batch, "] (one timestep per sample), got ", shape_of(t));
+  if (!t.is_cpu()) return c.contiguous(t);
   Tensor contiguous = torch::stable::contiguous(t);
-#ifndef PYNN_CUDA
   for (int64_t i = 0; i < contiguous.numel(); ++i) {
     const int64_t value = pointer<int64_t>(contiguous)[i];
     PYNN_CHECK(value >= low && value < c.shape.timesteps, c.op, ": expected ", argument, " in [", low, ", ",
                c.shape.timesteps - 1, "], got ", value);
   }
-#endif
   return contiguous;
 }
 
@@ -63,7 +64,7 @@ void set_table(Common& c, const Tensor& table, const Tensor& x, int64_t columns,
              ": expected table of shape [timesteps", extra_rows ? " + 1" : "", ", ", columns, "], got ",
              shape_of(table));
   c.shape.timesteps = table.size(0) - extra_rows;
-  c.table = torch::stable::contiguous(table);
+  c.table = c.contiguous(table);
 }
 
 void set_timesteps(Common& c, const Tensor& t, const Tensor& x) {
@@ -79,7 +80,7 @@ Tensor check_key(Common& c, const Tensor& key, const Tensor& x) {
   const bool per_sample = key.dim() == 2 && key.size(0) == c.shape.batch && key.size(1) == 2;
   PYNN_CHECK(one || per_sample, c.op, ": expected key of shape [2] or [", c.shape.batch, ", 2], got ", shape_of(key));
   c.shape.key_count = one ? 1 : c.shape.batch;
-  return torch::stable::contiguous(key);
+  return c.contiguous(key);
 }
 
 void set_noise(Common& c, const OptionalTensor& noise, const OptionalTensor& key, const Tensor& x) {
@@ -92,15 +93,15 @@ void set_noise(Common& c, const OptionalTensor& noise, const OptionalTensor& key
   check_same_dtype(c.op, "noise", *noise, "x", x);
   check_same_device(c.op, "noise", *noise, "x", x);
   check_same_shape(c.op, "noise", *noise, "x", x);
-  c.noise = torch::stable::contiguous(*noise);
+  c.noise = c.contiguous(*noise);
 }
 
-// An operand that must look like x; returned contiguous.
+// An operand that must look like x.
 Tensor like(const Common& c, const char* argument, const Tensor& tensor, const char* x_name, const Tensor& x) {
   check_same_dtype(c.op, argument, tensor, x_name, x);
   check_same_device(c.op, argument, tensor, x_name, x);
   check_same_shape(c.op, argument, tensor, x_name, x);
-  return torch::stable::contiguous(tensor);
+  return c.contiguous(tensor);
 }
 
 Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
@@ -109,10 +110,14 @@ Tensor none_like(const Tensor& x) {
   return torch::stable::new_empty(x, Sizes(&zero, 1));
 }
 
-Tensor normal(const Tensor& like, const Tensor& key) {
-  Common c{.op = "normal"};
+Common normal_operands(Common c, const Tensor& like, const Tensor& key) {
   set_sample_shape(c, like, "like");
   c.key = check_key(c, key, like);
+  return c;
+}
+
+Tensor normal(const Tensor& like, const Tensor& key) {
+  const Common c = normal_operands({.op = "normal"}, like, key);
   Tensor y = contiguous_like(like);
   if (c.empty()) return y;
   dispatch_floating(c.op, y.scalar_type(), [&]<class T>(Tag<T>) {
@@ -121,26 +126,25 @@ Tensor normal(const Tensor& like, const Tensor& key) {
   return y;
 }
 
-Common jump_operands(const char* op, const Tensor& x, const Tensor& t, const OptionalTensor& s, const Tensor& table) {
-  Common c{.op = op};
+Common jump_operands(Common c, const Tensor& x, const Tensor& t, const OptionalTensor& s, const Tensor& table) {
   set_sample_shape(c, x, "x");
   set_table(c, table, x, kForwardColumns, 1);
   set_timesteps(c, t, x);
   if (!s) return c;
   c.s = check_index(c, "s", *s, x, -1);
-  PYNN_CHECK(c.s->numel() == c.t.numel(), op, ": expected s and t with the same number of timesteps, got ",
+  PYNN_CHECK(c.s->numel() == c.t.numel(), c.op, ": expected s and t with the same number of timesteps, got ",
              c.s->numel(), " and ", c.t.numel());
-#ifndef PYNN_CUDA
+  if (!t.is_cpu()) return c;
   for (int64_t i = 0; i < c.t.numel(); ++i)
-    PYNN_CHECK(c.s_data()[i] < c.t_data()[i], op, ": expected s < t, got s = ", c.s_data()[i], ", t = ", c.t_data()[i]);
-#endif
+    PYNN_CHECK(c.s_data()[i] < c.t_data()[i], c.op, ": expected s < t, got s = ", c.s_data()[i],
+               ", t = ", c.t_data()[i]);
   return c;
 }
 
 std::tuple<Tensor, Tensor> forward_jump_fwd(const Tensor& x_, const Tensor& t, const OptionalTensor& s,
                                             const Tensor& table, const OptionalTensor& noise, const OptionalTensor& key,
                                             bool return_noise) {
-  Common c = jump_operands("forward_jump", x_, t, s, table);
+  Common c = jump_operands({.op = "forward_jump"}, x_, t, s, table);
   set_noise(c, noise, key, x_);
   const Tensor x = torch::stable::contiguous(x_);
   Tensor y = contiguous_like(x), noise_out = return_noise ? contiguous_like(x) : none_like(x);
@@ -155,7 +159,7 @@ std::tuple<Tensor, Tensor> forward_jump_fwd(const Tensor& x_, const Tensor& t, c
 
 Tensor forward_jump_bwd(const Tensor& dy_, const Tensor& t, const OptionalTensor& s, const Tensor& table,
                         bool of_noise) {
-  const Common c = jump_operands("forward_jump_bwd", dy_, t, s, table);
+  const Common c = jump_operands({.op = "forward_jump_bwd"}, dy_, t, s, table);
   const Tensor dy = torch::stable::contiguous(dy_);
   Tensor dx = contiguous_like(dy);
   if (c.empty()) return dx;
@@ -180,19 +184,19 @@ struct Reverse {
   ReverseClip clip;
 };
 
-Reverse reverse_operands(const char* op, const Tensor& x, const Tensor& output, const OptionalTensor& variance,
+Reverse reverse_operands(const Common& common, const Tensor& x, const Tensor& output, const OptionalTensor& variance,
                          const Tensor& t, const Tensor& table, const std::optional<double>& clip_low,
                          const std::optional<double>& clip_high, const OptionalTensor& noise,
                          const OptionalTensor& key) {
-  Reverse r{.c = {.op = op}};
+  Reverse r{.c = common};
   set_sample_shape(r.c, x, "x");
   set_table(r.c, table, x, kReverseColumns, 0);
   set_timesteps(r.c, t, x);
   r.output = like(r.c, "output", output, "x", x);
   if (variance) r.variance = like(r.c, "variance", *variance, "x", x);
   set_noise(r.c, noise, key, x);
-  r.clip = check_clip(op, clip_low, clip_high);
-  r.x = torch::stable::contiguous(x);
+  r.clip = check_clip(r.c.op, clip_low, clip_high);
+  r.x = r.c.contiguous(x);
   return r;
 }
 
@@ -200,7 +204,8 @@ std::tuple<Tensor, Tensor> reverse_step_fwd(const Tensor& x, const Tensor& outpu
                                             const Tensor& t, const Tensor& table, std::optional<double> clip_low,
                                             std::optional<double> clip_high, const OptionalTensor& noise,
                                             const OptionalTensor& key, bool return_x0) {
-  const Reverse r = reverse_operands("reverse_step", x, output, variance, t, table, clip_low, clip_high, noise, key);
+  const Reverse r =
+      reverse_operands({.op = "reverse_step"}, x, output, variance, t, table, clip_low, clip_high, noise, key);
   const Common& c = r.c;
   Tensor y = contiguous_like(r.x), x0 = return_x0 ? contiguous_like(r.x) : none_like(r.x);
   if (c.empty()) return {y, x0};
@@ -219,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> reverse_step_bwd(const Tensor& dy_, const Ten
                                                     std::optional<double> clip_high, const OptionalTensor& noise,
                                                     const OptionalTensor& key) {
   const Reverse r =
-      reverse_operands("reverse_step_bwd", x, output, variance, t, table, clip_low, clip_high, noise, key);
+      reverse_operands({.op = "reverse_step_bwd"}, x, output, variance, t, table, clip_low, clip_high, noise, key);
   const Common& c = r.c;
   const Tensor dy = like(c, "grad_output", dy_, "x", x);
   Tensor dx = contiguous_like(r.x), doutput = contiguous_like(r.x),
@@ -239,15 +244,15 @@ struct Loss {
   Tensor output, x0;
 };
 
-Loss loss_operands(const char* op, const Tensor& output, const Tensor& x0, const Tensor& t, const Tensor& table,
+Loss loss_operands(const Common& common, const Tensor& output, const Tensor& x0, const Tensor& t, const Tensor& table,
                    const OptionalTensor& noise, const OptionalTensor& key) {
-  Loss l{.c = {.op = op}};
+  Loss l{.c = common};
   set_sample_shape(l.c, output, "output");
   set_table(l.c, table, output, kLossColumns, 0);
   set_timesteps(l.c, t, output);
   l.x0 = like(l.c, "x0", x0, "output", output);
   set_noise(l.c, noise, key, output);
-  l.output = torch::stable::contiguous(output);
+  l.output = l.c.contiguous(output);
   return l;
 }
 
@@ -255,15 +260,27 @@ ScalarType accumulate_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The gradient of the losses, contiguous.
+Tensor loss_gradient(const Common& c, const Tensor& dloss, const Tensor& output) {
+  check_shape(c.op, "grad_output", dloss, {c.shape.batch});
+  check_same_device(c.op, "grad_output", dloss, "output", output);
+  PYNN_CHECK(dloss.scalar_type() == accumulate_dtype(output), c.op, ": expected grad_output to be ",
+             name_of(accumulate_dtype(output)), ", got ", name_of(dloss.scalar_type()));
+  return c.contiguous(dloss);
+}
+
 Tensor diffusion_loss_fwd(const Tensor& output, const Tensor& x0, const Tensor& t, const Tensor& table,
                           const OptionalTensor& noise, const OptionalTensor& key) {
-  const Loss l = loss_operands("diffusion_loss", output, x0, t, table, noise, key);
+  const Loss l = loss_operands({.op = "diffusion_loss"}, output, x0, t, table, noise, key);
   const Common& c = l.c;
   Tensor loss = torch::stable::new_empty(output, Sizes(&c.shape.batch, 1), accumulate_dtype(output));
   if (c.empty()) return torch::stable::fill_(loss, NAN);  // the mean of nothing
+  const int64_t sums = launch::loss_partial_sums(c.shape);
+  Tensor partial = torch::stable::new_empty(output, Sizes(&sums, 1), ScalarType::Double);
   dispatch_floating(c.op, output.scalar_type(), [&]<class T>(Tag<T>) {
-    launch::Diffusion<T>::loss_fwd(mutable_pointer<accumulate_t<T>>(loss), pointer<T>(l.output), pointer<T>(l.x0),
-                                   c.t_data(), c.table_data(), c.noise_source<T>(), c.shape, current_stream(output));
+    launch::Diffusion<T>::loss_fwd(mutable_pointer<accumulate_t<T>>(loss), mutable_pointer<double>(partial),
+                                   pointer<T>(l.output), pointer<T>(l.x0), c.t_data(), c.table_data(),
+                                   c.noise_source<T>(), c.shape, current_stream(output));
   });
   return loss;
 }
@@ -271,13 +288,9 @@ Tensor diffusion_loss_fwd(const Tensor& output, const Tensor& x0, const Tensor& 
 std::tuple<Tensor, Tensor> diffusion_loss_bwd(const Tensor& dloss_, const Tensor& output, const Tensor& x0,
                                               const Tensor& t, const Tensor& table, const OptionalTensor& noise,
                                               const OptionalTensor& key, bool need_x0) {
-  const Loss l = loss_operands("diffusion_loss_bwd", output, x0, t, table, noise, key);
+  const Loss l = loss_operands({.op = "diffusion_loss_bwd"}, output, x0, t, table, noise, key);
   const Common& c = l.c;
-  check_shape(c.op, "grad_output", dloss_, {c.shape.batch});
-  check_same_device(c.op, "grad_output", dloss_, "output", output);
-  PYNN_CHECK(dloss_.scalar_type() == accumulate_dtype(output), c.op, ": expected grad_output to be ",
-             name_of(accumulate_dtype(output)), ", got ", name_of(dloss_.scalar_type()));
-  const Tensor dloss = torch::stable::contiguous(dloss_);
+  const Tensor dloss = loss_gradient(c, dloss_, output);
   Tensor doutput = contiguous_like(l.output), dx0 = need_x0 ? contiguous_like(l.output) : none_like(l.output);
   if (c.empty()) return {doutput, dx0};
   dispatch_floating(c.op, output.scalar_type(), [&]<class T>(Tag<T>) {
@@ -299,5 +312,60 @@ PYNN_LIBRARY(m) {
   m.impl("diffusion_loss_fwd", TORCH_BOX(&diffusion_loss_fwd));
   m.impl("diffusion_loss_bwd", TORCH_BOX(&diffusion_loss_bwd));
 }
+
+#ifdef PYNN_CHECKS
+namespace {
+
+Common check_only(const char* op) { return {.op = op, .launches = false}; }
+
+void normal_check(const Tensor& like, const Tensor& key) { normal_operands(check_only("normal"), like, key); }
+
+void forward_jump_fwd_check(const Tensor& x, const Tensor& t, const OptionalTensor& s, const Tensor& table,
+                            const OptionalTensor& noise, const OptionalTensor& key, bool) {
+  Common c = jump_operands(check_only("forward_jump"), x, t, s, table);
+  set_noise(c, noise, key, x);
+}
+
+void forward_jump_bwd_check(const Tensor& dy, const Tensor& t, const OptionalTensor& s, const Tensor& table, bool) {
+  jump_operands(check_only("forward_jump_bwd"), dy, t, s, table);
+}
+
+void reverse_step_fwd_check(const Tensor& x, const Tensor& output, const OptionalTensor& variance, const Tensor& t,
+                            const Tensor& table, std::optional<double> clip_low, std::optional<double> clip_high,
+                            const OptionalTensor& noise, const OptionalTensor& key, bool) {
+  reverse_operands(check_only("reverse_step"), x, output, variance, t, table, clip_low, clip_high, noise, key);
+}
+
+void reverse_step_bwd_check(const Tensor& dy, const Tensor& x, const Tensor& output, const OptionalTensor& variance,
+                            const Tensor& t, const Tensor& table, std::optional<double> clip_low,
+                            std::optional<double> clip_high, const OptionalTensor& noise, const OptionalTensor& key) {
+  const Reverse r =
+      reverse_operands(check_only("reverse_step_bwd"), x, output, variance, t, table, clip_low, clip_high, noise, key);
+  like(r.c, "grad_output", dy, "x", x);
+}
+
+void diffusion_loss_fwd_check(const Tensor& output, const Tensor& x0, const Tensor& t, const Tensor& table,
+                              const OptionalTensor& noise, const OptionalTensor& key) {
+  loss_operands(check_only("diffusion_loss"), output, x0, t, table, noise, key);
+}
+
+void diffusion_loss_bwd_check(const Tensor& dloss, const Tensor& output, const Tensor& x0, const Tensor& t,
+                              const Tensor& table, const OptionalTensor& noise, const OptionalTensor& key, bool) {
+  const Loss l = loss_operands(check_only("diffusion_loss_bwd"), output, x0, t, table, noise, key);
+  loss_gradient(l.c, dloss, output);
+}
+
+}  // namespace
+
+PYNN_CHECKS(m) {
+  m.impl("normal_check", TORCH_BOX(&normal_check));
+  m.impl("forward_jump_fwd_check", TORCH_BOX(&forward_jump_fwd_check));
+  m.impl("forward_jump_bwd_check", TORCH_BOX(&forward_jump_bwd_check));
+  m.impl("reverse_step_fwd_check", TORCH_BOX(&reverse_step_fwd_check));
+  m.impl("reverse_step_bwd_check", TORCH_BOX(&reverse_step_bwd_check));
+  m.impl("diffusion_loss_fwd_check", TORCH_BOX(&diffusion_loss_fwd_check));
+  m.impl("diffusion_loss_bwd_check", TORCH_BOX(&diffusion_loss_bwd_check));
+}
+#endif
 
 }  // namespace pynn

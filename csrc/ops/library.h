@@ -1,5 +1,8 @@
 // What every csrc/ops/<op>.cpp shares. Each of those files is compiled once into every kernel library (CPU instruction
-// sets, CUDA); this header is the one place that knows which library is being built.
+// sets, CUDA, sim); this header is the one place that knows which library is being built.
+//
+// PYNN_LIBRARY(m) registers the kernels. PYNN_CHECKS(m) registers the validation of an op alone, as `<op>_check`, for
+// implementations that are not in C++ (Triton): it lives in the CPU library and serves tensors of every device.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -18,8 +21,11 @@
 #if defined(PYNN_CUDA)
 #include <dlfcn.h>
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CUDA, m)
+#elif defined(PYNN_SIM)
+#define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn_sim, CPU, m)
 #else
 #define PYNN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CPU, m)
+#define PYNN_CHECKS(m) STABLE_TORCH_LIBRARY_IMPL(pynn, CompositeExplicitAutograd, m)
 #endif
 
 namespace pynn {

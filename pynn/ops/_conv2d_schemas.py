@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ._function import library
+from ._registry import define
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-library.define(
-    f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
-    "bool save_pre) -> (Tensor, Tensor)"
-)
-library.define(
-    f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
-    "-> Tensor"
-)
-library.define(
-    f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
-    "-> (Tensor, Tensor)"
-)
-library.define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor")
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -42,7 +29,10 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("pynn::conv2d_fwd", lib=library)
+@define(
+    f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
+    "bool save_pre) -> (Tensor, Tensor)"
+)
 def _(input, weight, bias, residual, stride, padding, dilation, groups, activation, save_pre):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
     size = [
@@ -55,17 +45,23 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, activati
     return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)
 
 
-@torch.library.register_fake("pynn::conv2d_bwd_input", lib=library)
+@define(
+    f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
+    "-> Tensor"
+)
 def _(grad_output, weight, input_shape, stride, padding, dilation, groups, channels_last):
     return _empty(grad_output, input_shape, channels_last)
 
 
-@torch.library.register_fake("pynn::conv2d_bwd_weight", lib=library)
+@define(
+    f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
+    "-> (Tensor, Tensor)"
+)
 def _(grad_output, input, kernel_size, stride, padding, dilation, groups, with_bias):
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return input.new_empty(shape), input.new_empty(grad_output.shape[1] if with_bias else 0)
 
 
-@torch.library.register_fake("pynn::conv2d_bwd_activation", lib=library)
+@define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor")
 def _(grad_output, saved, activation):
     return _empty(saved, saved.shape, is_channels_last(saved))

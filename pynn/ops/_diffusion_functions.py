@@ -6,38 +6,47 @@ import torch
 
 from .. import backends
 from . import _diffusion_formulas as formulas
-from ._function import call, double_backward, eager, library, loop_vmap
+from ._function import call, double_backward, eager, loop_vmap
+from ._registry import define
 
 _KEY = "Tensor? noise, Tensor? key"
 _REVERSE = f"Tensor x, Tensor output, Tensor? variance, Tensor t, Tensor table, float? low, float? high, {_KEY}"
 _LOSS = f"Tensor output, Tensor x0, Tensor t, Tensor table, {_KEY}"
 _JUMP = f"Tensor x, Tensor t, Tensor? s, Tensor table, {_KEY}"
-library.define(f"forward_jump_fwd({_JUMP}, bool noise_out) -> (Tensor, Tensor)")
-library.define("forward_jump_bwd(Tensor dy, Tensor t, Tensor? s, Tensor table, bool of_noise) -> Tensor")
-library.define(f"reverse_step_fwd({_REVERSE}, bool x0_out) -> (Tensor, Tensor)")
-library.define(f"reverse_step_bwd(Tensor dy, {_REVERSE}) -> (Tensor, Tensor, Tensor)")
-library.define(f"diffusion_loss_fwd({_LOSS}) -> Tensor")
-library.define(f"diffusion_loss_bwd(Tensor dloss, {_LOSS}, bool dx0) -> (Tensor, Tensor)")
 
 
 def _like(x, wanted=True):
     return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
 
 
-def _fake(name):
-    return torch.library.register_fake(f"pynn::{name}", lib=library)
+@define(f"forward_jump_fwd({_JUMP}, bool noise_out) -> (Tensor, Tensor)", triton="diffusion")
+def _(x, t, s, table, noise, key, noise_out):
+    return _like(x), _like(x, noise_out)
 
 
-_fake("forward_jump_fwd")(lambda x, t, s, table, noise, key, noise_out: (_like(x), _like(x, noise_out)))
-_fake("forward_jump_bwd")(lambda dy, t, s, table, of_noise: _like(dy))
-_fake("reverse_step_fwd")(lambda x, output, variance, *rest: (_like(x), _like(x, rest[-1])))
-_fake("reverse_step_bwd")(lambda dy, x, output, variance, *rest: (_like(x), _like(x), _like(x, variance is not None)))
-_fake("diffusion_loss_bwd")(lambda dloss, output, x0, t, table, noise, key, dx0: (_like(output), _like(output, dx0)))
+@define("forward_jump_bwd(Tensor dy, Tensor t, Tensor? s, Tensor table, bool of_noise) -> Tensor", triton="diffusion")
+def _(dy, t, s, table, of_noise):
+    return _like(dy)
 
 
-@_fake("diffusion_loss_fwd")
+@define(f"reverse_step_fwd({_REVERSE}, bool x0_out) -> (Tensor, Tensor)", triton="diffusion")
+def _(x, output, variance, t, table, low, high, noise, key, x0_out):
+    return _like(x), _like(x, x0_out)
+
+
+@define(f"reverse_step_bwd(Tensor dy, {_REVERSE}) -> (Tensor, Tensor, Tensor)", triton="diffusion")
+def _(dy, x, output, variance, t, table, low, high, noise, key):
+    return _like(x), _like(x), _like(x, variance is not None)
+
+
+@define(f"diffusion_loss_fwd({_LOSS}) -> Tensor", triton="diffusion")
 def _(output, x0, t, table, noise, key):
     return output.new_empty(output.shape[:1], dtype=formulas.accumulate_dtype(output))
+
+
+@define(f"diffusion_loss_bwd(Tensor dloss, {_LOSS}, bool dx0) -> (Tensor, Tensor)", triton="diffusion")
+def _(dloss, output, x0, t, table, noise, key, dx0):
+    return _like(output), _like(output, dx0)
 
 
 @eager

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-library = torch.library.Library("pynn", "FRAGMENT")  # every op's schema is defined on this object, which keeps it alive
-
 
 def eager(cls):
     """Adds cls.Eager: the same Function in the calling form that skips setup_context's signature inspection."""

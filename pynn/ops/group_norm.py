@@ -16,36 +16,32 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import backends
-from ._function import call, double_backward, eager, library, loop_vmap
-
-library.define(
-    "group_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu)"
-    " -> (Tensor output, Tensor mean, Tensor rstd)"
-)
-library.define(
-    "group_norm_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-    " SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
-)
+from ._function import call, double_backward, eager, loop_vmap
+from ._registry import define
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype is torch.float64 else torch.float32
 
 
-def _fwd_fake(input, weight, bias, num_groups, eps, silu):
+@define(
+    "group_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu)"
+    " -> (Tensor output, Tensor mean, Tensor rstd)"
+)
+def _(input, weight, bias, num_groups, eps, silu):
     output = torch.empty_like(input, memory_format=suggest_memory_format(input))
     statistics = [input.new_empty((input.shape[0], num_groups), dtype=_compute_dtype(input)) for _ in range(2)]
     return output, *statistics
 
 
-def _bwd_fake(grad_output, input, weight, bias, mean, rstd, num_groups, silu):
+@define(
+    "group_norm_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+def _(grad_output, input, weight, bias, mean, rstd, num_groups, silu):
     grad_input = torch.empty_like(input, memory_format=suggest_memory_format(input))
     dtypes = [_compute_dtype(input) if p is None else p.dtype for p in (weight, bias)]
     return grad_input, *(input.new_empty(input.shape[1], dtype=dtype) for dtype in dtypes)
-
-
-torch.library.register_fake("pynn::group_norm_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("pynn::group_norm_bwd", _bwd_fake, lib=library)
 
 
 def _composite(input, weight, bias, num_groups, eps, silu):

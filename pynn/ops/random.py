@@ -2,8 +2,8 @@
 
 Element i of a draw with key (seed, offset) comes from word i % 4 of Philox4x32-10(key=seed, counter=offset + i // 4)
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the integer stream of torch.func._random),
-through a Box-Muller transform made of IEEE additions, multiplications and square roots only. Every dtype gets the same
-float32 normals, widened or rounded once.
+through a Box-Muller transform made of IEEE additions, multiplications, fused multiply-adds and square roots only. Every
+dtype gets the same float32 normals, widened or rounded once.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._function import library
-
-library.define("normal(Tensor like, Tensor key) -> Tensor")
+from ._registry import define
 
 
-@torch.library.register_fake("pynn::normal", lib=library)
+@define("normal(Tensor like, Tensor key) -> Tensor", triton="diffusion")
 def _(like, key):
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 

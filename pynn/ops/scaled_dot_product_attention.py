@@ -11,19 +11,12 @@ import torch
 
 from .. import backends
 from ._attention_composite import broadcast_leading, second_order
-from ._function import autocast, call, eager, library
+from ._function import autocast, call, eager
+from ._registry import define
 from .random import make_key
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
 _OPTIONS = "float dropout_p, bool is_causal, float scale"
-library.define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-library.define(
-    f"scaled_dot_product_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-library.define(
-    "scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor"
-)
 
 
 def _new_heads(like, width):  # stored as (..., L, H, width)
@@ -43,20 +36,23 @@ def _lse_dtype(dtype):
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
-@torch.library.register_fake("pynn::scaled_dot_product_attention_fwd", lib=library)
+@define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     _check_devices(query, key, value, attn_mask, dropout_key)
     return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query.dtype))
 
 
-@torch.library.register_fake("pynn::scaled_dot_product_attention_bwd", lib=library)
+@define(
+    f"scaled_dot_product_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _(grad_out, query, key, value, attn_mask, dropout_key, out, lse, dropout_p, is_causal, scale, mask_gradient):
     _check_devices(query, grad_out, key, value, attn_mask, dropout_key, out, lse)
     grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask)
 
 
-@torch.library.register_fake("pynn::scaled_dot_product_attention_keep", lib=library)
+@define("scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor")
 def _(query, key, dropout_key, dropout_p):
     _check_devices(query, key, dropout_key)
     return query.new_empty((*query.shape[:-1], key.shape[-2]), dtype=torch.bool)

@@ -1,0 +1,63 @@
+#include "launch.h"
+
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+
+#include "runtime.h"
+
+namespace pynn::sim {
+namespace {
+
+Configuration configuration_now;
+uint64_t launches = 0;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  message << "pynn sim: kernel " << launch_now.kernel << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+void check_limits(const Launch& launch) {
+  const dim3 &grid = launch.grid, &block = launch.block;
+  const size_t threads = size_t(block.x) * block.y * block.z;
+  if (threads == 0 || threads > kMaxBlockThreads || block.z > kMaxBlockZ || block.x > kMaxBlockThreads ||
+      block.y > kMaxBlockThreads)
+    refuse("expected a block of 1 to ", kMaxBlockThreads, " threads with z <= ", kMaxBlockZ, ", got ",
+           describe(uint3{block.x, block.y, block.z}));
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
+    refuse("expected a grid of at least one block with x <= ", kMaxGridX, ", y and z <= ", kMaxGridYZ, ", got ",
+           describe(uint3{grid.x, grid.y, grid.z}));
+  if (launch.dynamic_shared_bytes > kMaxSharedBytes)
+    refuse("expected at most ", kMaxSharedBytes, " bytes of shared memory, got ", launch.dynamic_shared_bytes);
+  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  if (launch.cooperative && blocks * threads > kMaxResidentThreads)
+    refuse("expected a cooperative grid of at most ", kMaxResidentThreads, " threads, got ", blocks, " blocks of ",
+           threads);
+}
+
+}  // namespace
+
+const Configuration& configuration() { return configuration_now; }
+
+void run_launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, bool cooperative,
+                void (*body)(const void* arguments), const void* arguments) {
+  static std::mutex one_launch_at_a_time;
+  const std::lock_guard lock(one_launch_at_a_time);
+  launch_now = {kernel, grid, block, dynamic_shared_bytes, cooperative, body, arguments};
+  check_limits(launch_now);
+  ++launches;
+  run_grid();
+}
+
+}  // namespace pynn::sim
+
+int pynn_sim_configure(int order, uint64_t seed, int resident_blocks) {
+  if (order < 0 || order > 2 || resident_blocks < 1 || resident_blocks > 64) return -1;
+  pynn::sim::configuration_now = {static_cast<pynn::sim::Order>(order), seed, resident_blocks};
+  return 0;
+}
+
+uint64_t pynn_sim_launches() { return pynn::sim::launches; }

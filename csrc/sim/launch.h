@@ -1,0 +1,55 @@
+// Launching a kernel on the CPU: checks the launch against the limits of the hardware, then runs every thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include "vector_types.h"
+
+namespace pynn::sim {
+
+// Limits of sm_90; the smallest device we build for has less shared memory (99 KB), which a launcher must ask about.
+constexpr size_t kMaxSharedBytes = 227 * 1024, kMaxStaticSharedBytes = 48 * 1024;
+constexpr unsigned kMaxBlockThreads = 1024, kMaxBlockZ = 64, kMaxGridX = 2147483647u, kMaxGridYZ = 65535;
+// Threads of a cooperative launch, all of which are resident here at once (an H200 has 132 * 2048).
+constexpr size_t kMaxResidentThreads = 64 * 1024;
+
+enum class Order : int { forward, reverse, shuffled };
+
+// The schedule of all launches: the order in which the threads of a block and the blocks of a grid take their turns,
+// and how many blocks run at the same time. Any choice is a legal one on a GPU, so no result may depend on it.
+struct Configuration {
+  Order order = Order::forward;
+  uint64_t seed = 0;  // of the shuffled order
+  int resident_blocks = 1;
+};
+const Configuration& configuration();
+
+void run_launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, bool cooperative,
+                void (*body)(const void* arguments), const void* arguments);
+
+// LAUNCH(...) under the sim. Arguments are converted to the parameters' types once, as <<<>>> does.
+template <bool cooperative = false, class... Parameters>
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*kernel)(Parameters...),
+            std::type_identity_t<Parameters>... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  };
+  const Call call{kernel, {arguments...}};
+  const auto body = [](const void* call) {
+    std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
+  };
+  run_launch(name, grid, block, dynamic_shared_bytes, cooperative, body, &call);
+}
+
+}  // namespace pynn::sim
+
+extern "C" {
+// Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled. Returns 0, or -1 when an
+// argument is out of range (then nothing changes).
+[[gnu::visibility("default")]] int pynn_sim_configure(int order, uint64_t seed, int resident_blocks);
+// Launches so far, to prove that a test ran kernels.
+[[gnu::visibility("default")]] uint64_t pynn_sim_launches();
+}

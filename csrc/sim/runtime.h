@@ -1,0 +1,137 @@
+// The state of a running launch: the grid, its resident blocks, their warps and threads, and how a thread stops to let
+// others run. Kernels never see this file's names; cuda.h, warp.h, ... put CUDA's names on them.
+//
+// Functions declared here are compiled without ThreadSanitizer (scheduler.cpp, block.cpp, ...): the scheduler works
+// with every thread's data and is no part of the program under test. Everything that touches a kernel's own memory is
+// inline in a header instead, so that the sanitizers see it, at the kernel's line.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "vector_types.h"
+
+namespace pynn::sim {
+
+constexpr unsigned kWarpSize = 32;
+
+using Site = std::source_location;  // where in the kernel a collective was called
+
+struct Block;
+struct Thread;
+
+// A warp-wide operation in which a lane waits for the others. Lives on the lane's stack.
+struct Collective {
+  const char* name;
+  unsigned mask;
+  Site site;
+  void* operands;  // what the lane brings, and where its result goes
+};
+
+// One deferred cp.async.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  unsigned bytes, size;  // bytes are copied, the rest of size is filled with zeros
+};
+
+struct AsyncCopies {
+  std::vector<AsyncCopy> copies;     // in the order of issue
+  std::vector<size_t> group_ends;    // copies.size() at each commit
+  size_t next = 0, groups_done = 0;  // copies and groups before these are complete
+
+  bool pending() const { return next < copies.size(); }
+  void reset();
+};
+
+enum class State : uint8_t { ready, polling, barrier, warp, done };
+
+struct Thread {
+  uint3 index{};
+  unsigned lane = 0, warp = 0;
+  State state = State::done;
+  bool started = false;
+  Block* block = nullptr;
+  Fiber fiber;
+  const Collective* collective = nullptr;  // while state is warp
+  AsyncCopies async_copies;
+};
+
+struct SharedArray {
+  const void* key;  // identifies the declaration
+  void* memory;
+  size_t bytes;
+};
+
+// A block that is resident: its threads, its shared memory, the barrier it may be waiting at.
+struct Block {
+  uint3 index{};
+  std::vector<Thread> threads;
+  unsigned live = 0, waiting = 0;  // threads that have not exited; those at the barrier
+  Site barrier_site;
+  const char* barrier_name = "";
+  unsigned barrier_count = 0, barrier_result = 0;  // of __syncthreads_count and its relatives
+  unsigned barrier_phase = 0;
+  char barrier_tag[2] = {};     // TSan's objects for odd and even barriers: one alone would order too much
+  std::vector<char> warp_tags;  // one per warp, for __syncwarp
+  std::vector<SharedArray> shared_arrays;
+  void* dynamic_shared = nullptr;
+
+  Thread& thread(unsigned warp, unsigned lane) { return threads[warp * kWarpSize + lane]; }
+};
+
+struct Launch {
+  const char* kernel = "";
+  dim3 grid, block;
+  size_t dynamic_shared_bytes = 0;
+  bool cooperative = false;
+  void (*body)(const void* arguments) = nullptr;
+  const void* arguments = nullptr;
+};
+
+// The launch and the thread that run now.
+extern Launch launch_now;
+extern Thread* current;
+
+// Ends the launch with an exception that names the kernel and, inside a thread, the block and the thread.
+[[noreturn]] void fail(const std::string& what);
+std::string describe(const Site& site);       // diffusion.cuh:171
+std::string describe(const uint3& position);  // (3, 0, 0)
+
+// Lets other threads run until the scheduler finds this one ready again.
+void wait_as(State state);
+
+// scheduler.cpp: runs every thread of every block of launch_now.
+void run_grid();
+
+// block.cpp
+void prepare_threads(Block& block);  // for the block size of launch_now
+void start_block(Block& block, uint3 index);
+void end_block(Block& block);
+void exit_thread();
+unsigned barrier(const char* name, bool predicate, Site site);
+void* shared_array(const void* key, size_t bytes, size_t alignment);
+// Fail unless the address is aligned, or the bytes lie in this block's shared memory.
+void check_alignment(const char* what, const void* address, size_t alignment);
+void check_shared(const char* what, const void* address, size_t bytes);
+
+// warp.cpp: waits for every lane of the mask to call the same operation from the same place; the last one to come calls
+// complete(operands of the lanes, mask). Lanes that the block does not have are left out of the mask.
+using Complete = void (*)(void* const operands[kWarpSize], unsigned mask);
+void meet(const Collective& mine, Complete complete);
+void meet_whole_warp(const Collective& mine, Complete complete);  // for instructions that need all 32 lanes
+void sync_warp(unsigned mask, Site site);
+
+// scheduler.cpp: __threadfence, for TSan; running one thread at a time needs no fence.
+void fence();
+
+// async_copy.cpp
+void defer_copy(const AsyncCopy& copy);
+void commit_copies();
+// The next copy that is due when at most `groups_left` groups may stay pending; false when there is none.
+bool next_due_copy(unsigned groups_left, AsyncCopy& copy);
+
+}  // namespace pynn::sim

@@ -1,0 +1,125 @@
+"""Every op that has GPU kernels, once per dtype on small odd shapes, against the CPU kernels: bit for bit.
+
+    python -m gpu_check.launches [--poison] backend ...
+
+It is the self-check of `make gpu`, and the program that compute-sanitizer watches: so it is short, and compares on the
+CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+import pynn
+from pynn.diffusion import Schedule
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((3, 5, 7), (4, 2, 32), (2, 4099))  # rows that start inside a quad, whole vectors, rows of several blocks
+# Where another order of summation or another libm is allowed: result -> relative error per dtype, 0 otherwise.
+TOLERANCE = {
+    "loss": {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6},
+    "learned range": {torch.float64: 1e-12},
+}
+
+Results = dict[str, torch.Tensor]
+Case = Callable[[str, torch.dtype], Results]  # (device, dtype) -> results on the CPU
+
+
+def _operands(device: str, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator).to(dtype).to(device) for _ in range(count)]
+
+
+def _gradients(y: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+
+def diffusion(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Results:
+    """Noise by one key, by a key per sample, and given; one timestep and one per sample; gradients of everything."""
+    schedule = Schedule.cosine(20)
+    forward, loss_table = schedule.forward_table.to(device), schedule.loss_table("v").to(device)
+    table, learned = (schedule.reverse_table("v", kind).to(device) for kind in ("fixed_small", "learned_range"))
+    x, output, v, noise = _operands(device, dtype, shape, 4)
+    v = v.clamp(-1, 1)
+    batch = shape[0]
+    t = (torch.arange(batch) * 6).to(device)
+    keys = torch.stack((torch.arange(batch) + 5, torch.arange(batch)), 1).to(device)
+    x, output, v, noise = (tensor.requires_grad_() for tensor in (x, output, v, noise))
+    one, own = {"seed": 3}, {"seed": keys}
+    results = {"normal": pynn.ops.normal(shape, seed=3, dtype=dtype, device=device)}
+    results["jump"], results["jump noise"] = pynn.ops.forward_jump(x, t, forward, **one, return_noise=True)
+    results["step"] = pynn.ops.forward_step(x, t, forward, **own)
+    given = pynn.ops.forward_jump(x, 9, forward, noise=noise)
+    results["jump gradient"], results["noise gradient"] = _gradients(given, [x, noise])
+    results["reverse"], results["x0"] = pynn.ops.reverse_step(x, t, output, table, clip=1.0, **one, return_x0=True)
+    results["reverse gradient"] = _gradients(results["reverse"], [x, output])[1]
+    free = pynn.ops.reverse_step(x, 4, output, learned, variance=v, **own)
+    results["learned range"] = free
+    results["learned range gradient"] = _gradients(free, [v])[0]
+    results["loss"] = pynn.ops.diffusion_loss(output, x, t, loss_table, **one)
+    results["loss gradient"], results["x0 gradient"] = _gradients(results["loss"], [output, x])
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
+CASES: dict[str, Case] = {
+    f"diffusion {'x'.join(map(str, shape))}": lambda device, dtype, shape=shape: diffusion(device, dtype, shape)
+    for shape in SHAPES
+}
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor, allowed: float) -> str:
+    """'' or what is wrong."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return f"{got.dtype} {tuple(got.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+    wrong = ~((got == expected) | (got.isnan() & expected.isnan()))
+    if allowed:
+        wrong = ~((got.double() - expected.double()).abs() <= allowed * expected.double().abs())
+    if not wrong.any():
+        return ""
+    first = int(wrong.flatten().nonzero()[0])
+    pair = got.flatten()[first].item(), expected.flatten()[first].item()
+    return f"{int(wrong.sum())} of {wrong.numel()} elements differ, the first at {first}: {pair[0]!r}, CPU {pair[1]!r}"
+
+
+def compare(backend: str, case: Case, dtype: torch.dtype) -> tuple[list[str], int]:
+    """(what differs from the CPU kernels, number of comparisons); a case that raises is one comparison."""
+    try:
+        with pynn.backend("cpu"):
+            expected = case("cpu", dtype)
+        with pynn.backend(backend):
+            got = case(pynn.backends.device_of(backend), dtype)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"], 1
+    problems = []
+    for name, tensor in got.items():
+        allowed = TOLERANCE.get(name.removesuffix(" gradient"), {}).get(dtype, 0.0)
+        if problem := difference(tensor, expected[name], allowed):
+            problems.append(f"{name}: {problem}")
+    return problems, len(got)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--poison", action="store_true", help="results start as NaN, so that an unwritten one shows")
+    parser.add_argument("backends", nargs="+", metavar="backend")
+    options = parser.parse_args(arguments)
+    torch.use_deterministic_algorithms(options.poison)  # fills what torch.empty returns
+    problems, compared = [], 0
+    for backend in options.backends:
+        for name, case in CASES.items():
+            for dtype in DTYPES:
+                found, count = compare(backend, case, dtype)
+                problems += [f"{backend}: {name} {dtype}, {problem}" for problem in found]
+                compared += count
+    torch.use_deterministic_algorithms(False)
+    where = ", ".join(options.backends)
+    print("\n".join([*problems, f"{compared - len(problems)} of {compared} comparisons agree on {where}"]))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
