@@ -50,37 +50,47 @@ def _tensor_as_bool(tensor: tl.tensor) -> bool:
 
 
 _patch_depth = 0
+_replacements: list[tuple[object, str, object]] = []  # owner, name, what executes instead; the same at every launch
+
+
+def _collect_replacements() -> None:
+    builder, scope = interpreter.interpreter_builder, interpreter._LangPatchScope()
+    for module in (tl, tl.core):
+        interpreter._patch_builtin(module, builder, scope)
+        interpreter._patch_lang_core(module, scope)
+        for name, replacement in hints.REPLACEMENTS.items():
+            scope.set_attr(module, name, replacement)
+    for owner in (tl.tensor, tl.math, tl.core.tensor_descriptor_base):
+        interpreter._patch_builtin(owner, builder, scope)
+    interpreter._patch_lang_tensor(tl.tensor, scope)
+    scope.set_attr(tl.tensor, "__bool__", _tensor_as_bool)
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+    _replacements.extend((owner, name, vars(owner)[name]) for owner, name, _ in scope._changes)
+    scope.restore()
 
 
 @contextlib.contextmanager
 def patched_language() -> Iterator[None]:
-    """triton.language executes instead of tracing. Nested uses are free; plain Triton patches at every device call."""
+    """Within, triton.language executes instead of tracing. (Plain Triton does this at every device call.)"""
     global _patch_depth
-    scope = interpreter._LangPatchScope() if _patch_depth == 0 else None
+    if not _replacements:
+        _collect_replacements()
+    scope = interpreter._LangPatchScope()
+    for owner, name, replacement in _replacements:
+        scope.set_attr(owner, name, replacement)
     _patch_depth += 1
     try:
-        if scope is not None:
-            builder = interpreter.interpreter_builder
-            for module in (tl, tl.core):
-                interpreter._patch_builtin(module, builder, scope)
-                interpreter._patch_lang_core(module, scope)
-                for name, replacement in hints.REPLACEMENTS.items():
-                    scope.set_attr(module, name, replacement)
-            for owner in (tl.tensor, tl.math, tl.core.tensor_descriptor_base):
-                interpreter._patch_builtin(owner, builder, scope)
-            interpreter._patch_lang_tensor(tl.tensor, scope)
-            scope.set_attr(tl.tensor, "__bool__", _tensor_as_bool)
-            scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         yield
     finally:
         _patch_depth -= 1
-        if scope is not None:
-            scope.restore()
+        scope.restore()
 
 
 def call_device_function(self: InterpretedFunction, *args, **kwargs) -> object:
     """Replaces InterpretedFunction.__call__: one @triton.jit function calls another."""
-    with patched_language():
+    if _patch_depth:
+        return self.rewrite()(*args, **kwargs)
+    with patched_language():  # called from the host, tl.cdiv(a, b) say
         return self.rewrite()(*args, **kwargs)
 
 
