@@ -91,6 +91,12 @@ BUGS = [
         r"'x', element 64 .*spans bytes 0 to 256",
     ),
     Bug(
+        "load through one argument of memory that belongs to another",
+        lambda: kernels.copy_shifted[(1,)](*guarded(torch.ones(2, 64)), 1, BLOCK=64),
+        "OutOfBounds",
+        r"1 of 64 active lanes.*'x', element 64 ",
+    ),
+    Bug(
         "load from a hole of a strided view",
         lambda: kernels.copy_shifted[(1,)](guarded(torch.ones(16, 16))[:, :8], zeros(8), 4, BLOCK=8),
         "OutOfBounds",
