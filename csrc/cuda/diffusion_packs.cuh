@@ -124,9 +124,9 @@ struct NoiseSource {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) values.z[k] = to_float(loaded.element[k]);
     } else if (!key_per_row) {
-      const uint64_t counter = uint64_t(keys[1]) + uint64_t(index >> 2);
+      const uint64_t seed = uint64_t(__ldg(keys)), counter = uint64_t(__ldg(keys + 1)) + uint64_t(index >> 2);
 #pragma unroll
-      for (int q = 0; q < kPack<T> / 4; ++q) quad(&values.z[4 * q], uint64_t(keys[0]), counter + q);
+      for (int q = 0; q < kPack<T> / 4; ++q) quad(&values.z[4 * q], seed, counter + q);
     } else if (flat.inner % 4 == 0) {  // a row begins with a quad
 #pragma unroll
       for (int q = 0; q < kPack<T> / 4; ++q)

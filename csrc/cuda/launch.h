@@ -1,6 +1,7 @@
 // What every kernel file includes: CUDA's names, launching, shared memory. The only place with a launch expression.
 //
 //   LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   an argument with a comma goes in parentheses
+//   LAUNCH_COOPERATIVE(...)           the same; all blocks are resident at once, so they may wait for each other
 //   SHARED_ARRAY(T, name, count)      static shared memory, `T name[count]`; T may be an array type: float[17]
 //   DYNAMIC_SHARED(T, name)           `T* name`, the launch's dynamic shared memory, 128-byte aligned
 //
@@ -15,7 +16,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
+#include <utility>
 
 namespace pynn::cuda {
 
@@ -31,6 +32,22 @@ void allow_dynamic_shared(const char* name, Kernel* kernel, size_t bytes) {
     check_launch(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                               Arguments&&... arguments) {
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
 template <class T>
 struct identity {
   using type = T;
@@ -44,6 +61,14 @@ struct identity {
     ::pynn::cuda::allow_dynamic_shared(#kernel, kernel, shared_bytes);                         \
     kernel<<<(grid), (block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
     ::pynn::cuda::check_launch(#kernel, cudaGetLastError());                                   \
+  } while (false)
+
+#define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...)                                              \
+  do {                                                                                                            \
+    const size_t shared_bytes = (shared);                                                                         \
+    ::pynn::cuda::allow_dynamic_shared(#kernel, kernel, shared_bytes);                                            \
+    ::pynn::cuda::check_launch(                                                                                   \
+        #kernel, ::pynn::cuda::launch_cooperative(kernel, (grid), (block), shared_bytes, (stream), __VA_ARGS__)); \
   } while (false)
 
 #define SHARED_ARRAY(T, name, count) __shared__ typename ::pynn::cuda::identity<T>::type name[count]

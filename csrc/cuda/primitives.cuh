@@ -1,13 +1,248 @@
+// Every PTX instruction the kernels use by name, one wrapper each; no other file holds PTX. Under g++ (PYNN_SIM) the
+// same wrapper is the instruction's twin from csrc/sim; `make primitives-check` compares the two on a GPU.
 #pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "dtype.h"
 #include "launch.h"
+
 #ifdef PYNN_SIM
-inline uint4 load_streaming(const uint4* from) { return *from; }
+#include "../sim/async_copy.h"
+#include "../sim/memory.h"
+#include "../sim/tensor_core.h"
+// The last parameter of a wrapper for which the whole warp must meet: the place in the kernel that calls it.
+#define CALL_SITE , sim::Site site = sim::Site::current()
 #else
-__device__ __forceinline__ uint4 load_streaming(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
+#define CALL_SITE
+#endif
+
+namespace pynn::cuda {
+
+#ifndef PYNN_SIM
+// The 32-bit address that PTX's .shared instructions take.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 #endif
+
+// ---- Copies from global to shared memory that do not pass through registers (sm_80) ----
+
+// Starts a copy of size (4, 8 or 16) bytes, both addresses aligned to size. Only the first `bytes` are read; the rest
+// are zeros, so bytes = 0 fills without touching `global`. Done when a cp_async_wait says so, and visible to the other
+// threads of the block after a barrier that follows it.
+template <int size>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, int bytes = size) {
+  static_assert(size == 4 || size == 8 || size == 16);
+#ifdef PYNN_SIM
+  sim::cp_async(shared, global, bytes, size);
+#else
+  if constexpr (size == 16)  // .cg: past L1, whose lines a tile would only evict
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(size),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Closes the group of copies that this thread started since the last commit.
+__device__ __forceinline__ void cp_async_commit() {
+#ifdef PYNN_SIM
+  sim::cp_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `groups` of this thread's latest groups are still under way.
+template <int groups>
+__device__ __forceinline__ void cp_async_wait() {
+#ifdef PYNN_SIM
+  sim::cp_async_wait(groups);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+#endif
+}
+
+// ---- Tensor cores (sm_80): fragments are laid out as csrc/sim/twins.h spells out ----
+
+// Loads 1, 2 or 4 matrices of 8 x 8 16-bit elements from shared memory, one register each. Lane 8 m + r gives the
+// address of row r of matrix m: 16 bytes, aligned to 16.
+template <int matrices>
+__device__ __forceinline__ void ldmatrix(uint32_t (&fragment)[matrices], const void* row CALL_SITE) {
+  static_assert(matrices == 1 || matrices == 2 || matrices == 4);
+#ifdef PYNN_SIM
+  sim::ldmatrix<false>(fragment, row, site);
+#else
+  if constexpr (matrices == 1)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(fragment[0])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else if constexpr (matrices == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#endif
+}
+
+// The same with each matrix transposed on the way.
+template <int matrices>
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&fragment)[matrices], const void* row CALL_SITE) {
+  static_assert(matrices == 1 || matrices == 2 || matrices == 4);
+#ifdef PYNN_SIM
+  sim::ldmatrix<true>(fragment, row, site);
+#else
+  if constexpr (matrices == 1)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(fragment[0])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else if constexpr (matrices == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#endif
+}
+
+// d += a b: a 16 x 16 (row-major), b 16 x 8 (column-major), both of T = Half or BFloat16; d 16 x 8 in fp32.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] CALL_SITE) {
+  static_assert(std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
+#ifdef PYNN_SIM
+  sim::mma<twins::mma_m16n8k16<T>>("mma_m16n8k16", d, a, b, site);
+#else
+  if constexpr (std::is_same_v<T, Half>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// d += a b: a 16 x 8, b 8 x 8, both fp32 bits of which the low 13 are ignored: round with to_tf32 first.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2] CALL_SITE) {
+#ifdef PYNN_SIM
+  sim::mma<twins::mma_m16n8k8_tf32>("mma_m16n8k8_tf32", d, a, b, site);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// fp32 to tf32, to nearest with ties away from zero; the bits of an operand of mma_m16n8k8_tf32.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+#ifdef PYNN_SIM
+  return twins::to_tf32(value);
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+#endif
+}
+
+// ---- Arithmetic ----
+
+// 2^value in one instruction, relative error 2^-22; subnormals count as zero.
+__device__ __forceinline__ float ex2_approx(float value) {
+#ifdef PYNN_SIM
+  return twins::ex2_approx(value);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#endif
+}
+
+// ---- 16-byte accesses to data that a kernel touches once ----
+//
+// Neither takes a line of L1, which the data would only pass through. The load is not the read-only `.nc` one: a kernel
+// may work in place. L2 keeps its normal policy, because the next kernel usually reads what this one wrote.
+
+template <class Vector>
+__device__ __forceinline__ Vector load_streaming(const Vector* address) {
+  static_assert(sizeof(Vector) == 16 && std::is_trivially_copyable_v<Vector>);
+#ifdef PYNN_SIM
+  return sim::load_16_bytes(address);
+#else
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return bit_cast<Vector>(v);
+#endif
+}
+
+template <class Vector>
+__device__ __forceinline__ void store_streaming(Vector* address, const Vector& value) {
+  static_assert(sizeof(Vector) == 16 && std::is_trivially_copyable_v<Vector>);
+#ifdef PYNN_SIM
+  sim::store_16_bytes(address, value);
+#else
+  const uint4 v = bit_cast<uint4>(value);
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+#endif
+}
+
+// ---- Flags between blocks: what was written before a release is seen after an acquire that reads its value ----
+//
+// Waiting in a loop for another block is legal only in a cooperative launch (LAUNCH_COOPERATIVE), where all blocks run
+// at the same time.
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
+#ifdef PYNN_SIM
+  return sim::load_acquire(flag);
+#else
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+#endif
+}
+
+__device__ __forceinline__ void store_release(unsigned* flag, unsigned value) {
+#ifdef PYNN_SIM
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void red_release_add(unsigned* flag, unsigned value) {
+#ifdef PYNN_SIM
+  __atomic_fetch_add(flag, value, __ATOMIC_RELEASE);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#endif
+}
+
+}  // namespace pynn::cuda
+
+#undef CALL_SITE

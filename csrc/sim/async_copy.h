@@ -10,6 +10,7 @@ namespace pynn::sim {
 inline void cp_async(void* shared, const void* global, unsigned bytes, unsigned size) {
   check_alignment("cp.async to shared memory", shared, size);
   check_alignment("cp.async from global memory", global, size);
+  check_shared("cp.async", shared, size);
   if (bytes > size) fail("cp.async: expected at most " + std::to_string(size) + " bytes, got " + std::to_string(bytes));
   defer_copy({shared, global, bytes, size});
   memset(shared, 0xff, size);

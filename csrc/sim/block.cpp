@@ -130,4 +130,16 @@ void check_alignment(const char* what, const void* address, size_t alignment) {
          std::to_string(reinterpret_cast<uintptr_t>(address) % alignment) + " bytes over");
 }
 
+void check_shared(const char* what, const void* address, size_t bytes) {
+  const Block& block = *current->block;
+  const auto inside = [&](const void* memory, size_t size) {
+    const auto start = reinterpret_cast<uintptr_t>(memory), at = reinterpret_cast<uintptr_t>(address);
+    return at >= start && at + bytes <= start + size;
+  };
+  if (inside(block.dynamic_shared, launch_now.dynamic_shared_bytes)) return;
+  for (const SharedArray& array : block.shared_arrays)
+    if (inside(array.memory, array.bytes)) return;
+  fail(std::string(what) + ": expected " + std::to_string(bytes) + " bytes inside the block's shared memory");
+}
+
 }  // namespace pynn::sim

@@ -50,5 +50,7 @@ inline int __syncthreads_and(int predicate, pynn::sim::Site site = pynn::sim::Si
       ::pynn::sim::shared_array(&name##_declaration, sizeof(name##_array), alignof(name##_array)))
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::pynn::sim::current->block->dynamic_shared)
 
+#define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...) \
+  ::pynn::sim::launch<true>(#kernel, (grid), (block), (shared), kernel, __VA_ARGS__)
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
   ::pynn::sim::launch(#kernel, (grid), (block), (shared), kernel, __VA_ARGS__)

@@ -47,13 +47,10 @@ void *scheduler_asan_stack = nullptr, *scheduler_tsan_fiber = nullptr;
 const void* scheduler_stack_bottom = nullptr;
 size_t scheduler_stack_size = 0;
 
-std::vector<Stack> free_stacks;
+// Stacks are used again by later threads; the last one to be given back is still in the cache. TSan must not see two
+// threads of one launch on the same stack, which would look like a race: there they retire first.
+std::vector<Stack> free_stacks, retired_stacks;
 unsigned fibers_started = 0;
-
-// TSan's fibers of threads that are done. Kept for a while: the number of a destroyed one is used again, and two
-// threads with the same number never race.
-std::vector<void*> retired_tsan_fibers;
-constexpr size_t kRetiredTsanFibers = 3000;
 
 size_t stack_size() { return under_asan() ? 256 * 1024 : 128 * 1024; }  // instrumented frames and reports are large
 
@@ -63,7 +60,7 @@ Stack new_stack() {
   void* memory = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, page, PROT_NONE);
-  return {static_cast<char*>(memory) + page, size};
+  return {static_cast<char*>(memory) + page, size, under_tsan() ? __tsan_create_fiber(0) : nullptr};
 }
 
 Stack take_stack() {
@@ -72,15 +69,6 @@ Stack take_stack() {
   free_stacks.pop_back();
   if (under_asan()) __asan_unpoison_memory_region(stack.bottom, stack.size);  // frames of a forgotten fiber
   return stack;
-}
-
-void give_back(const Stack& stack) {
-  if (under_tsan()) {  // the next thread on it would look like a race with this one; a new mapping has no history
-    const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    munmap(stack.bottom - page, stack.size + page);
-  } else {
-    free_stacks.push_back(stack);
-  }
 }
 
 void switch_context(Context& from, Context& to) {
@@ -96,7 +84,6 @@ void switch_context(Context& from, Context& to) {
 void Fiber::start(void (*entry)()) {
   if (!stack_.bottom) stack_ = take_stack();
   entry_ = entry;
-  if (under_tsan() && !tsan_fiber_) tsan_fiber_ = __tsan_create_fiber(0);
 #ifdef PYNN_SIM_UCONTEXT
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack_.bottom;
@@ -120,7 +107,7 @@ void Fiber::resume() {
   if (under_asan()) __sanitizer_start_switch_fiber(&scheduler_asan_stack, stack_.bottom, stack_.size);
   if (under_tsan()) {
     scheduler_tsan_fiber = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(tsan_fiber_, 1);  // 1: switching alone orders nothing
+    __tsan_switch_to_fiber(stack_.tsan_fiber, 1);  // 1: switching alone orders nothing
   }
   switch_context(scheduler_context, context_);
   if (under_asan()) __sanitizer_finish_switch_fiber(scheduler_asan_stack, nullptr, nullptr);
@@ -148,18 +135,25 @@ void Fiber::enter() {
 }
 
 void Fiber::reset() {
-  if (stack_.bottom) give_back(stack_);
-  stack_ = {};
-  if (!tsan_fiber_) return;
   const Unobserved scope;
-  retired_tsan_fibers.push_back(tsan_fiber_);
-  tsan_fiber_ = nullptr;
-  if (retired_tsan_fibers.size() > kRetiredTsanFibers) forget_retired();
+  if (stack_.bottom) (under_tsan() ? retired_stacks : free_stacks).push_back(stack_);
+  stack_ = {};
 }
 
-void Fiber::forget_retired() {
-  for (void* fiber : retired_tsan_fibers) __tsan_destroy_fiber(fiber);
-  retired_tsan_fibers.clear();
+void Fiber::release_for(void* tag) {
+  if (!under_tsan()) return;
+  void* self = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(stack_.tsan_fiber, 1);
+  release(tag);
+  __tsan_switch_to_fiber(self, 1);
+}
+
+size_t Fiber::retired() { return retired_stacks.size(); }
+
+void Fiber::recycle_retired() {
+  const Unobserved scope;
+  free_stacks.insert(free_stacks.end(), retired_stacks.begin(), retired_stacks.end());
+  retired_stacks.clear();
 }
 
 }  // namespace pynn::sim

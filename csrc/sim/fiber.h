@@ -17,10 +17,12 @@ using Context = ucontext_t;
 using Context = void*;  // the saved stack pointer; the registers lie on the stack
 #endif
 
-// The memory of one stack, with an unmapped page below it so that an overflow is a fault, not silent corruption.
+// The memory of one stack, with an unmapped page below it so that an overflow is a fault, not silent corruption; and
+// the thread that TSan takes its user for.
 struct Stack {
   char* bottom = nullptr;
   size_t size = 0;
+  void* tsan_fiber = nullptr;
 };
 
 class Fiber {
@@ -31,8 +33,13 @@ class Fiber {
   void resume();
   // Gives the stack back, also of a fiber that has not finished: what it was doing is forgotten.
   void reset();
-  // At the end of a launch: frees what TSan keeps about fibers that were reset.
-  static void forget_retired();
+  // release(tag) on behalf of a fiber that will never run again.
+  void release_for(void* tag);
+
+  // Under TSan a stack is used again only after recycle_retired: whoever calls it has ordered the threads that used the
+  // retired stacks before those that will.
+  static size_t retired();
+  static void recycle_retired();
 
   // Called by the running fiber: goes back to the scheduler.
   void suspend();
@@ -45,8 +52,7 @@ class Fiber {
   Context context_{};
   Stack stack_;
   void (*entry_)() = nullptr;
-  void* asan_stack_ = nullptr;  // ASan's and TSan's own notion of this fiber
-  void* tsan_fiber_ = nullptr;
+  void* asan_stack_ = nullptr;  // ASan's notion of this fiber's stack
 };
 
 }  // namespace pynn::sim

@@ -114,12 +114,15 @@ void end_block(Block& block);
 void exit_thread();
 unsigned barrier(const char* name, bool predicate, Site site);
 void* shared_array(const void* key, size_t bytes, size_t alignment);
+// Fail unless the address is aligned, or the bytes lie in this block's shared memory.
 void check_alignment(const char* what, const void* address, size_t alignment);
+void check_shared(const char* what, const void* address, size_t bytes);
 
 // warp.cpp: waits for every lane of the mask to call the same operation from the same place; the last one to come calls
 // complete(operands of the lanes, mask). Lanes that the block does not have are left out of the mask.
 using Complete = void (*)(void* const operands[kWarpSize], unsigned mask);
 void meet(const Collective& mine, Complete complete);
+void meet_whole_warp(const Collective& mine, Complete complete);  // for instructions that need all 32 lanes
 void sync_warp(unsigned mask, Site site);
 
 // scheduler.cpp: __threadfence, for TSan; running one thread at a time needs no fence.

@@ -42,9 +42,12 @@ void meet(const Collective& mine, Complete complete) {
     if (other.state == State::done)
       fail(describe_call(mine) + ": lane " + std::to_string(lane) + " of the mask has exited");
     if (other.state != State::warp) continue;
-    if (!same_call(mine, *other.collective))
+    if (!same_call(mine, *other.collective)) {
+      // A lane in an operation that this one has no part in is merely late.
+      if (!(other.collective->mask >> current->lane & 1)) continue;
       fail("divergent warp: lane " + std::to_string(current->lane) + " is at " + describe_call(mine) + ", lane " +
            std::to_string(lane) + " waits at " + describe_call(*other.collective));
+    }
     arrived |= 1u << lane;
   }
   current->collective = &mine;
@@ -61,6 +64,13 @@ void meet(const Collective& mine, Complete complete) {
     }
   const Unobserved scope;  // the operands are on the stacks of other threads
   complete(operands, mask);
+}
+
+void meet_whole_warp(const Collective& mine, Complete complete) {
+  if (existing(mine.mask) != 0xffffffffu)
+    fail(std::string(mine.name) + " (" + describe(mine.site) + ") needs a warp of 32 threads; the block has " +
+         std::to_string(current->block->threads.size()));
+  meet(mine, complete);
 }
 
 void sync_warp(unsigned mask, Site site) {

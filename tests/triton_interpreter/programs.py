@@ -15,6 +15,7 @@ from triton.backends.nvidia.compiler import CUDAOptions
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import hints
 from .errors import KernelError, KernelFailed, Undefined
 from .launch import Launch
 from .settings import settings
@@ -63,6 +64,8 @@ def patched_language() -> Iterator[None]:
             for module in (tl, tl.core):
                 interpreter._patch_builtin(module, builder, scope)
                 interpreter._patch_lang_core(module, scope)
+                for name, replacement in hints.REPLACEMENTS.items():
+                    scope.set_attr(module, name, replacement)
             for owner in (tl.tensor, tl.math, tl.core.tensor_descriptor_base):
                 interpreter._patch_builtin(owner, builder, scope)
             interpreter._patch_lang_tensor(tl.tensor, scope)
