@@ -57,16 +57,8 @@ gpu:
 	PYTHONPATH=.:tests $(GPU_PYTHON) -m gpu_check $(if $(OUT),--out $(OUT))
 
 # Builds here what a GPU machine without a compiler or a package index needs, and prints what to take along.
-gpu-carry: build build/primitives_check
+gpu-carry: build primitives-check
 	PYTHONPATH=.:tests $(BIN)/python -m gpu_check.carry
-
-# Compares every PTX wrapper with its twin on the GPU that it runs on; `make gpu` runs it.
-NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) /usr/local/cuda/bin/nvcc)
-build/primitives_check: csrc/sim/selftest/primitives_check.cu $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/sim/selftest/*.cuh)
-	@mkdir -p build
-	$(NVCC) -std=c++20 -O2 --fmad=false --expt-relaxed-constexpr -Werror all-warnings -Icsrc/include \
-	  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=sm_80 \
-	  -gencode arch=compute_80,code=compute_80 -o $@ $<
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 lint: $(STAMP)

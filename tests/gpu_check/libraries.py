@@ -27,9 +27,8 @@ def arch_of(major: int, minor: int) -> str:
 
 
 def build_primitives() -> None:
-    program = Path("build/primitives_check")
-    if not (ROOT / program).exists():
-        subprocess.run(["make", str(program)], cwd=ROOT, check=False)
+    if not (ROOT / "build" / "primitives_check").exists():
+        subprocess.run(["make", "primitives-check", f"BIN={Path(sys.executable).parent}"], cwd=ROOT, check=False)
 
 
 def main() -> int:
