@@ -86,18 +86,23 @@ def _locked(target: Path) -> Iterator[None]:
 
 def _run_compiler(command: list[str | Path], target: Path) -> Path:
     with _locked(target):
-        if not target.exists() or target.stat().st_mtime < _newest_source():
+        newest = max([_newest_source(), *(part.stat().st_mtime for part in command if isinstance(part, Path))])
+        if not target.exists() or target.stat().st_mtime < newest:
             text = [str(part) for part in command]
             result = subprocess.run([*text, "-o", str(target)], capture_output=True, text=True, check=False)
             if result.returncode != 0:
-                raise RuntimeError(f"{' '.join(text)}\n{result.stderr}")
+                raise RuntimeError(f"{' '.join(text)}\n{result.stderr[:5000]}")
     return target
+
+
+def object_name(source: Path, variant: str) -> str:
+    return f"{source.parent.name}_{source.stem}.{variant}.o"
 
 
 def compile_object(directory: Path, source: Path, variant: str, *flags: str) -> Path:
     """Compiles one source file, .cpp or .cu, into the directory."""
     command = ["g++", *FLAGS, *VARIANTS[variant], *flags, f"-I{ROOT / 'csrc/include'}", "-x", "c++", "-c", source]
-    return _run_compiler(command, directory / f"{source.stem}.{variant}.o")
+    return _run_compiler(command, directory / object_name(source, variant))
 
 
 def runtime_objects(directory: Path) -> list[Path]:
