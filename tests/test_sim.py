@@ -137,7 +137,7 @@ def test_portable_switch(build_directory):
     """The ucontext fallback for other machines, in the place of the assembly."""
     directory, flag = build_directory / "ucontext", "-DPYNN_SIM_UCONTEXT"
     sources = [*sorted((simulator.ROOT / "csrc/sim").glob("*.cpp")), SELFTEST / "self_test.cpp"]
-    objects = [simulator.compile_object(directory, source, "plain", flag) for source in sources]
+    objects = [simulator.compile_object(directory, source, "plain", flag, "-O0") for source in sources]
     path = simulator.link(directory / "self_test", objects, "plain")
     outcome = simulator.run([path, "correct", *map(str, SCHEDULES[3])])
     assert outcome.status == 0, outcome.text
