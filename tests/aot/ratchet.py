@@ -93,7 +93,8 @@ def compare(
 
 
 def _differences(old: Measurement, new: Measurement) -> tuple[list[str], list[str]]:
-    worse, better = [], []
+    worse: list[str] = []
+    better: list[str] = []
     for value in (*FEWER_IS_BETTER, *MORE_IS_BETTER):
         before, now = old.get(value, 0), new.get(value, 0)
         if before == now:
