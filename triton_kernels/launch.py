@@ -22,8 +22,8 @@ class Config:
     num_warps: int
 
 
-# Bytes of an element -> config: 16 elements per thread of a warp of 32 hide the coefficients of a row behind its noise and
-# keep 32 bytes or more of each tensor in flight.
+# Bytes of an element -> config. 16 elements per thread of a warp of 32 hide the coefficients of a row behind its noise
+# and keep 32 bytes or more of each tensor in flight.
 _CONFIGS = {
     "cuda": {2: Config(2048, 8, 4), 4: Config(2048, 8, 4), 8: Config(1024, 8, 4)},
     "hip": {2: Config(2048, 8, 4), 4: Config(2048, 8, 4), 8: Config(1024, 8, 4)},
