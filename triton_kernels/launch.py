@@ -31,6 +31,7 @@ _CONFIGS = {
     "interpret": {size: Config(8192, 1024, 1) for size in (2, 4, 8)},
 }
 _SUMS = 512  # partial sums that a program of launch_sums adds at once
+_INT32 = 2**31  # longer rows are indexed with 64 bits
 _NARROW = 128  # columns; a narrower tile is not worth the lanes it saves
 
 
@@ -118,7 +119,7 @@ class Rows:
                 ROWS=self.rows,
                 COLS=self.columns,
                 SHIFTED=self.shifted,
-                INDEX=tl.int32 if self.inner + config.tile < 2**31 else tl.int64,
+                INDEX=tl.int32 if self.inner + config.tile < _INT32 else tl.int64,
                 COMPUTE=tl.float64 if self.like.dtype is torch.float64 else tl.float32,
                 num_warps=config.num_warps,
                 enable_fp_fusion=False,
