@@ -7,6 +7,7 @@ each other on grid axis 0, which has room for 2^31 - 1 programs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -64,15 +65,19 @@ class Rows:
     shift: bool = False
     flat: bool = False
 
+    @functools.cached_property
+    def config(self) -> Config:
+        return config_for(self.like.element_size())
+
     @property
     def batch(self) -> int:
         return 1 if self.flat else self.like.shape[0]
 
-    @property
+    @functools.cached_property
     def inner(self) -> int:
         return self.like.numel() // self.batch
 
-    @property
+    @functools.cached_property
     def pack(self) -> int:
         """Elements that stay together in every row: a 16-byte pack if possible, one Philox counter at least, or 1."""
         wanted = (8, 4) if self.like.element_size() == 2 else (4,)
@@ -82,15 +87,14 @@ class Rows:
     def shifted(self) -> bool:
         return self.shift and not self.flat and self.pack == 1
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
-        return columns_for(self._padded, config_for(self.like.element_size()).tile)
+        return columns_for(self._padded, self.config.tile)
 
     @property
     def rows(self) -> int:
         """Rows of a tile: each costs coefficients, so no more of them than fill the warps twice."""
-        config = config_for(self.like.element_size())
-        return min(config.tile // self.columns, config.rows * max(1, 32 // self.columns))
+        return min(self.config.tile // self.columns, self.config.rows * max(1, 32 // self.columns))
 
     @property
     def tiles(self) -> int:
@@ -107,7 +111,6 @@ class Rows:
         The row length is units * PACK, so that the compiler sees by what it is divisible. INDEX is the type of a
         column index, COMPUTE that of the arithmetic.
         """
-        config = config_for(self.like.element_size())
         with torch.cuda.device_of(self.like):
             kernel[(triton.cdiv(self.batch, self.rows) * self.tiles,)](
                 *args,
@@ -119,9 +122,9 @@ class Rows:
                 ROWS=self.rows,
                 COLS=self.columns,
                 SHIFTED=self.shifted,
-                INDEX=tl.int32 if self.inner + config.tile < _INT32 else tl.int64,
+                INDEX=tl.int32 if self.inner + self.config.tile < _INT32 else tl.int64,
                 COMPUTE=tl.float64 if self.like.dtype is torch.float64 else tl.float32,
-                num_warps=config.num_warps,
+                num_warps=self.config.num_warps,
                 enable_fp_fusion=False,
             )
 
