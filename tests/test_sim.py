@@ -42,6 +42,7 @@ STOPPED = {
     "misaligned_copy": r"cp.async from global memory: expected an address aligned to 16 bytes, .* 4 bytes over",
     "misaligned_ldmatrix": r"ldmatrix: expected an address aligned to 16 bytes, got one with 2 bytes over",
     "misaligned_vector": r"16-byte load: expected an address aligned to 16 bytes",
+    "no_dynamic_shared": r"declares dynamic shared memory, but was launched without any",
     "partial_warp_mma": r"mma_m16n8k8_tf32 \(planted.cuh:\d+\) needs a warp of 32 threads; the block has 16",
     "pending_copy": r"exits with cp.async copies pending",
     "too_many_resident": r"expected a cooperative grid of at most 65536 threads, got 65 blocks of 1024",

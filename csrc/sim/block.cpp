@@ -124,6 +124,11 @@ void* shared_array(const void* key, size_t bytes, size_t alignment) {
   return block.shared_arrays.back().memory;
 }
 
+void* dynamic_shared() {
+  if (!current->block->dynamic_shared) fail("declares dynamic shared memory, but was launched without any");
+  return current->block->dynamic_shared;
+}
+
 void check_alignment(const char* what, const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment)
     fail(std::string(what) + ": expected an address aligned to " + std::to_string(alignment) + " bytes, got one with " +

@@ -114,6 +114,7 @@ void end_block(Block& block);
 void exit_thread();
 unsigned barrier(const char* name, bool predicate, Site site);
 void* shared_array(const void* key, size_t bytes, size_t alignment);
+void* dynamic_shared();
 // Fail unless the address is aligned, or the bytes lie in this block's shared memory.
 void check_alignment(const char* what, const void* address, size_t alignment);
 void check_shared(const char* what, const void* address, size_t bytes);
