@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import simulator
@@ -156,6 +158,17 @@ def test_errors_reach_python(build_directory):
         with pytest.raises(RuntimeError, match="kernel planted::nothing: expected at most 232448 bytes"):
             ops.too_much_shared(y)
         assert ops.nothing(y.fill_(1))[0] == 0
+
+
+def test_primitives_check_builds():
+    """The comparison with a GPU compiles without warnings; without a GPU it says so, with one everything agrees."""
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("no nvcc")
+    outcome = simulator.run(["make", "-C", simulator.ROOT, "primitives-check"])
+    assert outcome.status == 0, outcome.text
+    outcome = simulator.run([simulator.ROOT / "build/primitives_check"])
+    assert outcome.status in (0, 77), outcome.text
+    assert ("all agree" if outcome.status == 0 else "no GPU") in outcome.text
 
 
 @pytest.mark.skipif(bool(pynn.backends.unavailable["sim"]), reason=f"sim: {pynn.backends.unavailable['sim']}")
