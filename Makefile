@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) /usr/local/cuda/bin/nvcc)
 
-.PHONY: demo test test-isa test-sanitized primitives-check lint format bench packaging wheel gpu gpu-carry build clean
+.PHONY: demo test test-isa test-sanitized primitives-check lint format bench packaging wheel aot gpu gpu-carry build clean
 demo: build
 	$(BIN)/pynn train ddpm --out runs/demo --overwrite --threads auto
 
@@ -60,6 +60,11 @@ wheel: $(STAMP)
 # Looks into those wheels and installs them into a fresh environment; then `pip install .` with build isolation.
 packaging: wheel
 	$(BIN)/python tests/packaging_check.py
+
+# Every GPU kernel compiled for every target on this machine without a GPU; registers, spills, vector widths and what may be
+# fused against tests/aot/ratchet.json. ACCEPT=1 writes new values there, for review.
+aot: $(STAMP)
+	$(BIN)/python -m tests.aot $(if $(ACCEPT),--accept)
 
 # A short benchmark run: fails on wrong results, never on time.
 bench: build

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
         "instruction set": f"{backends.cpu_isa} (built: {core.cpu_isas if core else 'unknown'})",
         "CUDA in torch": cuda,
         "GPUs": ", ".join(gpus) or "none",
-        "CUDA kernels for": (core.cuda_archs if core else "") or "none",
+        "CUDA kernels for": (core.cuda_archs or "none") if core else "unknown",
         "compiler": core.compiler if core else "unknown (pynn._core was not built)",
     }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from adversary import Canary, constant, layouts
 from bad_input import assert_rejects
-from hypothesis import given, settings
+from generated import generated
 from hypothesis import strategies as st
 from policy import (
     DTYPES,
@@ -112,15 +112,15 @@ def problems(draw):
     }
 
 
-@settings(max_examples=2000)
-@given(problems())
-def test_generated_input(p):
+@generated(problems())
+def test_generated_input(backend, p):
     if p["shape"][0] * p["shape"][1] // p["groups"] * torch.Size(p["shape"][2:]).numel() == 1:
         return  # rejected, as in torch
     torch.manual_seed(p["seed"])
     dtype, groups = p["dtype"], p["groups"]
     wide = torch.float32 if p["wide"] and dtype in LOW_PRECISION else dtype
     x, weight, bias, grad = problem(p["shape"], dtype, p["mean"], wide)
+    x, weight, bias, grad = (t.to(backend.device) for t in (x, weight, bias, grad))
     x = last(x) if p["channels_last"] else x
     weight = weight if p["affine"] in ("both", "weight") else None
     bias = bias if p["affine"] in ("both", "bias") else None

@@ -38,8 +38,8 @@ def run_checks(*names: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_numbers_kernels_and_machinery():
-    run_checks("check_numbers.py", "check_kernels.py", "check_machinery.py", TRITON_INTERPRET="1")
+def test_numbers_functions_kernels_and_machinery():
+    run_checks("check_numbers.py", "check_functions.py", "check_kernels.py", "check_machinery.py", TRITON_INTERPRET="1")
 
 
 def test_planted_bugs_are_found():

@@ -9,7 +9,7 @@
 // (N, pixels, C): one task is a block of whole groups of one sample, about kColumns channels wide; lanes are channels,
 //                 coefficients are vectors held in registers over all pixels. A group wider than kColumns is a block of
 //                 its own, walked in chunks of kColumns channels.
-// A task owns its groups' statistics and its part of y or dx; the backward leaves per-sample channel sums in `sums`,
+// A task owns its groups' statistics and its part of y or dx; the backward leaves per-sample channel sums in scratch,
 // which a last step adds over samples in order. So no result depends on the number of threads.
 #include "group_norm.h"
 
@@ -248,15 +248,26 @@ void add_samples(const double* sums, A* out, int64_t batch, int64_t channels) {
 }  // namespace
 
 template <class T>
-PYNN_GROUP_NORM_FWD(T) {
+int64_t GroupNorm<T>::fwd_scratch(const GroupNormShape&) {
+  return 0;
+}
+template <class T>
+int64_t GroupNorm<T>::bwd_scratch(const GroupNormShape& shape) {
+  return 2 * shape.batch * shape.channels();
+}
+
+template <class T>
+void GroupNorm<T>::fwd(const T* x, const A* weight, const A* bias, double eps, T* y, A* mean, A* rstd, double*,
+                       const GroupNormShape& shape, void*) {
   with_layout<T>(shape, weight, bias, [&](const auto& walker) {
     each_task(walker, [&](int64_t task) { walker.forward(task, x, eps, y, mean, rstd); });
   });
 }
 
 template <class T>
-PYNN_GROUP_NORM_BWD(T) {
-  double *sum_dz = sums, *sum_dzx = sums + shape.batch * shape.channels();
+void GroupNorm<T>::bwd(const T* dy, const T* x, const A* weight, const A* bias, const A* mean, const A* rstd, T* dx,
+                       A* dweight, A* dbias, double* scratch, const GroupNormShape& shape, void*) {
+  double *sum_dz = scratch, *sum_dzx = scratch + shape.batch * shape.channels();
   with_layout<T>(shape, weight, bias, [&](const auto& walker) {
     each_task(walker, [&](int64_t task) { walker.backward(task, dy, x, mean, rstd, dx, sum_dz, sum_dzx); });
   });
@@ -264,13 +275,9 @@ PYNN_GROUP_NORM_BWD(T) {
   add_samples(sum_dz, dbias, shape.batch, shape.channels());
 }
 
-template PYNN_GROUP_NORM_FWD(float);
-template PYNN_GROUP_NORM_FWD(double);
-template PYNN_GROUP_NORM_FWD(Half);
-template PYNN_GROUP_NORM_FWD(BFloat16);
-template PYNN_GROUP_NORM_BWD(float);
-template PYNN_GROUP_NORM_BWD(double);
-template PYNN_GROUP_NORM_BWD(Half);
-template PYNN_GROUP_NORM_BWD(BFloat16);
+template struct GroupNorm<float>;
+template struct GroupNorm<double>;
+template struct GroupNorm<Half>;
+template struct GroupNorm<BFloat16>;
 
 }  // namespace pynn::cpu

@@ -7,10 +7,13 @@
 #include <type_traits>
 
 #include "group_norm.h"
+#include "group_norm_math.h"
 #include "vec_load.h"
 #include "vec_math.h"
 
 namespace pynn::cpu::group_norm {
+
+using namespace pynn::group_norm;
 
 inline constexpr int kFlush = 16;
 inline constexpr int kMaxVectors = 4;  // vectors in a row of columns
@@ -65,48 +68,6 @@ PYNN_HD V activate_grad(V grad, V z) {
   if constexpr (!kSilu) return grad;
   const Sigmoid<V> s(z);
   return grad * (s.plus * fma(z, s.minus, V{} + 1));
-}
-
-struct Sums {
-  double first = 0, second = 0;
-};
-
-struct GroupStats {
-  double delta;  // mean - center
-  double rstd;
-  double center;  // exact in the compute type
-};
-
-template <class A>
-double center_of(double mean, double rstd) {
-  return std::abs(mean) * rstd > 0.5 ? double(A(mean)) : 0.0;
-}
-inline GroupStats finish(double center, const Sums& moments, double count, double eps) {
-  const double delta = moments.first / count;
-  const double variance = (moments.second - moments.first * delta) / count;
-  return {delta, 1 / std::sqrt((variance < 0 ? 0 : variance) + eps), center};
-}
-// The same statistics around the center that the apply pass uses.
-template <class A>
-GroupStats recenter(const GroupStats& s) {
-  const double mean = s.center + s.delta, center = center_of<A>(mean, s.rstd);
-  return {mean - center, s.rstd, center};
-}
-
-// What a channel multiplies and adds: y = act((x - center) * scale + shift) forward, and backward
-// dx = forward scale * dz + (x - center) * scale + shift.
-struct Affine {
-  double scale, shift;
-};
-template <class A>
-Affine affine(const GroupStats& s, const A* weight, const A* bias, int64_t c) {
-  const double scale = s.rstd * (weight ? weight[c] : A(1));
-  return {scale, (bias ? bias[c] : A(0)) - s.delta * scale};
-}
-// A group's dx coefficients from its sums of weight * dz (first) and weight * dz * (x - mean) * rstd (second).
-inline Affine backward_affine(const GroupStats& s, const Sums& weighted, double count) {
-  const double slope = -s.rstd * s.rstd * weighted.second / count;
-  return {slope, -s.rstd * weighted.first / count - slope * s.delta};
 }
 
 // ---------------------------------------------------------------- contiguous runs: (channel, pixels)

@@ -8,31 +8,28 @@ struct GroupNormShape {
   int64_t batch, groups, width, pixels;  // width: channels per group
   bool channels_last;                    // memory is (batch, pixels, channels), otherwise (batch, channels, pixels)
   bool silu;                             // act is SiLU, otherwise the identity
-  int64_t channels() const { return groups * width; }
-  int64_t group_size() const { return width * pixels; }
+  PYNN_HD int64_t channels() const { return groups * width; }
+  PYNN_HD int64_t group_size() const { return width * pixels; }
 };
 
-// weight, bias: (channels) or null; mean, rstd: (batch, groups).
-#define PYNN_GROUP_NORM_FWD(T)                                                                                  \
-  void group_norm_fwd(const T* x, const accumulate_t<T>* weight, const accumulate_t<T>* bias, double eps, T* y, \
-                      accumulate_t<T>* mean, accumulate_t<T>* rstd, const GroupNormShape& shape, void* stream)
-// sums: scratch of 2 * batch * channels. dweight and dbias are written whole, also without weight and bias.
-#define PYNN_GROUP_NORM_BWD(T)                                                                                   \
-  void group_norm_bwd(const T* dy, const T* x, const accumulate_t<T>* weight, const accumulate_t<T>* bias,       \
-                      const accumulate_t<T>* mean, const accumulate_t<T>* rstd, T* dx, accumulate_t<T>* dweight, \
-                      accumulate_t<T>* dbias, double* sums, const GroupNormShape& shape, void* stream)
-
-namespace cpu {
-template <class T>
-PYNN_GROUP_NORM_FWD(T);
-template <class T>
-PYNN_GROUP_NORM_BWD(T);
-}  // namespace cpu
-namespace cuda {
-template <class T>
-PYNN_GROUP_NORM_FWD(T);
-template <class T>
-PYNN_GROUP_NORM_BWD(T);
-}  // namespace cuda
-
 }  // namespace pynn
+
+namespace pynn::PYNN_LAUNCH_NAMESPACE {
+
+template <class T>
+struct GroupNorm {
+  using A = accumulate_t<T>;
+
+  // Doubles of scratch that the launchers want.
+  static int64_t fwd_scratch(const GroupNormShape& shape);
+  static int64_t bwd_scratch(const GroupNormShape& shape);
+
+  // weight, bias: (channels) or nullptr; mean, rstd: (batch, groups).
+  static void fwd(const T* x, const A* weight, const A* bias, double eps, T* y, A* mean, A* rstd, double* scratch,
+                  const GroupNormShape& shape, void* stream);
+  // dweight and dbias are written whole, also without weight and bias.
+  static void bwd(const T* dy, const T* x, const A* weight, const A* bias, const A* mean, const A* rstd, T* dx,
+                  A* dweight, A* dbias, double* scratch, const GroupNormShape& shape, void* stream);
+};
+
+}  // namespace pynn::PYNN_LAUNCH_NAMESPACE

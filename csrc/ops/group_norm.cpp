@@ -60,10 +60,9 @@ GroupNormShape check(const char* op, const Tensor& input, int64_t num_groups, bo
   return shape;
 }
 
-// weight or bias, contiguous and in the compute type; undefined when absent.
-std::optional<Tensor> parameter(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                                const Tensor& input) {
-  if (!tensor) return std::nullopt;
+// weight or bias: a value per channel, in input's dtype or in the compute type.
+void check_parameter(const char* op, const char* name, const std::optional<Tensor>& tensor, const Tensor& input) {
+  if (!tensor) return;
   PYNN_CHECK(tensor->dim() == 1 && tensor->size(0) == input.size(1), "Expected ", name,
              " to be a vector of size equal to the number of channels in input, but got ", name, " of shape ",
              shape_of(*tensor), " and input of shape ", shape_of(input));
@@ -72,19 +71,62 @@ std::optional<Tensor> parameter(const char* op, const char* name, const std::opt
              name_of(input.scalar_type()), " like input", compute == input.scalar_type() ? "" : ", or float32",
              ", got ", name_of(dtype));
   check_same_device(op, name, *tensor, "input", input);
-  const Tensor same = dtype == compute ? *tensor : torch::stable::to(*tensor, compute);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+GroupNormShape check_fwd(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                         int64_t num_groups, bool silu) {
+  const char* op = "group_norm";
+  const GroupNormShape shape = check(op, input, num_groups, silu);
+  check_parameter(op, "weight", weight, input);
+  check_parameter(op, "bias", bias, input);
+  return shape;
+}
+
+GroupNormShape check_bwd(const Tensor& grad_output, const Tensor& input, const std::optional<Tensor>& weight,
+                         const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
+                         bool silu) {
+  const char* op = "group_norm_bwd";
+  const GroupNormShape shape = check(op, input, num_groups, silu);
+  check_parameter(op, "weight", weight, input);
+  check_parameter(op, "bias", bias, input);
+  check_same_shape(op, "grad_output", grad_output, "input", input);
+  check_same_dtype(op, "grad_output", grad_output, "input", input);
+  check_same_device(op, "grad_output", grad_output, "input", input);
+  const auto check_statistic = [&](const char* name, const Tensor& tensor) {
+    check_shape(op, name, tensor, {shape.batch, shape.groups});
+    PYNN_CHECK(tensor.scalar_type() == compute_type(input), op, ": expected ", name, " to be ",
+               name_of(compute_type(input)), ", got ", name_of(tensor.scalar_type()));
+    check_same_device(op, name, tensor, "input", input);
+  };
+  check_statistic("mean", mean);
+  check_statistic("rstd", rstd);
+  return shape;
+}
+
+// weight or bias, contiguous and in the compute type; undefined when absent.
+std::optional<Tensor> parameter(const std::optional<Tensor>& tensor, const Tensor& input) {
+  if (!tensor) return std::nullopt;
+  const ScalarType compute = compute_type(input);
+  const Tensor same = tensor->scalar_type() == compute ? *tensor : torch::stable::to(*tensor, compute);
+  return in_layout(same, MemoryFormat::Contiguous);
 }
 template <class T>
 const T* pointer_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
+std::optional<Tensor> doubles(const Tensor& like, int64_t count) {
+  if (count == 0) return std::nullopt;
+  return torch::stable::new_empty(like, {count}, ScalarType::Double);
+}
+double* scratch_pointer(std::optional<Tensor>& scratch) {
+  return scratch ? mutable_pointer<double>(*scratch) : nullptr;
+}
+
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<Tensor>& weight,
                                        const std::optional<Tensor>& bias, int64_t num_groups, double eps, bool silu) {
-  const char* op = "group_norm";
-  const GroupNormShape shape = check(op, input, num_groups, silu);
-  const auto w = parameter(op, "weight", weight, input), b = parameter(op, "bias", bias, input);
+  const GroupNormShape shape = check_fwd(input, weight, bias, num_groups, silu);
+  const auto w = parameter(weight, input), b = parameter(bias, input);
   const MemoryFormat layout = layout_of(input);
   Tensor output = empty_in(input, layout);
   Tensor mean = torch::stable::new_empty(input, {shape.batch, shape.groups}, compute_type(input));
@@ -95,34 +137,23 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<
     return {output, mean, rstd};
   }
   const Tensor x = in_layout(input, layout);
-  dispatch_floating(op, x.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_floating("group_norm", x.scalar_type(), [&]<class T>(Tag<T>) {
     using A = accumulate_t<T>;
-    launch::group_norm_fwd<T>(pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), eps,
-                              mutable_pointer<T>(output), mutable_pointer<A>(mean), mutable_pointer<A>(rstd), shape,
-                              current_stream(x));
+    using Launch = launch::GroupNorm<T>;
+    std::optional<Tensor> scratch = doubles(input, Launch::fwd_scratch(shape));
+    Launch::fwd(pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), eps, mutable_pointer<T>(output),
+                mutable_pointer<A>(mean), mutable_pointer<A>(rstd), scratch_pointer(scratch), shape, current_stream(x));
   });
   return {output, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& input,
                                        const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                       const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu) {
-  const char* op = "group_norm_bwd";
-  const GroupNormShape shape = check(op, input, num_groups, silu);
-  const auto w = parameter(op, "weight", weight, input), b = parameter(op, "bias", bias, input);
-  check_same_shape(op, "grad_output", grad_output, "input", input);
-  check_same_dtype(op, "grad_output", grad_output, "input", input);
-  check_same_device(op, "grad_output", grad_output, "input", input);
+                                       const Tensor& mean_, const Tensor& rstd_, int64_t num_groups, bool silu) {
+  const GroupNormShape shape = check_bwd(grad_output, input, weight, bias, mean_, rstd_, num_groups, silu);
+  const auto w = parameter(weight, input), b = parameter(bias, input);
   const ScalarType compute = compute_type(input);
-  const auto statistic = [&](const char* name, const Tensor& tensor) {
-    check_shape(op, name, tensor, {shape.batch, shape.groups});
-    PYNN_CHECK(tensor.scalar_type() == compute, op, ": expected ", name, " to be ", name_of(compute), ", got ",
-               name_of(tensor.scalar_type()));
-    check_same_device(op, name, tensor, "input", input);
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  };
-  const Tensor means = statistic("mean", mean), rstds = statistic("rstd", rstd);
+  const Tensor mean = in_layout(mean_, MemoryFormat::Contiguous), rstd = in_layout(rstd_, MemoryFormat::Contiguous);
   const MemoryFormat layout = layout_of(input);
   Tensor grad_input = empty_in(input, layout);
   Tensor grad_weight = torch::stable::new_empty(input, {shape.channels()}, compute);
@@ -131,16 +162,14 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& 
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
   } else {
-    const int64_t scratch = checked_multiply(op, 2 * shape.batch, shape.channels());
-    Tensor sums = torch::stable::new_empty(input, {scratch}, ScalarType::Double);
     const Tensor dy = in_layout(grad_output, layout), x = in_layout(input, layout);
-    dispatch_floating(op, x.scalar_type(), [&](auto tag) {
-      using T = typename decltype(tag)::type;
+    dispatch_floating("group_norm_bwd", x.scalar_type(), [&]<class T>(Tag<T>) {
       using A = accumulate_t<T>;
-      launch::group_norm_bwd<T>(pointer<T>(dy), pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b),
-                                pointer<A>(means), pointer<A>(rstds), mutable_pointer<T>(grad_input),
-                                mutable_pointer<A>(grad_weight), mutable_pointer<A>(grad_bias),
-                                mutable_pointer<double>(sums), shape, current_stream(x));
+      using Launch = launch::GroupNorm<T>;
+      std::optional<Tensor> scratch = doubles(input, Launch::bwd_scratch(shape));
+      Launch::bwd(pointer<T>(dy), pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), pointer<A>(mean),
+                  pointer<A>(rstd), mutable_pointer<T>(grad_input), mutable_pointer<A>(grad_weight),
+                  mutable_pointer<A>(grad_bias), scratch_pointer(scratch), shape, current_stream(x));
     });
   }
   const auto like = [&](const Tensor& grad, const std::optional<Tensor>& parameter) {
@@ -156,5 +185,27 @@ PYNN_LIBRARY(m) {
   m.impl("group_norm_fwd", TORCH_BOX(&fwd));
   m.impl("group_norm_bwd", TORCH_BOX(&bwd));
 }
+
+#ifdef PYNN_CHECKS
+namespace {
+
+void fwd_check(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+               int64_t num_groups, double, bool silu) {
+  check_fwd(input, weight, bias, num_groups, silu);
+}
+
+void bwd_check(const Tensor& grad_output, const Tensor& input, const std::optional<Tensor>& weight,
+               const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
+               bool silu) {
+  check_bwd(grad_output, input, weight, bias, mean, rstd, num_groups, silu);
+}
+
+}  // namespace
+
+PYNN_CHECKS(m) {
+  m.impl("group_norm_fwd_check", TORCH_BOX(&fwd_check));
+  m.impl("group_norm_bwd_check", TORCH_BOX(&bwd_check));
+}
+#endif
 
 }  // namespace pynn

@@ -42,7 +42,7 @@ def define(schema: str, *, triton: str | None = None) -> Callable[[Callable], Ca
                 continue
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        if triton is not None:
+        if triton is not None and "pynn_triton" in _libraries:
             for key in ("CPU", "CUDA"):
                 _libraries["pynn_triton"].impl(name, _triton_kernel(triton, name, key), key)
         backends.add_op(name)

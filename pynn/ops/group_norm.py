@@ -26,7 +26,8 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 
 @define(
     "group_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, SymInt num_groups, float eps, bool silu)"
-    " -> (Tensor output, Tensor mean, Tensor rstd)"
+    " -> (Tensor output, Tensor mean, Tensor rstd)",
+    triton="group_norm",
 )
 def _(input, weight, bias, num_groups, eps, silu):
     output = torch.empty_like(input, memory_format=suggest_memory_format(input))
@@ -36,7 +37,8 @@ def _(input, weight, bias, num_groups, eps, silu):
 
 @define(
     "group_norm_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-    " SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    " SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    triton="group_norm",
 )
 def _(grad_output, input, weight, bias, mean, rstd, num_groups, silu):
     grad_input = torch.empty_like(input, memory_format=suggest_memory_format(input))

@@ -28,6 +28,7 @@ class CheckedBuilder(FloatOps, CastOps, IntegerOps, DotOps, MemoryOps):
         self.options = dataclasses.replace(
             InterpreterOptions(),
             sanitize_overflow=False,
+            debug=True,  # tl.device_assert is checked
             allowed_dot_input_precisions=("tf32", "ieee", *(name.lower() for name in SPLITS)),
         )
         self.codegen_fns["min_dot_size"] = min_dot_size(None)  # the CUDA backend's lower bounds on tl.dot's shapes

@@ -76,6 +76,8 @@ class MemoryOps(interpreter.InterpreterBuilder):
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
         active = _mask_array(mask, ptrs.data.shape)
         memory = self._check(ptrs, active, "store")
+        if value.data.dtype != _get_np_dtype(ptrs.get_element_ty()):
+            raise NotFaithful(f"store of {value.data.dtype} data through a pointer to {ptrs.get_element_ty()}")
         self._check_no_poison(value, active, "store")
         if memory is not None:
             memory.view(value.data.dtype)[...] = np.broadcast_to(value.data, ptrs.data.shape).ravel()

@@ -24,6 +24,7 @@ class Settings:
     extent: a pointer may reach the bytes of its tensor ("view"), or of the whole storage behind it ("storage").
     races: report bytes shared by two programs without an atomic that orders them.
     allowed_races: kernel name -> argument names whose races are accepted (see README.md on locks).
+    hints: check what tl.multiple_of and tl.max_contiguous promise.
     poison: fill lanes that tl.load masks off without `other`, and report them when they are stored.
     autotune: run every configuration of an autotuned kernel, or the first one only.
     autotune_compare: how equal the results of two configurations must be.
@@ -34,6 +35,7 @@ class Settings:
     extent: str = "view"
     races: bool = True
     allowed_races: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    hints: bool = True
     poison: bool = True
     autotune: str = "all"
     autotune_compare: str = "tolerance"

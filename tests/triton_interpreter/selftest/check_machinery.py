@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 import triton_interpreter
-from triton_interpreter.selftest import planted_bugs
+from triton_interpreter.selftest import planted_bugs, planted_kernels
 from triton_interpreter.settings import Settings
 
 triton_interpreter.install()
@@ -56,7 +56,7 @@ def test_program_order():
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
 def test_races_are_found_in_every_order(order):
     races = [bug for bug in planted_bugs.BUGS if bug.error == "Race"]
-    assert len(races) >= 6
+    assert len(races) >= 8
     for bug in races:
         with triton_interpreter.override(program_order=order), pytest.raises(triton_interpreter.Race):
             bug.launch()
@@ -64,7 +64,7 @@ def test_races_are_found_in_every_order(order):
 
 def test_races_of_an_argument_can_be_allowed():
     def launch():
-        planted_bugs.add_without_atomic[(4,)](torch.ones(4), total)
+        planted_kernels.add_without_atomic[(4,)](torch.ones(4), total)
 
     total = torch.zeros(1)
     with triton_interpreter.override(allowed_races={"add_without_atomic": {"total"}}):
@@ -80,15 +80,15 @@ def test_races_of_an_argument_can_be_allowed():
 def test_extent_of_the_storage_can_be_allowed():
     x = torch.arange(128.0).view(2, 64)
     with triton_interpreter.override(extent="storage"):
-        planted_bugs.copy_shifted[(1,)](x[0], out := torch.empty(64), 64, BLOCK=64)
+        planted_kernels.copy_shifted[(1,)](x[0], out := torch.empty(64), 64, BLOCK=64)
         assert torch.equal(out, x[1])
         with pytest.raises(triton_interpreter.OutOfBounds, match="the storage behind"):
-            planted_bugs.copy_shifted[(1,)](x[0], out, 65, BLOCK=64)
+            planted_kernels.copy_shifted[(1,)](x[0], out, 65, BLOCK=64)
 
 
 def test_poison_can_be_switched_off():
     with triton_interpreter.override(poison=False):
-        planted_bugs.sum_without_other[(1,)](torch.ones(50), out := torch.empty(1), 50, BLOCK=64)
+        planted_kernels.sum_without_other[(1,)](torch.ones(50), out := torch.empty(1), 50, BLOCK=64)
     assert out.item() == 50
 
 
@@ -97,13 +97,14 @@ def test_poison_can_be_switched_off():
 
 def test_launch_arguments_are_checked():
     x = torch.ones(64)
-    kernel = planted_bugs.copy_shifted
+    kernel = planted_kernels.copy_shifted
     with pytest.raises(TypeError, match=r"copy_shifted: unknown keyword arguments \['BLOK'\]"):
         kernel[(1,)](x, x.clone(), 0, BLOCK=64, BLOK=32)
     kernel[(1,)](x, x.clone(), 0, BLOCK=64, num_warps=8, enable_fp_fusion=False)
     with pytest.raises(ValueError, match=r"grid dimension 1 must be 0 to 65535, got 65536"):
         kernel[(1, 65536)](x, x.clone(), 0, BLOCK=64)
-    with pytest.raises(triton_interpreter.KernelFailed, match="argument 'x' is on meta"):
+    pattern = r"copy_shifted, converting its arguments: .*argument 'x' is on meta"
+    with pytest.raises(triton_interpreter.KernelFailed, match=pattern):
         kernel[(1,)](x.to("meta"), x.clone(), 0, BLOCK=64)
     kernel[(0,)](x, x.clone(), 1000, BLOCK=64)
 
@@ -123,15 +124,15 @@ def test_errors_name_the_line_of_the_kernel():
     pattern = rf"calls_failing, program \(0, 0, 0\), line {line} of check_machinery.py: .*too large"
     with pytest.raises(triton_interpreter.KernelFailed, match=pattern):
         calls_failing[(2,)](torch.ones(1), BLOCK=8)
-    planted_bugs.copy_shifted[(1,)](torch.ones(64), torch.empty(64), 0, BLOCK=64)  # the next launch is unaffected
+    planted_kernels.copy_shifted[(1,)](torch.ones(64), torch.empty(64), 0, BLOCK=64)  # the next launch is unaffected
 
 
 def test_the_language_is_left_unpatched():
     before = dict(vars(tl))
-    planted_bugs.copy_shifted[(1,)](torch.ones(64), torch.empty(64), 0, BLOCK=64)
+    planted_kernels.copy_shifted[(1,)](torch.ones(64), torch.empty(64), 0, BLOCK=64)
     assert dict(vars(tl)) == before
     with pytest.raises(triton_interpreter.OutOfBounds):
-        planted_bugs.copy_shifted[(1,)](torch.ones(64), torch.empty(64), 1, BLOCK=64)
+        planted_kernels.copy_shifted[(1,)](torch.ones(64), torch.empty(64), 1, BLOCK=64)
     assert dict(vars(tl)) == before
 
 
