@@ -85,8 +85,7 @@ unsigned barrier(const char* name, bool predicate, Site site) {
     block.barrier_site = site;
     block.barrier_name = name;
     block.barrier_count = 0;
-  } else if (block.barrier_site.line() != site.line() || block.barrier_site.column() != site.column() ||
-             block.barrier_site.file_name() != site.file_name() || block.barrier_name != name) {
+  } else if (block.barrier_name != name || !same_place(block.barrier_site, site)) {
     fail("divergent barrier: this thread is at " + std::string(name) + " (" + describe(site) + "), " +
          std::to_string(block.waiting) + " other threads of the block wait at " + block.barrier_name + " (" +
          describe(block.barrier_site) + ")");

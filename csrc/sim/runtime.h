@@ -19,6 +19,7 @@ namespace pynn::sim {
 constexpr unsigned kWarpSize = 32;
 
 using Site = std::source_location;  // where in the kernel a collective was called
+bool same_place(const Site& a, const Site& b);
 
 struct Block;
 struct Thread;
