@@ -11,7 +11,9 @@ PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-isa lint format bench packaging wheel gpu gpu-carry build clean
+NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) /usr/local/cuda/bin/nvcc)
+
+.PHONY: demo test test-isa test-sanitized primitives-check lint format bench packaging wheel aot gpu gpu-carry build clean
 demo: build
 	$(BIN)/pynn train ddpm --out runs/demo --overwrite --threads auto
 
@@ -33,6 +35,19 @@ test-isa: build
 	PYNN_CPU_ISA=baseline OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim and not accuracy" \
 	  $(ISA_TESTS)
 
+# The CUDA sources on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and gcov.
+test-sanitized: build
+	$(BIN)/python tests/sanitized.py
+
+# The program that compares every PTX wrapper with its twin on a GPU: build/primitives_check. Exit status 77 without one.
+PRIMITIVES := csrc/sim/selftest/primitives_check.cu csrc/sim/selftest/kernels.cuh csrc/sim/twins.h csrc/include/dtype.h \
+	csrc/cuda/primitives.cuh csrc/cuda/launch.h
+primitives-check: build/primitives_check
+build/primitives_check: $(PRIMITIVES)
+	@mkdir -p build
+	$(NVCC) -std=c++20 -O3 --fmad=false -Werror all-warnings --expt-relaxed-constexpr -Icsrc/include \
+	  -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a $< -o $@
+
 # The wheels for a release, into dist/: without CUDA kernels, and with them for CUDA 13 (docs/wheels.md).
 wheel: $(STAMP)
 	rm -f dist/*.whl
@@ -45,6 +60,11 @@ wheel: $(STAMP)
 # Looks into those wheels and installs them into a fresh environment; then `pip install .` with build isolation.
 packaging: wheel
 	$(BIN)/python tests/packaging_check.py
+
+# Every GPU kernel compiled for every target on this machine without a GPU; registers, spills, vector widths and what may be
+# fused against tests/aot/ratchet.json. ACCEPT=1 writes new values there, for review.
+aot: $(STAMP)
+	$(BIN)/python -m tests.aot $(if $(ACCEPT),--accept)
 
 # A short benchmark run: fails on wrong results, never on time.
 bench: build

@@ -86,7 +86,7 @@ def case(providers=None, check=lambda: None, device="cuda"):
     return harness.Case("op", "4x4", "float32", "forward", providers, check, bytes=2e8, device=device)
 
 
-def test_gpu_rows(fake_gpu):
+def test_gpu_rows(fake_gpu, capsys):
     rows = harness.run(case(), budget_s=0.01)
     assert [(row.provider, row.timing) for row in rows] == [
         (provider, timing) for timing in ("events", "graph") for provider in ("pynn cuda", "torch", "torch compile")
@@ -98,6 +98,9 @@ def test_gpu_rows(fake_gpu):
     assert (events.gb_per_s, events.copy_gb_per_s, events.copy_fraction) == (2000.0, 4000.0, 0.5)
     assert events.peak_mb == 2.0
     assert rows[3].p50_us == 50.0
+    harness.report(rows)
+    first = capsys.readouterr().out.splitlines()[1].split()
+    assert first[-5:] == ["events", "100.0", "1.00", "2.00", "0.50"]  # x best of torch, x eager, of the copy
 
 
 def test_long_ops_are_not_replayed(fake_gpu):

@@ -440,9 +440,10 @@ def test_gradcheck(backend):
     def loss(output, x0):
         return pynn.ops.diffusion_loss(output, x0, t, loss_table, seed=3)
 
+    fast = backend.name == "interpret"  # along random directions, instead of every derivative by itself
     for fn, inputs in ((jump, (x, output)), (reverse, (x, output, v)), (loss, (output, x))):
-        assert gradcheck(fn, inputs)
-        assert gradgradcheck(fn, inputs)
+        assert gradcheck(fn, inputs, fast_mode=fast)
+        assert gradgradcheck(fn, inputs, fast_mode=fast)
 
 
 def test_opcheck(backend):

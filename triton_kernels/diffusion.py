@@ -46,7 +46,8 @@ def _tile(
 @triton.jit
 def _noise(
     noise, key, rows, begin, columns, mask, batch, tiles,
-    KEY_PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+    KEY_PER_ROW: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The tile's noise (ROWS, COLS): given, or regenerated from the key(s), a quad of elements per Philox counter."""
     if noise is not None:
@@ -58,8 +59,15 @@ def _noise(
         else:
             seed = tl.load(key).to(tl.uint64, bitcast=True)
             first = tl.load(key + 1) + (begin >> 2)
-        quads = (tl.program_id(0) % tiles).to(INDEX) * (COLS // 4) + tl.arange(0, COLS // 4)
-        z0, z1, z2, z3 = normal4(seed, (first + quads[None, :]).to(tl.uint64, bitcast=True))
+        quads = (tl.program_id(0) % tiles).to(INDEX) * (COLS // 4)
+        if PACK == 8:  # two quads per thread: the layout in which packs of 8 are loaded, so nothing is exchanged
+            counter = (first + (quads + 2 * tl.arange(0, COLS // 8))[None, :]).to(tl.uint64, bitcast=True)
+            a0, a1, a2, a3 = normal4(seed, counter)
+            b0, b1, b2, b3 = normal4(seed, counter + 1)
+            z0, z1, z2, z3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
+        else:
+            counter = (first + (quads + tl.arange(0, COLS // 4))[None, :]).to(tl.uint64, bitcast=True)
+            z0, z1, z2, z3 = normal4(seed, counter)
         z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [ROWS, COLS])
     return z.to(COMPUTE)
 
@@ -112,7 +120,7 @@ def normal_kernel(
     INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    z = _noise(None, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, ROWS, COLS, INDEX, COMPUTE)
+    z = _noise(None, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     _store(y, begin, columns, mask, z)
 
 
@@ -126,7 +134,7 @@ def forward_jump_fwd_kernel(
     rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
     b_x = _load(x, begin, columns, mask, COMPUTE)
     signal, sigma = _jump_scales(t, s, table, rows, batch, timesteps, SHARED_T, COMPUTE)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, ROWS, COLS, INDEX, COMPUTE)
+    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     _store(y, begin, columns, mask, signal * b_x + sigma * z)
     if noise_out is not None:
         _store(noise_out, begin, columns, mask, z)
@@ -205,7 +213,7 @@ def reverse_step_fwd_kernel(
             x0 = clipped
         if x0_out is not None:
             _store(x0_out, begin, columns, mask, x0)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, ROWS, COLS, INDEX, COMPUTE)
+    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     z = tl.where(row_sigma == 0.0, 0.0, z)
     if variance is None:
         _store(y, begin, columns, mask, mean + row_sigma * z)
@@ -240,7 +248,7 @@ def reverse_step_bwd_kernel(
     _store(doutput, begin, columns, mask, output_slope * b_dy)
     if variance is not None:
         b_v = _load(variance, begin, columns, mask, COMPUTE)
-        z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, ROWS, COLS, INDEX, COMPUTE)
+        z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
         row_sigma, log_range = sigma.to(COMPUTE), (log_max - log_min).to(COMPUTE)
         z = tl.where(row_sigma == 0.0, 0.0, z)
         learned = _learned_sigma(b_v, row_sigma, log_min.to(COMPUTE), log_range)
@@ -277,7 +285,7 @@ def loss_tiles_kernel(
     b_output = _load(output, begin, columns, mask, COMPUTE)
     b_x0 = _load(x0, begin, columns, mask, COMPUTE)
     from_x0, from_noise, weight = _loss_row(t, table, rows, batch, timesteps, SHARED_T)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, ROWS, COLS, INDEX, COMPUTE)
+    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     error = b_output - (from_x0.to(COMPUTE) * b_x0 + from_noise.to(COMPUTE) * z)
     squares = tl.reshape(tl.where(mask, error * error, 0.0), [ROWS, COLS // 4, 4])
     total = tl.sum(tl.sum(squares, axis=2).to(tl.float64), axis=1)[:, None]
@@ -314,7 +322,7 @@ def loss_bwd_kernel(
     from_x0, from_noise, weight = _loss_row(t, table, rows, batch, timesteps, SHARED_T)
     b_dloss = tl.load(dloss + rows, mask=rows < batch, other=0.0).to(tl.float64)
     scale = (2.0 * weight / (units.to(tl.int64) * PACK).to(tl.float64) * b_dloss).to(COMPUTE)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, ROWS, COLS, INDEX, COMPUTE)
+    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     d = scale * (b_output - (from_x0.to(COMPUTE) * b_x0 + from_noise.to(COMPUTE) * z))
     _store(doutput, begin, columns, mask, d)
     if dx0 is not None:

@@ -15,18 +15,19 @@ import triton.language as tl
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Elements of a tile (a power of two), and warps of the program that owns it."""
+    """Elements of a tile and its rows at most (powers of two), and warps of the program that owns it."""
 
     tile: int
+    rows: int
     num_warps: int
 
 
 # Bytes of an element -> config: two 16-byte packs per thread of a warp of 32, one of a wavefront of 64.
 _CONFIGS = {
-    "cuda": {2: Config(2048, 4), 4: Config(1024, 4), 8: Config(512, 4)},
-    "hip": {2: Config(2048, 4), 4: Config(1024, 4), 8: Config(512, 4)},
+    "cuda": {2: Config(2048, 8, 4), 4: Config(1024, 8, 4), 8: Config(512, 8, 4)},
+    "hip": {2: Config(2048, 8, 4), 4: Config(1024, 8, 4), 8: Config(512, 8, 4)},
     # The interpreter pays per program, not per element.
-    "interpret": {size: Config(8192, 1) for size in (2, 4, 8)},
+    "interpret": {size: Config(8192, 1024, 1) for size in (2, 4, 8)},
 }
 _SUMS = 512  # partial sums that a program of launch_sums adds at once
 _NARROW = 128  # columns; a narrower tile is not worth the lanes it saves
@@ -41,7 +42,7 @@ def config_for(itemsize: int) -> Config:
 
 def columns_for(inner: int, tile: int) -> int:
     """Columns of a tile: as wide as possible with at most an eighth of the lanes beyond the row's end."""
-    columns = min(max(4, triton.next_power_of_2(inner)), tile)
+    columns = min(max(8, triton.next_power_of_2(inner)), tile)
     while columns > _NARROW and triton.cdiv(inner, columns) * columns > inner + inner // 8:
         columns //= 2
     return columns
@@ -84,6 +85,12 @@ class Rows:
         return columns_for(self._padded, config_for(self.like.element_size()).tile)
 
     @property
+    def rows(self) -> int:
+        """Rows of a tile: each costs coefficients, so no more of them than fill the warps twice."""
+        config = config_for(self.like.element_size())
+        return min(config.tile // self.columns, config.rows * max(1, 32 // self.columns))
+
+    @property
     def tiles(self) -> int:
         """Tiles of one row."""
         return triton.cdiv(self._padded, self.columns)
@@ -99,16 +106,15 @@ class Rows:
         column index, COMPUTE that of the arithmetic.
         """
         config = config_for(self.like.element_size())
-        rows = config.tile // self.columns
         with torch.cuda.device_of(self.like):
-            kernel[(triton.cdiv(self.batch, rows) * self.tiles,)](
+            kernel[(triton.cdiv(self.batch, self.rows) * self.tiles,)](
                 *args,
                 self.batch,
                 self.inner // self.pack,
                 self.tiles,
                 **constants,
                 PACK=self.pack,
-                ROWS=rows,
+                ROWS=self.rows,
                 COLS=self.columns,
                 SHIFTED=self.shifted,
                 INDEX=tl.int32 if self.inner + config.tile < 2**31 else tl.int64,

@@ -69,7 +69,7 @@ __device__ void store_pack(T* to, int64_t index, const Pack<T>& pack, const Flat
     uint4 vector[kVectors];
     memcpy(vector, &pack, sizeof(pack));
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(to + index)[v] = vector[v];
+    for (int v = 0; v < kVectors; ++v) store_streaming(reinterpret_cast<uint4*>(to + index) + v, vector[v]);
   } else {
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k)

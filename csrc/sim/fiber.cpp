@@ -50,7 +50,6 @@ size_t scheduler_stack_size = 0;
 // Stacks are used again by later threads; the last one to be given back is still in the cache. TSan must not see two
 // threads of one launch on the same stack, which would look like a race: there they retire first.
 std::vector<Stack> free_stacks, retired_stacks;
-unsigned fibers_started = 0;
 
 size_t stack_size() { return under_asan() ? 256 * 1024 : 128 * 1024; }  // instrumented frames and reports are large
 
@@ -93,6 +92,7 @@ void Fiber::start(void (*entry)()) {
 #else
   // Tops of stacks lie at the same offset in a page, so a thousand of them would fight for a few cache lines: spread
   // them. Then what pynn_sim_switch pops: six registers and the address to return to; 16-byte aligned at the call.
+  static unsigned fibers_started = 0;
   char* top = stack_.bottom + stack_.size - size_t(fibers_started++ % 61) * 192;
   auto* slot = reinterpret_cast<void**>(top);
   *--slot = nullptr;  // the return address of enter(): ends stack traces

@@ -72,6 +72,9 @@ def install(any_version: bool = False) -> None:
             f"{', '.join(VERIFIED_VERSIONS)} only. Set {ANY_VERSION_VARIABLE}=1 to try, and run "
             "tests/test_triton_interpreter.py."
         )
+    from . import speed
+
+    speed.install()  # first: the modules below take what it replaces by name
     from . import autotune, builder, descriptors, libdevice, programs, reductions
 
     interpreter.InterpreterBuilder = builder.CheckedBuilder

@@ -9,8 +9,9 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
-from . import formats
+from . import formats, poison
 from .errors import NotFaithful, Undefined
+from .launch import Launch
 
 FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 NUMPY_FLOATS = {tl.float16: np.float16, tl.float32: np.float32, tl.float64: np.float64}
@@ -43,7 +44,7 @@ def float_to_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, toward_
     if values.dtype == np.float64:
         values = formats.round_to_odd(values)
     if target == tl.bfloat16:
-        return formats.float32_to_bfloat16(values.astype(np.float32))
+        return formats.float32_to_bfloat16(values)
     return formats.float32_to_fp8(values, FP8[target])
 
 
@@ -70,6 +71,8 @@ def integer_to_float(data: np.ndarray, target: tl.dtype) -> np.ndarray:
 
 
 class CastOps(interpreter.InterpreterBuilder):
+    launch: Launch | None = None
+
     def create_fp_trunc(self, src, dst_type):
         return self.create_fp_to_fp(src, dst_type, None)
 
@@ -86,6 +89,11 @@ class CastOps(interpreter.InterpreterBuilder):
     create_fp_to_ui = create_fp_to_si
 
     def create_si_to_fp(self, src, dst_type):
-        return TensorHandle(integer_to_float(src.data, dst_type.scalar), dst_type.scalar)
+        values = integer_to_float(src.data, dst_type.scalar)
+        if self.launch is not None and self.launch.poison_exists:
+            poisoned = poison.find(src.data, src.dtype.scalar)
+            if poisoned.any():
+                values = poison.fill(values, dst_type.scalar, poisoned)
+        return TensorHandle(values, dst_type.scalar)
 
     create_ui_to_fp = create_si_to_fp

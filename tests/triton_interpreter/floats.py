@@ -42,8 +42,9 @@ def widen(handle: TensorHandle) -> np.ndarray:
 def narrow(values: np.ndarray, dtype: tl.dtype) -> TensorHandle:
     """Rounds numpy values of any float type to `dtype`."""
     if dtype == tl.bfloat16:
-        to_bits = formats.float64_to_bfloat16 if values.dtype == np.float64 else formats.float32_to_bfloat16
-        return TensorHandle(to_bits(values), tl.bfloat16)
+        if values.dtype == np.float64:
+            values = formats.round_to_odd(values)
+        return TensorHandle(formats.float32_to_bfloat16(values), tl.bfloat16)
     return TensorHandle(values.astype(NUMPY_FLOATS[dtype], copy=False), dtype)
 
 
@@ -61,7 +62,7 @@ def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray, dtype: tl.dt
     bits = total.view(np.int64)
     shrink = inexact & ((lost > 0) != (total > 0))  # the true value is nearer to zero than `total`
     odd = np.where(inexact, (bits - shrink) | 1, bits).astype(np.int64).view(np.float64)
-    return narrow(formats.round_to_odd(odd) if dtype == tl.bfloat16 else odd, dtype)
+    return narrow(odd, dtype)
 
 
 def _torch_double(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:

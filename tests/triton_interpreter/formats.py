@@ -35,10 +35,6 @@ def round_to_odd(values: np.ndarray) -> np.ndarray:
     return np.where(lost, toward_zero | 1, bits).astype(np.uint32).view(np.float32)
 
 
-def float64_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    return float32_to_bfloat16(round_to_odd(values))
-
-
 def float32_to_float16_toward_zero(values: np.ndarray) -> np.ndarray:
     nearest = values.astype(np.float16)
     away = np.abs(nearest.astype(np.float32)) > np.abs(values)

@@ -50,47 +50,59 @@ def _tensor_as_bool(tensor: tl.tensor) -> bool:
 
 
 _patch_depth = 0
+_replacements: list[tuple[object, str, object]] = []  # owner, name, what executes instead; the same at every launch
+
+
+def _collect_replacements() -> None:
+    builder, scope = interpreter.interpreter_builder, interpreter._LangPatchScope()
+    for module in (tl, tl.core):
+        interpreter._patch_builtin(module, builder, scope)
+        interpreter._patch_lang_core(module, scope)
+        for name, replacement in hints.REPLACEMENTS.items():
+            scope.set_attr(module, name, replacement)
+    for owner in (tl.tensor, tl.math, tl.core.tensor_descriptor_base):
+        interpreter._patch_builtin(owner, builder, scope)
+    interpreter._patch_lang_tensor(tl.tensor, scope)
+    scope.set_attr(tl.tensor, "__bool__", _tensor_as_bool)
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+    _replacements.extend((owner, name, vars(owner)[name]) for owner, name, _ in scope._changes)
+    scope.restore()
 
 
 @contextlib.contextmanager
 def patched_language() -> Iterator[None]:
-    """triton.language executes instead of tracing. Nested uses are free; plain Triton patches at every device call."""
+    """Within, triton.language executes instead of tracing. (Plain Triton does this at every device call.)"""
     global _patch_depth
-    scope = interpreter._LangPatchScope() if _patch_depth == 0 else None
+    if not _replacements:
+        _collect_replacements()
+    scope = interpreter._LangPatchScope()
+    for owner, name, replacement in _replacements:
+        scope.set_attr(owner, name, replacement)
     _patch_depth += 1
     try:
-        if scope is not None:
-            builder = interpreter.interpreter_builder
-            for module in (tl, tl.core):
-                interpreter._patch_builtin(module, builder, scope)
-                interpreter._patch_lang_core(module, scope)
-                for name, replacement in hints.REPLACEMENTS.items():
-                    scope.set_attr(module, name, replacement)
-            for owner in (tl.tensor, tl.math, tl.core.tensor_descriptor_base):
-                interpreter._patch_builtin(owner, builder, scope)
-            interpreter._patch_lang_tensor(tl.tensor, scope)
-            scope.set_attr(tl.tensor, "__bool__", _tensor_as_bool)
-            scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         yield
     finally:
         _patch_depth -= 1
-        if scope is not None:
-            scope.restore()
+        scope.restore()
 
 
 def call_device_function(self: InterpretedFunction, *args, **kwargs) -> object:
     """Replaces InterpretedFunction.__call__: one @triton.jit function calls another."""
-    with patched_language():
+    if _patch_depth:
+        return self.rewrite()(*args, **kwargs)
+    with patched_language():  # called from the host, tl.cdiv(a, b) say
         return self.rewrite()(*args, **kwargs)
 
 
-def _kernel_line(error: BaseException) -> str:
-    """Where in the kernel's source the error arose: the innermost frame outside Triton and this package."""
+def _place(kernel: str, index: tuple[int, int, int] | None, error: BaseException) -> str:
+    """Kernel, program, and the line of its source: that of the innermost frame outside Triton and this package."""
+    if index is None:
+        return f"{kernel}, converting its arguments"
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         module = frame.f_globals.get("__name__", "")
         if module.split(".")[0] not in ("triton", "numpy") and module.rpartition(".")[0] != __package__:
-            return f", line {line} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
-    return ""
+            return f"{kernel}, program {index}, line {line} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
+    return f"{kernel}, program {index}"
 
 
 class CheckedGridExecutor(interpreter.GridExecutor):
@@ -119,11 +131,11 @@ class CheckedGridExecutor(interpreter.GridExecutor):
                     launch.begin(index)
                     self.fn(**values)
         except KernelError as error:
-            error.error_message = f"{name}, program {index}{_kernel_line(error)}: {error.error_message}"
+            error.error_message = f"{_place(name, index, error)}: {error.error_message}"
             error.args = (error.error_message,)
             raise
         except Exception as error:
-            raise KernelFailed(f"{name}, program {index}{_kernel_line(error)}: {error!r}") from error
+            raise KernelFailed(f"{_place(name, index, error)}: {error!r}") from error
         finally:
             builder.launch = None
 

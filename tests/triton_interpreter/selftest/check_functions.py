@@ -140,6 +140,8 @@ def reductions(x, out, where, pair, scans, M: tl.constexpr, N: tl.constexpr):
     tl.store(out + 2 * M, tl.sum(tile))
     m, l = tl.reduce((tile, tl.full((M, N), 1.0, tl.float32)), 1, softmax_state)
     tl.store(pair + i, m + tl.log(l))
+    _, last = tl.reduce((tl.full((M, N), 0.5, tl.float32), tile), 1, recurrence)  # associative, not commutative
+    tl.store(pair + M + i, last)
     _, state = tl.associative_scan((tl.full((M, N), 0.5, tl.float32), tile), 1, recurrence)
     tl.store(scans + i[:, None] * N + j[None, :], state)
     tl.store(scans + M * N + i[:, None] * N + j[None, :], tl.cumsum(tile, axis=1, reverse=True))
@@ -149,18 +151,19 @@ def test_reductions_and_scans():
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(6))
     x[2, 5] = x[2, 20] = -9.0
     out, where = torch.empty(17), torch.empty(8, dtype=torch.int32)
-    pair, scans = torch.empty(8), torch.empty(2, 8, 32)
+    pair, scans = torch.empty(16), torch.empty(2, 8, 32)
     reductions[(1,)](x, out, where, pair, scans, M=8, N=32)
     torch.testing.assert_close(out[:8], x.sum(1))
     assert torch.equal(out[8:16], x.amax(1))
     assert where.tolist() == x.argmin(1).tolist()
     assert where[2] == 5
     torch.testing.assert_close(out[16], x.sum())
-    torch.testing.assert_close(pair, x.logsumexp(1))
+    torch.testing.assert_close(pair[:8], x.logsumexp(1))
     state, expected = torch.zeros(8), torch.empty(8, 32)
     for step in range(32):
         expected[:, step] = state = 0.5 * state + x[:, step]
     torch.testing.assert_close(scans[0], expected)
+    torch.testing.assert_close(pair[8:], expected[:, -1])
     torch.testing.assert_close(scans[1], x.flip(1).cumsum(1).flip(1))
 
 

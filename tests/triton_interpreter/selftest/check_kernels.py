@@ -243,6 +243,22 @@ def test_language_features():
     torch.testing.assert_close(out[:8], (x * 1.5 + 1).flip(0))
 
 
+@triton.jit
+def scale_by_table(table, first, second, BLOCK: tl.constexpr):
+    pointer = tl.load(table + tl.program_id(0)).to(tl.pointer_type(tl.float32)) + tl.arange(0, BLOCK)
+    tl.store(pointer, tl.load(pointer) * 2.0)
+
+
+def test_pointers_read_from_memory_may_lead_into_any_argument():
+    first, second = torch.ones(16), torch.full((16,), 3.0)
+    table = torch.tensor([second.data_ptr(), first.data_ptr()])
+    scale_by_table[(2,)](table, first, second, BLOCK=16)
+    assert first.eq(2).all()
+    assert second.eq(6).all()
+    with pytest.raises(triton_interpreter.OutOfBounds):
+        scale_by_table[(2,)](table, first, None, BLOCK=16)
+
+
 class Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -234,6 +234,22 @@ def test_fma_rounds_once(dtype):
     assert out.tolist() == [float(nearest(value, dtype)) for value in exact]
 
 
+@pytest.mark.parametrize(
+    ("y", "z", "expected"),
+    [
+        (1 + 2.0**-12, 2.0**-80, 1 + 2.0**-11 + 2.0**-23),  # x * y is a tie that rounds down; z lifts it
+        (1 + 2.0**-12, -(2.0**-80), 1 + 2.0**-11),
+        (1 + 3 * 2.0**-12, 2.0**-80, 1 + 2.0**-10 + 2.0**-22),
+        (1 + 3 * 2.0**-12, -(2.0**-80), 1 + 2.0**-10 + 2.0**-23),  # a tie that rounds up; z lowers it
+    ],
+)
+def test_fma_sees_what_float64_cannot_hold(y, z, expected):
+    x = torch.tensor([1 + 2.0**-12, -1 - 2.0**-12])
+    out = torch.empty(2)
+    multiply_add[(1,)](x, torch.tensor([y, y]), torch.tensor([z, -z]), out, BLOCK=2)
+    assert out.tolist() == [expected, -expected]
+
+
 def test_fma_in_bfloat16_rounds_once():
     x, y = torch.tensor([1 + 2.0**-7, 1 + 2.0**-4]).bfloat16(), torch.tensor([1 + 2.0**-6, 1 + 2.0**-4]).bfloat16()
     z = torch.tensor([-1.0, 2.0**-30]).bfloat16()  # the second product is a tie, which z decides

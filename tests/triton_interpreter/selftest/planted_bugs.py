@@ -55,6 +55,14 @@ class Bug:
     plain_misses: bool = True
 
 
+def counter_bug(order: str) -> Bug:
+    def launch() -> None:
+        kernels.last_program_sums[(4,)](ramp(4), zeros(4), words(1), zeros(1), PROGRAMS=4, ORDER=order)
+
+    message = r"program \(3, 0, 0\).*load races: program \(0, 0, 0\) writes the same bytes.*'partial'"
+    return Bug(f"a counter that is only {order} does not order writes before reads", launch, "Race", message)
+
+
 BUGS = [
     Bug(
         "load out of bounds",
@@ -81,6 +89,12 @@ BUGS = [
         lambda: kernels.copy_shifted[(1,)](guarded(torch.ones(2, 64))[0], zeros(64), 1, BLOCK=64),
         "OutOfBounds",
         r"'x', element 64 .*spans bytes 0 to 256",
+    ),
+    Bug(
+        "load through one argument of memory that belongs to another",
+        lambda: kernels.copy_shifted[(1,)](*guarded(torch.ones(2, 64)), 1, BLOCK=64),
+        "OutOfBounds",
+        r"1 of 64 active lanes.*'x', element 64 ",
     ),
     Bug(
         "load from a hole of a strided view",
@@ -170,12 +184,7 @@ BUGS = [
         "Race",
         r"races: program \(0, 0, 0\) (updates atomically|reads)",
     ),
-    Bug(
-        "a relaxed counter orders nothing",
-        lambda: kernels.last_program_sums_relaxed[(4,)](ramp(4), zeros(4), words(1), zeros(1), PROGRAMS=4),
-        "Race",
-        r"program \(3, 0, 0\).*load races: program \(0, 0, 0\) writes the same bytes.*'partial'",
-    ),
+    *(counter_bug(order) for order in ("relaxed", "acquire", "release")),
     Bug(
         "sum over masked-off lanes",
         lambda: kernels.sum_without_other[(1,)](ramp(50), zeros(1), 50, BLOCK=64),
@@ -201,6 +210,18 @@ BUGS = [
         ),
         "PoisonStored",
         r"6 lanes, first at block index \(10,\)",
+    ),
+    Bug(
+        "masked-off integers through a conversion",
+        lambda: kernels.convert_integers_without_other[(1,)](ramp(50, torch.int32), zeros(64), 50, BLOCK=64),
+        "PoisonStored",
+        r"14 lanes, first at block index \(50,\)",
+    ),
+    Bug(
+        "matrix product over masked-off lanes",
+        lambda: kernels.matmul_without_other[(1,)](zeros(16, 16), zeros(16, 16), 10, BLOCK=16),
+        "PoisonStored",
+        r"256 lanes, first at block index \(0, 0\)",
     ),
     Bug(
         "sum in bfloat16",

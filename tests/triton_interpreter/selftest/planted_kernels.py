@@ -98,10 +98,10 @@ def read_while_others_add(x, out):
 
 
 @triton.jit
-def last_program_sums_relaxed(x, partial, counter, out, PROGRAMS: tl.constexpr):
+def last_program_sums(x, partial, counter, out, PROGRAMS: tl.constexpr, ORDER: tl.constexpr):
     program = tl.program_id(0)
     tl.store(partial + program, tl.load(x + program) * 2.0)
-    if tl.atomic_add(counter, 1, sem="relaxed") == PROGRAMS - 1:
+    if tl.atomic_add(counter, 1, sem=ORDER) == PROGRAMS - 1:
         tl.store(out, tl.sum(tl.load(partial + tl.arange(0, PROGRAMS)), axis=0))
 
 
@@ -128,6 +128,20 @@ def convert_without_other(x, out, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     value = tl.load(x + i, mask=i < n).to(tl.float32) * 2.0 - 1.0
     tl.store(out + i, tl.exp(value).to(tl.float16))
+
+
+@triton.jit
+def convert_integers_without_other(x, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n).to(tl.float32) * 0.5)
+
+
+@triton.jit
+def matmul_without_other(x, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    index = i[:, None] * BLOCK + i[None, :]
+    right = tl.load(x + index, mask=i[:, None] < n, other=0.0)
+    tl.store(out + index, tl.dot(tl.load(x + index, mask=i[None, :] < n), right))
 
 
 @triton.jit

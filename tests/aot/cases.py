@@ -1,0 +1,100 @@
+"""The calls whose kernels are compiled: for each op the dtypes, alignments and options that lead to other code.
+
+A case calls the Python function of a Triton op on CPU tensors that nothing reads. Rows of whole 16-byte packs
+promise loads and stores of 16 bytes; `exact` promises the bits of the CPU kernels. A new op adds a function to CASES.
+
+CUDA C++ kernels need no cases, their instantiations are in the source; _CUDA_PROMISES holds what they promise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .ratchet import Promise
+
+LABELS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    label: str
+    run: Callable[[], object]
+    promise: Promise
+
+
+def _int64(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def diffusion() -> Iterator[Case]:
+    from pynn.triton_kernels import diffusion as ops
+
+    batch = 16
+    tables = {columns: torch.zeros(100, columns, dtype=torch.float64) for columns in (2, 3, 7)}
+    one_key, keys = _int64(2), _int64(batch, 2)
+    one_t, t = _int64(1), _int64(batch)
+
+    def jump(x, *, t=t, s=None, noise=None, key=one_key, noise_out=False):
+        return lambda: ops.forward_jump_fwd(x, t, s, tables[2], noise, key, noise_out)
+
+    def reverse(x, *, t=t, v=None, clip=1.0, noise=None, key=one_key, x0_out=False):
+        low = None if clip is None else -clip
+        return lambda: ops.reverse_step_fwd(x, x, v, t, tables[7], low, clip, noise, key, x0_out)
+
+    def reverse_bwd(x, *, v=None, clip=1.0):
+        return lambda: ops.reverse_step_bwd(x, x, x, v, t, tables[7], -clip, clip, None, one_key)
+
+    def loss(x, *, noise=None, key=one_key):
+        return lambda: ops.diffusion_loss_fwd(x, x, t, tables[3], noise, key)
+
+    def loss_bwd(x, *, key=one_key, dx0=False):
+        losses = torch.zeros(batch, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+        return lambda: ops.diffusion_loss_bwd(losses, x, x, t, tables[3], None, key, dx0)
+
+    exact, wide = Promise(exact=True), Promise(exact=True, wide_loads=True, wide_stores=True)
+    writes, sums = Promise(exact=True, wide_stores=True), Promise(exact=True, wide_loads=True)
+    for dtype, label in LABELS.items():
+        x = torch.empty(batch, 3072, dtype=dtype)
+        yield Case(f"{label}", lambda x=x: ops.normal(x, one_key), writes)
+        yield Case(f"{label}", jump(x), wide)
+        yield Case(f"{label}", lambda x=x: ops.forward_jump_bwd(x, t, None, tables[2], False), wide)
+        yield Case(f"{label} clip", reverse(x), wide)
+        yield Case(f"{label} clip", reverse_bwd(x), wide)
+        yield Case(f"{label}", loss(x), sums)
+        yield Case(f"{label}", loss_bwd(x), wide)
+    for dtype in (torch.float32, torch.bfloat16):
+        label, x = LABELS[dtype], torch.empty(batch, 3072, dtype=dtype)
+        yield Case(f"{label} shared t", jump(x, t=one_t), wide)
+        yield Case(f"{label} s, keys, noise_out", jump(x, s=t, key=keys, noise_out=True), wide)
+        yield Case(f"{label} given noise", jump(x, noise=x, key=None), wide)
+        yield Case(f"{label} shared t", reverse(x, t=one_t, clip=None), wide)
+        yield Case(f"{label} clip, learned, keys, x0_out", reverse(x, v=x, key=keys, x0_out=True), wide)
+        yield Case(f"{label} clip, learned", reverse_bwd(x, v=x), wide)
+        yield Case(f"{label} dx0, keys", loss_bwd(x, key=keys, dx0=True), wide)
+        narrow = torch.empty(batch, 37, dtype=dtype)
+        yield Case(f"{label} rows of 37", jump(narrow), exact)
+        yield Case(f"{label} rows of 37, clip, learned", reverse_bwd(narrow, v=narrow), exact)
+        yield Case(f"{label} rows of 37", loss(narrow), exact)
+
+
+# Kernels that only finish a reduction touch a few numbers.
+NARROW_KERNELS, NARROW = ("loss_rows_kernel",), Promise(exact=True)
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion}
+
+# The first pattern that matches the whole short name of a kernel counts.
+_CUDA_PROMISES = {
+    r"elementwise_kernel<NormalOp<.*": Promise(exact=True, wide_stores=True),
+    r"elementwise_kernel<.*": Promise(exact=True, wide_loads=True, wide_stores=True),
+    r"loss_segments_kernel<.*": Promise(exact=True, wide_loads=True),
+}
+
+
+def cuda_promise(kernel: str) -> Promise:
+    """What the CUDA C++ kernel of this short name promises; all are built with --fmad=false."""
+    found = (promise for pattern, promise in _CUDA_PROMISES.items() if re.fullmatch(pattern, kernel))
+    return next(found, NARROW)
