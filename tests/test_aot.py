@@ -111,15 +111,18 @@ def test_accepting_one_half_keeps_the_other(tmp_path, monkeypatch):
     assert len([line for line in path.read_text().splitlines() if " | " in line]) == 2  # one line per row
 
 
-def test_committed_rows_have_neither_spills_nor_anything_to_fuse():
+def test_committed_rows_keep_their_promises():
     rows, versions = ratchet.read(compile_cuda.ROOT / "tests/aot/ratchet.json")
     assert {"triton", "nvcc"} <= versions.keys()
     assert {job.half for job in jobs.jobs_of("nvcc")} == {"triton", "cuda"}
     for job in jobs.jobs_of("nvcc"):
         target = job.target if job.half == "triton" else f"sm_{job.target}"
-        assert any(name.endswith(f" | {job.half} {target}") for name in rows), job
+        module = f"{job.source.stem}." if job.source else ""
+        assert any(name.startswith(module) and name.endswith(f" | {job.half} {target}") for name in rows), job
     for name, row in rows.items():
-        assert row["spill_bytes"] == row.get("fusable", 0) == 0, name
+        kernel, _, target = name.partition(".")[2].rpartition(" | ")
+        promise = cuda_promise(kernel) if target.startswith("cuda") else Promise(exact=True)
+        assert not ratchet.broken_promises(name, row, promise)
 
 
 def test_counts_in_ptx():

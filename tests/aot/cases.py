@@ -56,8 +56,7 @@ def diffusion() -> Iterator[Case]:
         losses = torch.zeros(batch, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
         return lambda: ops.diffusion_loss_bwd(losses, x, x, t, tables[3], None, key, dx0)
 
-    exact, wide = Promise(exact=True), Promise(exact=True, wide_loads=True, wide_stores=True)
-    writes, sums = Promise(exact=True, wide_stores=True), Promise(exact=True, wide_loads=True)
+    exact, wide, writes, sums = NARROW, _BOTH, _WRITES, _READS
     for dtype, label in LABELS.items():
         x = torch.empty(batch, 3072, dtype=dtype)
         yield Case(f"{label}", partial(ops.normal, x, one_key), writes)
@@ -88,10 +87,14 @@ NARROW_KERNELS, NARROW = ("loss_rows_kernel",), Promise(exact=True)
 CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion}
 
 # The first pattern that matches the whole short name of a kernel counts.
+_READS, _WRITES = Promise(exact=True, wide_loads=True), Promise(exact=True, wide_stores=True)
+_BOTH = Promise(exact=True, wide_loads=True, wide_stores=True)
 _CUDA_PROMISES = {
-    r"elementwise_kernel<NormalOp<.*": Promise(exact=True, wide_stores=True),
-    r"elementwise_kernel<.*": Promise(exact=True, wide_loads=True, wide_stores=True),
-    r"loss_segments_kernel<.*": Promise(exact=True, wide_loads=True),
+    r"elementwise_kernel<NormalOp<.*": _WRITES,
+    r"elementwise_kernel<.*": _BOTH,
+    r"loss_segments_kernel<.*": _READS,
+    r"(apply|fused|gradient)_kernel<.*": _BOTH,  # group_norm
+    r"(gradient_sums|moments)_kernel<.*": _READS,
 }
 
 
