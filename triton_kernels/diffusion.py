@@ -14,72 +14,11 @@ import triton
 import triton.language as tl
 
 from .launch import Rows
-from .philox import exp_ieee, normal4
+from .philox import exp_ieee
+from .tile import load, noise_of, store, tile_of
 
 # Sizes are neither compiled in nor asked for divisibility: PACK says what is known of the row length.
 _kernel = triton.jit(do_not_specialize=["timesteps", "low", "high", "batch", "units", "inner", "tiles"])
-
-
-@triton.jit
-def _tile(
-    batch, units, tiles,
-    PACK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFTED: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """Rows (ROWS, 1) int64, the element they begin with, columns (1 or ROWS, COLS), mask (ROWS, COLS).
-
-    With one key for the whole draw and rows that are not whole quads (SHIFTED), a row begins in the middle of a quad:
-    columns count from the start of that quad, so they begin below 0.
-    """
-    pid = tl.program_id(0)
-    rows = ((pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    inner = units.to(INDEX) * PACK
-    begin = rows * inner
-    columns = ((pid % tiles).to(INDEX) * COLS + tl.arange(0, COLS))[None, :]
-    mask = rows < batch
-    if SHIFTED:
-        columns = columns - (begin & 3).to(INDEX)
-        mask = mask & (columns >= 0)
-    mask = mask & (columns < inner)
-    return rows, begin, columns, mask
-
-
-@triton.jit
-def _noise(
-    noise, key, rows, begin, columns, mask, batch, tiles,
-    KEY_PER_ROW: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """The tile's noise (ROWS, COLS): given, or regenerated from the key(s), a quad of elements per Philox counter."""
-    if noise is not None:
-        z = tl.load(noise + begin + columns, mask=mask, other=0.0)
-    else:
-        if KEY_PER_ROW:
-            seed = tl.load(key + 2 * rows, mask=rows < batch, other=0).to(tl.uint64, bitcast=True)
-            first = tl.load(key + 2 * rows + 1, mask=rows < batch, other=0)
-        else:
-            seed = tl.load(key).to(tl.uint64, bitcast=True)
-            first = tl.load(key + 1) + (begin >> 2)
-        quads = (tl.program_id(0) % tiles).to(INDEX) * (COLS // 4)
-        if PACK == 8:  # two quads per thread: the layout in which packs of 8 are loaded, so nothing is exchanged
-            counter = (first + (quads + 2 * tl.arange(0, COLS // 8))[None, :]).to(tl.uint64, bitcast=True)
-            a0, a1, a2, a3 = normal4(seed, counter)
-            b0, b1, b2, b3 = normal4(seed, counter + 1)
-            z0, z1, z2, z3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
-        else:
-            counter = (first + (quads + tl.arange(0, COLS // 4))[None, :]).to(tl.uint64, bitcast=True)
-            z0, z1, z2, z3 = normal4(seed, counter)
-        z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [ROWS, COLS])
-    return z.to(COMPUTE)
-
-
-@triton.jit
-def _load(x, begin, columns, mask, COMPUTE: tl.constexpr):
-    return tl.load(x + begin + columns, mask=mask, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def _store(y, begin, columns, mask, value):
-    tl.store(y + begin + columns, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -119,9 +58,9 @@ def normal_kernel(
     KEY_PER_ROW: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFTED: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    z = _noise(None, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
-    _store(y, begin, columns, mask, z)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    z = noise_of(None, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
+    store(y, begin, columns, mask, z)
 
 
 @_kernel
@@ -131,13 +70,13 @@ def forward_jump_fwd_kernel(
     SHIFTED: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """y = signal x + sigma z."""
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    b_x = _load(x, begin, columns, mask, COMPUTE)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    b_x = load(x, begin, columns, mask, COMPUTE)
     signal, sigma = _jump_scales(t, s, table, rows, batch, timesteps, SHARED_T, COMPUTE)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
-    _store(y, begin, columns, mask, signal * b_x + sigma * z)
+    z = noise_of(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
+    store(y, begin, columns, mask, signal * b_x + sigma * z)
     if noise_out is not None:
-        _store(noise_out, begin, columns, mask, z)
+        store(noise_out, begin, columns, mask, z)
 
 
 @_kernel
@@ -147,10 +86,10 @@ def forward_jump_bwd_kernel(
     SHIFTED: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dx = signal dy, the gradient of x, or sigma dy, that of the noise."""
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    b_dy = _load(dy, begin, columns, mask, COMPUTE)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    b_dy = load(dy, begin, columns, mask, COMPUTE)
     signal, sigma = _jump_scales(t, s, table, rows, batch, timesteps, SHARED_T, COMPUTE)
-    _store(dx, begin, columns, mask, (sigma if OF_NOISE else signal) * b_dy)
+    store(dx, begin, columns, mask, (sigma if OF_NOISE else signal) * b_dy)
 
 
 @triton.jit
@@ -191,9 +130,9 @@ def reverse_step_fwd_kernel(
     COLS: tl.constexpr, SHIFTED: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """y = mean + sigma z with mean from x and the (clipped) prediction x0."""
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    b_x = _load(x, begin, columns, mask, COMPUTE)
-    b_output = _load(output, begin, columns, mask, COMPUTE)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    b_x = load(x, begin, columns, mask, COMPUTE)
+    b_output = load(output, begin, columns, mask, COMPUTE)
     x_to_x0, output_to_x0, x0_to_mean, x_to_mean, sigma, log_min, log_max = _reverse_row(
         t, table, rows, batch, timesteps, SHARED_T
     )
@@ -212,15 +151,15 @@ def reverse_step_fwd_kernel(
             mean = tl.where(clipped == x0, mean, through_clip)
             x0 = clipped
         if x0_out is not None:
-            _store(x0_out, begin, columns, mask, x0)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
+            store(x0_out, begin, columns, mask, x0)
+    z = noise_of(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     z = tl.where(row_sigma == 0.0, 0.0, z)
     if variance is None:
-        _store(y, begin, columns, mask, mean + row_sigma * z)
+        store(y, begin, columns, mask, mean + row_sigma * z)
     else:
-        b_v = _load(variance, begin, columns, mask, COMPUTE)
+        b_v = load(variance, begin, columns, mask, COMPUTE)
         learned = _learned_sigma(b_v, row_sigma, log_min.to(COMPUTE), (log_max - log_min).to(COMPUTE))
-        _store(y, begin, columns, mask, mean + learned * z)
+        store(y, begin, columns, mask, mean + learned * z)
 
 
 @_kernel
@@ -230,29 +169,31 @@ def reverse_step_bwd_kernel(
     COLS: tl.constexpr, SHIFTED: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The slopes of mean and of the learned sigma, times dy. Outside the clip bounds x0 is constant."""
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    b_dy = _load(dy, begin, columns, mask, COMPUTE)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    b_dy = load(dy, begin, columns, mask, COMPUTE)
     x_to_x0, output_to_x0, x0_to_mean, x_to_mean, sigma, log_min, log_max = _reverse_row(
         t, table, rows, batch, timesteps, SHARED_T
     )
     x_slope = (x0_to_mean * x_to_x0 + x_to_mean).to(COMPUTE)
     output_slope = (x0_to_mean * output_to_x0).to(COMPUTE)
     if CLIP:
-        b_x = _load(x, begin, columns, mask, COMPUTE)
-        b_output = _load(output, begin, columns, mask, COMPUTE)
+        b_x = load(x, begin, columns, mask, COMPUTE)
+        b_output = load(output, begin, columns, mask, COMPUTE)
         x0 = x_to_x0.to(COMPUTE) * b_x + output_to_x0.to(COMPUTE) * b_output
         outside = (x0 < _bound(low, COMPUTE)) | (x0 > _bound(high, COMPUTE))
         x_slope = tl.where(outside, x_to_mean.to(COMPUTE), x_slope)
         output_slope = tl.where(outside, 0.0, output_slope)
-    _store(dx, begin, columns, mask, x_slope * b_dy)
-    _store(doutput, begin, columns, mask, output_slope * b_dy)
+    store(dx, begin, columns, mask, x_slope * b_dy)
+    store(doutput, begin, columns, mask, output_slope * b_dy)
     if variance is not None:
-        b_v = _load(variance, begin, columns, mask, COMPUTE)
-        z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
+        b_v = load(variance, begin, columns, mask, COMPUTE)
+        z = noise_of(
+            noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE
+        )
         row_sigma, log_range = sigma.to(COMPUTE), (log_max - log_min).to(COMPUTE)
         z = tl.where(row_sigma == 0.0, 0.0, z)
         learned = _learned_sigma(b_v, row_sigma, log_min.to(COMPUTE), log_range)
-        _store(dvariance, begin, columns, mask, b_dy * z * (learned * (0.25 * log_range)))
+        store(dvariance, begin, columns, mask, b_dy * z * (learned * (0.25 * log_range)))
 
 
 @triton.jit
@@ -281,16 +222,16 @@ def loss_tiles_kernel(
 
     With sums=None a row is one tile and its loss is written at once.
     """
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    b_output = _load(output, begin, columns, mask, COMPUTE)
-    b_x0 = _load(x0, begin, columns, mask, COMPUTE)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    b_output = load(output, begin, columns, mask, COMPUTE)
+    b_x0 = load(x0, begin, columns, mask, COMPUTE)
     from_x0, from_noise, weight = _loss_row(t, table, rows, batch, timesteps, SHARED_T)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
+    z = noise_of(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     error = b_output - (from_x0.to(COMPUTE) * b_x0 + from_noise.to(COMPUTE) * z)
     squares = tl.reshape(tl.where(mask, error * error, 0.0), [ROWS, COLS // 4, 4])
     total = tl.sum(tl.sum(squares, axis=2).to(tl.float64), axis=1)[:, None]
     if sums is None:
-        _store(loss, rows, 0, rows < batch, _mean(total, weight, units.to(tl.int64) * PACK))
+        store(loss, rows, 0, rows < batch, _mean(total, weight, units.to(tl.int64) * PACK))
     else:
         tl.store(sums + rows * tiles + tl.program_id(0) % tiles, total, mask=rows < batch)
 
@@ -306,7 +247,7 @@ def loss_rows_kernel(
         columns = first + tl.arange(0, COLS)[None, :]
         total += tl.load(sums + rows * tiles + columns, mask=(rows < batch) & (columns < tiles), other=0.0)
     weight = _loss_row(t, table, rows, batch, timesteps, SHARED_T)[2]
-    _store(loss, rows, 0, rows < batch, _mean(tl.sum(total, axis=1)[:, None], weight, inner))
+    store(loss, rows, 0, rows < batch, _mean(tl.sum(total, axis=1)[:, None], weight, inner))
 
 
 @_kernel
@@ -316,17 +257,17 @@ def loss_bwd_kernel(
     SHIFTED: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """doutput = 2 weight / inner dloss error, dx0 = -from_x0 doutput."""
-    rows, begin, columns, mask = _tile(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
-    b_output = _load(output, begin, columns, mask, COMPUTE)
-    b_x0 = _load(x0, begin, columns, mask, COMPUTE)
+    rows, begin, columns, mask = tile_of(batch, units, tiles, PACK, ROWS, COLS, SHIFTED, INDEX)
+    b_output = load(output, begin, columns, mask, COMPUTE)
+    b_x0 = load(x0, begin, columns, mask, COMPUTE)
     from_x0, from_noise, weight = _loss_row(t, table, rows, batch, timesteps, SHARED_T)
     b_dloss = tl.load(dloss + rows, mask=rows < batch, other=0.0).to(tl.float64)
     scale = (2.0 * weight / (units.to(tl.int64) * PACK).to(tl.float64) * b_dloss).to(COMPUTE)
-    z = _noise(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
+    z = noise_of(noise, key, rows, begin, columns, mask, batch, tiles, KEY_PER_ROW, PACK, ROWS, COLS, INDEX, COMPUTE)
     d = scale * (b_output - (from_x0.to(COMPUTE) * b_x0 + from_noise.to(COMPUTE) * z))
-    _store(doutput, begin, columns, mask, d)
+    store(doutput, begin, columns, mask, d)
     if dx0 is not None:
-        _store(dx0, begin, columns, mask, -from_x0.to(COMPUTE) * d)
+        store(dx0, begin, columns, mask, -from_x0.to(COMPUTE) * d)
 
 
 def _contiguous(*tensors):

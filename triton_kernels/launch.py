@@ -57,7 +57,7 @@ class Rows:
 
     Args:
         like: (batch, ...) tensor, not empty.
-        shift: a row may begin up to three elements after the start of its first tile (see `diffusion._tile`).
+        shift: a row may begin up to three elements after the start of its first tile (see `tile.tile_of`).
         flat: the rows need not be told apart: the tensor is one long row.
     """
 
