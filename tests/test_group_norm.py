@@ -72,26 +72,70 @@ def last(x):
     return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else x
 
 
+def assert_error_is_no_larger_than_torchs(problems, activation):
+    """P1 over all (x, weight, bias, grad_output, groups) together, so that chance in one result does not decide.
+
+    Returns our (output, gradients) of each problem.
+    """
+    columns = {"truth": [], "torch": [], "ours": []}
+    for *tensors, grad, groups in problems:
+        for name, collect, fn in (("truth", truth_of, composite), ("torch", run, torch_op), ("ours", run, ours)):
+            fn = functools.partial(fn, groups=groups, activation=activation)
+            y, grads = collect(fn, *tensors, grad_output=grad)
+            columns[name].append((y, *grads))
+    for i, what in enumerate(("output", "grad_input", "grad_weight", "grad_bias")):
+        truth, theirs, got = (torch.cat([row[i].reshape(-1) for row in columns[name]]) for name in columns)
+        assert_relative(got, truth, [theirs], kind="gradient" if i else "forward", what=what)
+    return columns["ours"]
+
+
+def _on(backend, tensors, channels_last):
+    """The tensors on the backend's device, the first in the layout."""
+    x, *rest = (t.to(backend.device) for t in tensors)
+    return last(x) if channels_last else x, *rest
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1000.0])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_no_larger_than_torchs(backend, dtype, channels_last, mean, activation):
-    """P1 over all shapes together, so that chance in one small result does not decide."""
-    columns = {"truth": [], "torch": [], "ours": []}
-    for shape, groups in SHAPES:
-        x, weight, bias, grad = (t.to(backend.device) for t in problem(shape, dtype, mean))
-        x = last(x) if channels_last else x
-        for name, collect, fn in (("truth", truth_of, composite), ("torch", run, torch_op), ("ours", run, ours)):
-            fn = functools.partial(fn, groups=groups, activation=activation)
-            y, grads = collect(fn, x, weight, bias, grad_output=grad)
-            columns[name].append((y, *grads))
-    for i, what in enumerate(("output", "grad_input", "grad_weight", "grad_bias")):
-        truth, theirs, got = (torch.cat([row[i].reshape(-1) for row in columns[name]]) for name in columns)
-        if dtype is torch.float64 and mean == 1000.0:
-            torch.testing.assert_close(got, truth, rtol=1e-8, atol=1e-8)  # the truth itself loses digits here
-        else:
-            assert_relative(got, truth, [theirs], kind="gradient" if i else "forward", what=what)
+    problems = [(*_on(backend, problem(shape, dtype, mean), channels_last), groups) for shape, groups in SHAPES]
+    if dtype is torch.float64 and mean == 1000.0:  # the truth itself loses digits here
+        for *tensors, grad, groups in problems:
+            fns = (functools.partial(fn, groups=groups, activation=activation) for fn in (ours, composite))
+            (y, grads), (truth, true_grads) = (run(fn, *tensors, grad_output=grad) for fn in fns)
+            torch.testing.assert_close((y, *grads), (truth, *true_grads), rtol=1e-8, atol=1e-8)
+    else:
+        assert_error_is_no_larger_than_torchs(problems, activation)
+
+
+LARGE = [  # shape, groups
+    ((1, 2, 210, 190), 1),  # one group, many splits of a channel
+    ((2, 24, 30, 31), 2),
+    ((3, 10, 32, 32), 1),  # the most that the CUDA kernel keeps in registers
+    ((2, 1100, 5, 2), 1),  # many channels of few pixels
+    ((2, 6001, 1, 2), 1),
+    ((270, 6), 2),  # many samples
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+@pytest.mark.parametrize(("dtype", "activation"), [(torch.float32, "silu"), (torch.bfloat16, None)])
+def test_large_groups(backend, dtype, activation, mean, channels_last):
+    """Shapes for which kernels split a group, a channel or the batch, and put the parts together."""
+    problems = []
+    for shape, groups in LARGE:
+        x, *rest = problem(shape, dtype, mean)
+        x[..., : x.shape[-1] // 2] += 10  # parts of a group have their own means
+        problems.append((*_on(backend, (x, *rest), channels_last), groups))
+    results = assert_error_is_no_larger_than_torchs(problems, activation)
+    for (x, weight, bias, grad, groups), (y, grad_input, *_) in zip(problems, results, strict=True):
+        fn = functools.partial(ours, groups=groups, activation=activation)
+        part, part_grads = run(fn, x[1:], weight, bias, grad_output=grad[1:])
+        assert_bitwise(part, y[1:], "batch slice")
+        assert_bitwise(part_grads[0], grad_input[1:], "gradient of a batch slice")
 
 
 @st.composite
@@ -188,8 +232,8 @@ def test_any_strides(backend, shape, dtype):
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (3, 21, 2, 3), (1, 8, 9), (5, 6)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_and_writes_only_its_tensors(dtype, shape):
-    x, weight, bias, grad = problem(shape, dtype)
+def test_reads_and_writes_only_its_tensors(backend, dtype, shape):
+    x, weight, bias, grad = (t.to(backend.device) for t in problem(shape, dtype))
     groups = 3 if shape[1] % 3 == 0 else 2
     guards = [Canary(t) for t in (x, weight, bias, grad)]
     fn = functools.partial(ours, groups=groups, activation="silu")

@@ -1,6 +1,6 @@
 // group_norm on a GPU.
 //
-// Forward, (batch, channels, pixels) and a group of at most 64 KB: a team of warps keeps the group in registers; one
+// Forward, (batch, channels, pixels) and a group of at most 40 KB: a team of warps keeps the group in registers; one
 // read, one write. Statistics take two passes over the registers, as on the CPU.
 // Forward otherwise, in three kernels:
 //   moments   each thread sums x - center and its square around a center of its own, one of its first elements, so that
@@ -22,7 +22,7 @@ namespace {
 
 // ---------------------------------------------------------------- a group in registers
 
-constexpr int kFusedThreads = 512, kFusedWarps = kFusedThreads / 32, kMostHeld = 8;
+constexpr int kFusedThreads = 512, kFusedWarps = kFusedThreads / 32, kMostHeld = 5;
 
 struct FusedShape {
   int64_t items, groups;
@@ -31,7 +31,7 @@ struct FusedShape {
 };
 
 template <class T, bool kSilu, int kHeld>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     fused_kernel(T* y, accumulate_t<T>* mean, accumulate_t<T>* rstd, const T* x, const accumulate_t<T>* weight,
                  const accumulate_t<T>* bias, double eps, FusedShape shape) {
   using A = accumulate_t<T>;
@@ -46,28 +46,29 @@ __global__ void __launch_bounds__(kFusedThreads)
   Pack<T> held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) held[i] = load_pack(x + begin + index_of(i), valid_of(i), shape.aligned);
-  A sums[kPack<T>] = {}, squares[kPack<T>] = {};
+  constexpr int kSums = kPack<T> < 4 ? kPack<T> : 4;
+  A sums[kSums] = {}, squares[kSums] = {};
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
 #pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) sums[k] += to_float(held[i].element[k]);
-  const auto total = [](const A(&values)[kPack<T>]) {
+    for (int k = 0; k < kPack<T>; ++k) sums[k % kSums] += to_float(held[i].element[k]);
+  const auto total = [](const A(&values)[kSums]) {
     double sum = 0;
 #pragma unroll
-    for (int k = 0; k < kPack<T>; k += 2) sum += double(values[k] + values[k + 1]);
+    for (int k = 0; k < kSums; k += 2) sum += double(values[k] + values[k + 1]);
     return sum;
   };
   const A center = A(team.sum(total(sums), slots) / size);
 #pragma unroll
-  for (int k = 0; k < kPack<T>; ++k) sums[k] = 0;
+  for (int k = 0; k < kSums; ++k) sums[k] = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int valid = valid_of(i);
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k) {
       const A d = k < valid ? to_float(held[i].element[k]) - center : A(0);
-      sums[k] += d;
-      squares[k] = fma(d, d, squares[k]);
+      sums[k % kSums] += d;
+      squares[k % kSums] = fma(d, d, squares[k % kSums]);
     }
   }
   const double first = team.sum(total(sums), slots + kFusedWarps);
@@ -131,7 +132,7 @@ __device__ accumulate_t<T> center_among(const Pack<T> (&in)[kBatch], const Lane&
 
 // known_mean, known_rstd: nullptr, or statistics of which only large means are looked at again.
 template <class T, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     moments_kernel(Partial* partials, const T* x, const accumulate_t<T>* known_mean, const accumulate_t<T>* known_rstd,
                    int64_t width, Tiling t) {
   using A = accumulate_t<T>;
@@ -201,7 +202,7 @@ struct Sets {
 };
 
 template <class T, bool kSilu, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     apply_kernel(T* y, const T* x, const Coefficients<accumulate_t<T>>* coefficients, Tiling t) {
   const Lane lane = lane_of<T, kColumns>(t);
   const Sets<T, kColumns> sets(coefficients, lane, t);
@@ -224,8 +225,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Resident blocks of a multiprocessor to compile for: what fits without spilling.
 template <class T, bool kSilu, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+constexpr int kGradientBlocks = sizeof(T) == 2 && kSilu && kColumns ? 2 : 3;
+
+template <class T, bool kSilu, bool kColumns>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<T, kSilu, kColumns>)
     gradient_sums_kernel(Partial* partials, const T* dy, const T* x, const Coefficients<accumulate_t<T>>* coefficients,
                          Tiling t) {
   using A = accumulate_t<T>;
@@ -267,7 +272,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kSilu, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<T, kSilu, kColumns>)
     gradient_kernel(T* dx, const T* dy, const T* x, const Coefficients<accumulate_t<T>>* coefficients,
                     const GroupGradient<accumulate_t<T>>* gradients, int64_t width, Tiling t) {
   using A = accumulate_t<T>;
