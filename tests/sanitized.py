@@ -109,7 +109,8 @@ def check_pytest() -> str:
         "OMP_NUM_THREADS": "1",
     }
     tests = [f"tests/test_{op}.py" for op in OPS]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", DESELECTED, *tests]
+    # --capture=sys: a report that ends the process goes to stderr itself.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-k", DESELECTED, *tests]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0 or " passed" not in result.stdout:
         raise RuntimeError(result.stdout[-10000:] + result.stderr[-10000:])

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ def _locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _run_compiler(command: list[str | Path], target: Path) -> Path:
+def _run_compiler(command: Sequence[str | Path], target: Path) -> Path:
     with _locked(target):
         newest = max([_newest_source(), *(part.stat().st_mtime for part in command if isinstance(part, Path))])
         if not target.exists() or target.stat().st_mtime < newest:
@@ -101,7 +101,17 @@ def object_name(source: Path, variant: str) -> str:
 
 def compile_object(directory: Path, source: Path, variant: str, *flags: str) -> Path:
     """Compiles one source file, .cpp or .cu, into the directory."""
-    command = ["g++", *FLAGS, *VARIANTS[variant], *flags, f"-I{ROOT / 'csrc/include'}", "-x", "c++", "-c", source]
+    command: list[str | Path] = [
+        "g++",
+        *FLAGS,
+        *VARIANTS[variant],
+        *flags,
+        f"-I{ROOT / 'csrc/include'}",
+        "-x",
+        "c++",
+        "-c",
+        source,
+    ]
     return _run_compiler(command, directory / object_name(source, variant))
 
 
@@ -133,7 +143,16 @@ def torch_library(directory: Path, name: str, sources: list[Path], variant: str)
     ]
     objects = [compile_object(directory, source, variant, *flags) for source in sources] + runtime_objects(directory)
     torch_lib = torch_include.parent / "lib"
-    command = ["g++", "-shared", *VARIANTS[variant], *objects, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command: list[str | Path] = [
+        "g++",
+        "-shared",
+        *VARIANTS[variant],
+        *objects,
+        f"-L{torch_lib}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     return _run_compiler(command, directory / f"lib{name}.{variant}.so")
 
 
@@ -147,7 +166,7 @@ class Outcome:
         return found.group(0) if found else self.text[-500:]
 
 
-def run(command: list[str | Path], timeout: float = 120) -> Outcome:
+def run(command: Sequence[str | Path], timeout: float = 120) -> Outcome:
     """Runs a program; a sanitizer that finds something ends it with FOUND_BY_SANITIZER."""
     text = [str(part) for part in command]
     result = subprocess.run(text, capture_output=True, text=True, check=False, env=SANITIZED, timeout=timeout)

@@ -83,7 +83,7 @@ def test_a_missing_kernel_fails():
 def test_a_new_kernel_is_noted():
     verdict = judge(GOOD, accepted=None)
     assert not verdict.worse
-    assert verdict.notes == [f"{NAME}: new"]
+    assert verdict.notes == ["op.kernel fp32: new for triton sm_90"]
 
 
 def test_other_compilers_are_judged_on_spills_and_promises_only():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import simulator
@@ -42,6 +44,7 @@ STOPPED = {
     "misaligned_copy": r"cp.async from global memory: expected an address aligned to 16 bytes, .* 4 bytes over",
     "misaligned_ldmatrix": r"ldmatrix: expected an address aligned to 16 bytes, got one with 2 bytes over",
     "misaligned_vector": r"16-byte load: expected an address aligned to 16 bytes",
+    "no_dynamic_shared": r"declares dynamic shared memory, but was launched without any",
     "partial_warp_mma": r"mma_m16n8k8_tf32 \(planted.cuh:\d+\) needs a warp of 32 threads; the block has 16",
     "pending_copy": r"exits with cp.async copies pending",
     "too_many_resident": r"expected a cooperative grid of at most 65536 threads, got 65 blocks of 1024",
@@ -155,6 +158,17 @@ def test_errors_reach_python(build_directory):
         with pytest.raises(RuntimeError, match="kernel planted::nothing: expected at most 232448 bytes"):
             ops.too_much_shared(y)
         assert ops.nothing(y.fill_(1))[0] == 0
+
+
+def test_primitives_check_builds():
+    """The comparison with a GPU compiles without warnings; without a GPU it says so, with one everything agrees."""
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("no nvcc")
+    outcome = simulator.run(["make", "-C", simulator.ROOT, "primitives-check"])
+    assert outcome.status == 0, outcome.text
+    outcome = simulator.run([simulator.ROOT / "build/primitives_check"])
+    assert outcome.status in (0, 77), outcome.text
+    assert ("all agree" if outcome.status == 0 else "no GPU") in outcome.text
 
 
 @pytest.mark.skipif(bool(pynn.backends.unavailable["sim"]), reason=f"sim: {pynn.backends.unavailable['sim']}")

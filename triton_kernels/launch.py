@@ -22,14 +22,16 @@ class Config:
     num_warps: int
 
 
-# Bytes of an element -> config: two 16-byte packs per thread of a warp of 32, one of a wavefront of 64.
+# Bytes of an element -> config. 16 elements per thread of a warp of 32 hide the coefficients of a row behind its noise
+# and keep 32 bytes or more of each tensor in flight.
 _CONFIGS = {
-    "cuda": {2: Config(2048, 8, 4), 4: Config(1024, 8, 4), 8: Config(512, 8, 4)},
-    "hip": {2: Config(2048, 8, 4), 4: Config(1024, 8, 4), 8: Config(512, 8, 4)},
+    "cuda": {2: Config(2048, 8, 4), 4: Config(2048, 8, 4), 8: Config(1024, 8, 4)},
+    "hip": {2: Config(2048, 8, 4), 4: Config(2048, 8, 4), 8: Config(1024, 8, 4)},
     # The interpreter pays per program, not per element.
     "interpret": {size: Config(8192, 1024, 1) for size in (2, 4, 8)},
 }
 _SUMS = 512  # partial sums that a program of launch_sums adds at once
+_INT32 = 2**31  # longer rows are indexed with 64 bits
 _NARROW = 128  # columns; a narrower tile is not worth the lanes it saves
 
 
@@ -117,7 +119,7 @@ class Rows:
                 ROWS=self.rows,
                 COLS=self.columns,
                 SHIFTED=self.shifted,
-                INDEX=tl.int32 if self.inner + config.tile < 2**31 else tl.int64,
+                INDEX=tl.int32 if self.inner + config.tile < _INT32 else tl.int64,
                 COMPUTE=tl.float64 if self.like.dtype is torch.float64 else tl.float32,
                 num_warps=config.num_warps,
                 enable_fp_fusion=False,

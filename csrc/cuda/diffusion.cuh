@@ -178,7 +178,8 @@ struct ReverseStepOp {
 template <class T, bool kLearned>
 struct ReverseStepBackwardOp {
   using Element = T;
-  static constexpr int kBlocks = kResidentBlocks<T> - (kLearned && sizeof(T) < 8);
+  // float32 spills on sm_120 with one block more.
+  static constexpr int kBlocks = kResidentBlocks<T> - (sizeof(T) == 4 || (kLearned && sizeof(T) < 8));
   using C = accumulate_t<T>;
   using Values = typename NoiseSource<T>::Values;
   using Row = ReverseRow<C>;

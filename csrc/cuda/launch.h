@@ -55,20 +55,20 @@ struct identity {
 
 }  // namespace pynn::cuda
 
-#define LAUNCH(kernel, grid, block, shared, stream, ...)                                       \
-  do {                                                                                         \
-    const size_t shared_bytes = (shared);                                                      \
-    ::pynn::cuda::allow_dynamic_shared(#kernel, kernel, shared_bytes);                         \
-    kernel<<<(grid), (block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    ::pynn::cuda::check_launch(#kernel, cudaGetLastError());                                   \
+#define LAUNCH(kernel, grid, block, shared, stream, ...)                                            \
+  do {                                                                                              \
+    const size_t pynn_shared_bytes = (shared);                                                      \
+    ::pynn::cuda::allow_dynamic_shared(#kernel, kernel, pynn_shared_bytes);                         \
+    kernel<<<(grid), (block), pynn_shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::pynn::cuda::check_launch(#kernel, cudaGetLastError());                                        \
   } while (false)
 
-#define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...)                                              \
-  do {                                                                                                            \
-    const size_t shared_bytes = (shared);                                                                         \
-    ::pynn::cuda::allow_dynamic_shared(#kernel, kernel, shared_bytes);                                            \
-    ::pynn::cuda::check_launch(                                                                                   \
-        #kernel, ::pynn::cuda::launch_cooperative(kernel, (grid), (block), shared_bytes, (stream), __VA_ARGS__)); \
+#define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...)                                                   \
+  do {                                                                                                                 \
+    const size_t pynn_shared_bytes = (shared);                                                                         \
+    ::pynn::cuda::allow_dynamic_shared(#kernel, kernel, pynn_shared_bytes);                                            \
+    ::pynn::cuda::check_launch(                                                                                        \
+        #kernel, ::pynn::cuda::launch_cooperative(kernel, (grid), (block), pynn_shared_bytes, (stream), __VA_ARGS__)); \
   } while (false)
 
 #define SHARED_ARRAY(T, name, count) __shared__ typename ::pynn::cuda::identity<T>::type name[count]

@@ -22,7 +22,7 @@ T atomic_update(T* address, const Update& update) {
 template <class T, class... Allowed>
 concept one_of = (std::same_as<T, Allowed> || ...);
 template <class T>
-concept AtomicInteger = one_of<T, int, unsigned, unsigned long long, unsigned long>;
+concept AtomicInteger = one_of<T, int, unsigned, unsigned long long>;
 template <class T>
 concept AtomicNumber = AtomicInteger<T> || one_of<T, float, double>;
 

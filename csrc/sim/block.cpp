@@ -85,8 +85,7 @@ unsigned barrier(const char* name, bool predicate, Site site) {
     block.barrier_site = site;
     block.barrier_name = name;
     block.barrier_count = 0;
-  } else if (block.barrier_site.line() != site.line() || block.barrier_site.column() != site.column() ||
-             block.barrier_site.file_name() != site.file_name() || block.barrier_name != name) {
+  } else if (block.barrier_name != name || !same_place(block.barrier_site, site)) {
     fail("divergent barrier: this thread is at " + std::string(name) + " (" + describe(site) + "), " +
          std::to_string(block.waiting) + " other threads of the block wait at " + block.barrier_name + " (" +
          describe(block.barrier_site) + ")");
@@ -122,6 +121,11 @@ void* shared_array(const void* key, size_t bytes, size_t alignment) {
   const Unobserved scope;
   block.shared_arrays.push_back({key, new_shared(bytes, alignment < 16 ? 16 : alignment), bytes});
   return block.shared_arrays.back().memory;
+}
+
+void* dynamic_shared() {
+  if (!current->block->dynamic_shared) fail("declares dynamic shared memory, but was launched without any");
+  return current->block->dynamic_shared;
 }
 
 void check_alignment(const char* what, const void* address, size_t alignment) {

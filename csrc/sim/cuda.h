@@ -48,7 +48,7 @@ inline int __syncthreads_and(int predicate, pynn::sim::Site site = pynn::sim::Si
   using name##_array = std::type_identity_t<T>[count]; \
   auto& name = *static_cast<name##_array*>(            \
       ::pynn::sim::shared_array(&name##_declaration, sizeof(name##_array), alignof(name##_array)))
-#define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::pynn::sim::current->block->dynamic_shared)
+#define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::pynn::sim::dynamic_shared())
 
 #define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...) \
   ::pynn::sim::launch<true>(#kernel, (grid), (block), (shared), kernel, __VA_ARGS__)

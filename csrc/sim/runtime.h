@@ -19,6 +19,7 @@ namespace pynn::sim {
 constexpr unsigned kWarpSize = 32;
 
 using Site = std::source_location;  // where in the kernel a collective was called
+bool same_place(const Site& a, const Site& b);
 
 struct Block;
 struct Thread;
@@ -114,6 +115,7 @@ void end_block(Block& block);
 void exit_thread();
 unsigned barrier(const char* name, bool predicate, Site site);
 void* shared_array(const void* key, size_t bytes, size_t alignment);
+void* dynamic_shared();
 // Fail unless the address is aligned, or the bytes lie in this block's shared memory.
 void check_alignment(const char* what, const void* address, size_t alignment);
 void check_shared(const char* what, const void* address, size_t bytes);

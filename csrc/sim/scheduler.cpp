@@ -211,6 +211,11 @@ void fail(const std::string& what) {
   throw std::runtime_error(message + ": " + what);  // of a thread: on to run_thread
 }
 
+bool same_place(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
+}
+
 std::string describe(const Site& site) {
   const std::string_view path = site.file_name();
   return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(site.line());

@@ -23,10 +23,7 @@ unsigned existing(unsigned mask) {
   return threads - first >= kWarpSize ? mask : mask & ((1u << (threads - first)) - 1);
 }
 
-bool same_call(const Collective& a, const Collective& b) {
-  return a.mask == b.mask && a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
-         a.site.file_name() == b.site.file_name();
-}
+bool same_call(const Collective& a, const Collective& b) { return a.mask == b.mask && same_place(a.site, b.site); }
 
 }  // namespace
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -31,7 +32,7 @@ def _int64(*shape: int) -> torch.Tensor:
 
 
 def diffusion() -> Iterator[Case]:
-    from pynn.triton_kernels import diffusion as ops
+    from pynn.triton_kernels import diffusion as ops  # type: ignore[attr-defined]
 
     batch = 16
     tables = {columns: torch.zeros(100, columns, dtype=torch.float64) for columns in (2, 3, 7)}
@@ -59,9 +60,9 @@ def diffusion() -> Iterator[Case]:
     writes, sums = Promise(exact=True, wide_stores=True), Promise(exact=True, wide_loads=True)
     for dtype, label in LABELS.items():
         x = torch.empty(batch, 3072, dtype=dtype)
-        yield Case(f"{label}", lambda x=x: ops.normal(x, one_key), writes)
+        yield Case(f"{label}", partial(ops.normal, x, one_key), writes)
         yield Case(f"{label}", jump(x), wide)
-        yield Case(f"{label}", lambda x=x: ops.forward_jump_bwd(x, t, None, tables[2], False), wide)
+        yield Case(f"{label}", partial(ops.forward_jump_bwd, x, t, None, tables[2], False), wide)
         yield Case(f"{label} clip", reverse(x), wide)
         yield Case(f"{label} clip", reverse_bwd(x), wide)
         yield Case(f"{label}", loss(x), sums)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import measure
 from .cases import cuda_promise
-from .compile_triton import Result
+from .ratchet import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90a", "100", "120")

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
 
 from . import measure
 from .cases import CASES, NARROW, NARROW_KERNELS
-from .ratchet import Promise, Rows
+from .ratchet import Promise, Result
 from .targets import TARGETS, compiling
-
-
-@dataclasses.dataclass
-class Result:
-    """Rows of one job, the promises of their kernels, and the compilers that made them."""
-
-    rows: Rows
-    promises: dict[str, Promise]
-    versions: dict[str, str]
 
 
 def compile_for(target: str) -> Result:
@@ -42,13 +34,22 @@ def compile_for(target: str) -> Result:
                 case.run()
             if not compiled:
                 raise RuntimeError(f"{module} {case.label}: launched no kernel")
-            for kernel_name, kernel in compiled:
-                name = f"{module}.{kernel_name} {case.label} | triton {target}"
+            for kernel_name, version, kernel in _numbered(compiled):
+                name = f"{module}.{kernel_name} {case.label}{version} | triton {target}"
                 if name in result.rows:
                     raise RuntimeError(f"two cases of {module} are called {name!r}")
                 result.rows[name] = _measure(kernel, target, case.promise)
                 result.promises[name] = NARROW if kernel_name in NARROW_KERNELS else case.promise
     return result
+
+
+def _numbered(compiled: list) -> Iterator[tuple]:
+    """(kernel name, " config i" where it was compiled with several, kernel)."""
+    counts = collections.Counter(name for name, _ in compiled)
+    seen: collections.Counter[str] = collections.Counter()
+    for name, kernel in compiled:
+        seen[name] += 1
+        yield name, f" config {seen[name]}" if counts[name] > 1 else "", kernel
 
 
 def _measure(kernel, target: str, promise: Promise) -> measure.Measurement:

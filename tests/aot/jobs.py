@@ -44,8 +44,9 @@ def jobs_of(nvcc: str | None) -> list[Job]:
     """The slowest first."""
     cuda = [
         Job("cuda", architecture, source, nvcc)
-        for source in (compile_cuda.sources() if nvcc else [])
+        for source in compile_cuda.sources()
         for architecture in compile_cuda.ARCHITECTURES
+        if nvcc
     ]
     return [*(Job("triton", target) for target in TRITON_TARGETS), *cuda]
 

@@ -112,7 +112,7 @@ def spills_of_ptx(ptxas: str, ptx: str, architecture: str) -> int:
     with tempfile.TemporaryDirectory() as directory:
         source, binary = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
         source.write_text(ptx)
-        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", source, "-o", binary]
+        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", str(binary)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(spills(log).values())
 

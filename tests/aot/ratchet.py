@@ -32,6 +32,15 @@ class Promise:
 
 
 @dataclasses.dataclass
+class Result:
+    """Rows of one job, the promises of their kernels, and the compilers that made them."""
+
+    rows: Rows
+    promises: dict[str, Promise]
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass
 class Verdict:
     """Lines to print, by weight. broken: never accepted. worse: accepted with ACCEPT=1. notes: fine."""
 
@@ -74,7 +83,11 @@ def compare(
     for name in sorted(rows):
         verdict.broken += broken_promises(name, rows[name], promises.get(name, Promise()))
     verdict.worse += [f"{name}: is gone" for name in sorted(accepted.keys() - rows.keys())]
-    verdict.notes += [f"{name}: new" for name in sorted(rows.keys() - accepted.keys())]
+    new: dict[str, list[str]] = {}
+    for name in sorted(rows.keys() - accepted.keys()):
+        kernel, _, target = name.rpartition(" | ")
+        new.setdefault(kernel, []).append(target)
+    verdict.notes += [f"{kernel}: new for {', '.join(targets)}" for kernel, targets in new.items()]
     changed = [
         f"{tool} {accepted_versions.get(tool)} -> {version}"
         for tool, version in versions.items()
@@ -93,7 +106,8 @@ def compare(
 
 
 def _differences(old: Measurement, new: Measurement) -> tuple[list[str], list[str]]:
-    worse, better = [], []
+    worse: list[str] = []
+    better: list[str] = []
     for value in (*FEWER_IS_BETTER, *MORE_IS_BETTER):
         before, now = old.get(value, 0), new.get(value, 0)
         if before == now:

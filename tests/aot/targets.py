@@ -50,7 +50,8 @@ def compiling(name: str) -> Iterator[list]:
     """Inside the block a launch compiles its kernel for this target instead.
 
     Yields:
-        The list of (kernel name, triton.compiler.CompiledKernel), filled as kernels are launched.
+        The list of (kernel name, triton.compiler.CompiledKernel), filled as kernels are launched: with an autotuner
+        one for each config.
     """
     compiled: list = []
     run = JITFunction.run
@@ -58,7 +59,8 @@ def compiling(name: str) -> Iterator[list]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.__name__, kernel))
+        if all(kernel is not before for _, before in compiled):  # an autotuner launches its choice once more
+            compiled.append((self.__name__, kernel))
         return kernel
 
     triton.runtime.driver.set_active(CompileOnlyDriver(TARGETS[name]))

@@ -241,6 +241,7 @@ const std::map<std::string, Planted>& planted_bugs() {
        {[](const float* x, float* y) { LAUNCH(planted::out_of_bounds_global, 1, 96, 0, nullptr, x, y, 64); }}},
       PLANTED_Y(out_of_bounds_shared),
       PLANTED_SHAPE("out_of_bounds_dynamic", planted::out_of_bounds_dynamic, 1, 32, 31 * 4),
+      PLANTED_SHAPE("no_dynamic_shared", planted::out_of_bounds_dynamic, 1, 32, 0),
       {"missing_barrier",
        {[](const float*, float* y) { LAUNCH(planted::missing_barrier, 1, 64, 0, nullptr, y); },
         [](int i) { return 63.0 - i; }, 64}},
