@@ -132,26 +132,35 @@ def groups_bwd_kernel(
 
 
 @triton.jit
-def _tile(
-    rows, units, others, splits, blocks, step,
-    PACK: tl.constexpr, LAST: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Channels counted over all samples and their mask (CHANNELS, 1), the split, offsets and mask of the elements.
+def _channels(rows, splits, blocks, CHANNELS: tl.constexpr):
+    """Sample, split, row of the channels in it, and channel counted over all samples with its mask, (CHANNELS, 1).
 
-    `blocks` programs side by side own the `rows` channels of a sample, or of the whole batch where it lies channel
-    by channel.
+    `blocks` programs side by side own the `rows` channels of a sample, or of the whole batch where it lies channel by
+    channel.
     """
     pid = tl.program_id(0).to(tl.int64)
     sample, split = pid // blocks // splits, pid // blocks % splits
     row = (pid % blocks * CHANNELS + tl.arange(0, CHANNELS))[:, None]
+    return sample, split, row, sample * rows + row, row < rows
+
+
+@triton.jit
+def _elements(
+    sample, split, row, rows, step, units, others,
+    PACK: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask (CHANNELS, PIXELS) of the elements of a split's tile.
+
+    The size of the innermost dimension is units * PACK, as in _groups_tile, also where it bounds a mask.
+    """
     p = (split * STEPS + step) * PIXELS + tl.arange(0, PIXELS)[None, :]
     if LAST:
-        pixels = others
-        offsets = (sample * pixels + p) * (units.to(tl.int64) * PACK) + row
+        pixels, limit = others.to(tl.int64), units.to(tl.int64) * PACK
+        offsets = (sample * pixels + p) * limit + row
     else:
-        pixels = units.to(tl.int64) * PACK
+        pixels, limit = units.to(tl.int64) * PACK, rows
         offsets = row * pixels + p
-    return sample * rows + row, row < rows, split, offsets, (row < rows) & (p < pixels)
+    return offsets, (row < limit) & (p < pixels)
 
 
 @_kernel
@@ -165,9 +174,7 @@ def moments_kernel(
     The center is the element of the first tile that is nearest to the mean of it: a large mean costs no digits.
     mean, rstd: None, or known statistics of which only means far from 0 are looked at again.
     """
-    channel, in_rows, split, offsets, mask = _tile(
-        rows, units, others, splits, blocks, 0, PACK, LAST, CHANNELS, PIXELS, STEPS
-    )
+    sample, split, row, channel, in_rows = _channels(rows, splits, blocks, CHANNELS)
     if mean is None:
         wanted = 1
     else:
@@ -176,6 +183,7 @@ def moments_kernel(
         b_rstd = tl.load(rstd + group, mask=in_rows, other=0.0).to(tl.float64)
         wanted = tl.max(tl.max(is_far(b_mean, b_rstd).to(tl.int32), axis=1), axis=0)
     if wanted != 0:
+        offsets, mask = _elements(sample, split, row, rows, 0, units, others, PACK, LAST, PIXELS, STEPS)
         b_x = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE)
         count = tl.sum(mask.to(tl.int32), axis=1)[:, None]
         near = tl.sum(b_x, axis=1)[:, None] / tl.maximum(count, 1).to(COMPUTE)
@@ -186,9 +194,7 @@ def moments_kernel(
         d = tl.where(mask, b_x - center, 0.0)
         first, second = tl.sum(d, axis=1).to(tl.float64), tl.sum(d * d, axis=1).to(tl.float64)
         for step in range(1, STEPS):
-            _, _, _, offsets, mask = _tile(
-                rows, units, others, splits, blocks, step, PACK, LAST, CHANNELS, PIXELS, STEPS
-            )
+            offsets, mask = _elements(sample, split, row, rows, step, units, others, PACK, LAST, PIXELS, STEPS)
             b_x = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE)
             d = tl.where(mask, b_x - center, 0.0)
             first += tl.sum(d, axis=1).to(tl.float64)
@@ -214,11 +220,10 @@ def apply_kernel(
     SILU: tl.constexpr, PACK: tl.constexpr, LAST: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
     STEPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
+    sample, split, row, channel, in_rows = _channels(rows, splits, blocks, CHANNELS)
+    center, scale, shift = _coefficients(coefficients, channel, channels, in_rows)
     for step in range(0, STEPS):
-        channel, in_rows, _, offsets, mask = _tile(
-            rows, units, others, splits, blocks, step, PACK, LAST, CHANNELS, PIXELS, STEPS
-        )
-        center, scale, shift = _coefficients(coefficients, channel, channels, in_rows)
+        offsets, mask = _elements(sample, split, row, rows, step, units, others, PACK, LAST, PIXELS, STEPS)
         b_x = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE)
         b_y = activate(tl.fma(b_x - center, scale, shift), SILU, y.dtype.element_ty)
         tl.store(y + offsets, b_y.to(y.dtype.element_ty), mask=mask)
@@ -231,12 +236,12 @@ def gradient_sums_kernel(
     STEPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """partials (2, channels, splits): sums of dz and of dz * (x - center)."""
-    channel, in_rows, split, _, _ = _tile(rows, units, others, splits, blocks, 0, PACK, LAST, CHANNELS, PIXELS, STEPS)
+    sample, split, row, channel, in_rows = _channels(rows, splits, blocks, CHANNELS)
     center, scale, shift = _coefficients(coefficients, channel, channels, in_rows)
     first = tl.zeros([CHANNELS], tl.float64)
     second = tl.zeros([CHANNELS], tl.float64)
     for step in range(0, STEPS):
-        _, _, _, offsets, mask = _tile(rows, units, others, splits, blocks, step, PACK, LAST, CHANNELS, PIXELS, STEPS)
+        offsets, mask = _elements(sample, split, row, rows, step, units, others, PACK, LAST, PIXELS, STEPS)
         d = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE) - center
         b_dy = tl.load(dy + offsets, mask=mask, other=0.0).to(COMPUTE)
         dz = activate_grad(b_dy, tl.fma(d, scale, shift), SILU, x.dtype.element_ty)
@@ -255,14 +260,13 @@ def gradient_kernel(
     STEPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * dz + (x - center) * slope + constant."""
+    sample, split, row, channel, in_rows = _channels(rows, splits, blocks, CHANNELS)
+    center, scale, shift = _coefficients(coefficients, channel, channels, in_rows)
+    group = channel // width
+    slope = tl.load(gradients + group, mask=in_rows, other=0.0)
+    constant = tl.load(gradients + channels // width + group, mask=in_rows, other=0.0)
     for step in range(0, STEPS):
-        channel, in_rows, _, offsets, mask = _tile(
-            rows, units, others, splits, blocks, step, PACK, LAST, CHANNELS, PIXELS, STEPS
-        )
-        center, scale, shift = _coefficients(coefficients, channel, channels, in_rows)
-        group = channel // width
-        slope = tl.load(gradients + group, mask=in_rows, other=0.0)
-        constant = tl.load(gradients + channels // width + group, mask=in_rows, other=0.0)
+        offsets, mask = _elements(sample, split, row, rows, step, units, others, PACK, LAST, PIXELS, STEPS)
         d = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE) - center
         b_dy = tl.load(dy + offsets, mask=mask, other=0.0).to(COMPUTE)
         dz = activate_grad(b_dy, tl.fma(d, scale, shift), SILU, x.dtype.element_ty)
@@ -331,7 +335,8 @@ class _Problem:
         return pack if size % pack == 0 else 1
 
     def _launch(self, kernel, programs: int, tile: int, *args, **constants) -> None:
-        warps = 1 if triton.knobs.runtime.interpret else min(max(tile // 1024, 4), 16)
+        per_warp = 256 if self.x.element_size() == 8 else 512  # elements: more would not fit the registers
+        warps = 1 if triton.knobs.runtime.interpret else min(max(tile // per_warp, 4), 16)
         compute = tl.float64 if self.compute is torch.float64 else tl.float32
         with torch.cuda.device_of(self.x):
             kernel[(programs,)](*args, **constants, COMPUTE=compute, num_warps=warps, enable_fp_fusion=False)
