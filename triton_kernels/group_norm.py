@@ -292,8 +292,9 @@ class _Sizes:
 def _sizes(itemsize: int, backward: bool) -> _Sizes:
     if triton.knobs.runtime.interpret:  # pays per program, not per element
         return _Sizes(8192, 16384, 16384)
-    scale = (2 if itemsize == 8 else 1) * (2 if backward else 1)
-    return _Sizes(2048 // scale, 16384 // scale, 4096 // scale)
+    if itemsize == 8:
+        return _Sizes(512, 2048, 1024) if backward else _Sizes(1024, 8192, 2048)
+    return _Sizes(1024, 8192, 2048) if backward else _Sizes(2048, 16384, 4096)
 
 
 @dataclasses.dataclass(frozen=True)

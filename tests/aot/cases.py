@@ -108,6 +108,14 @@ def group_norm() -> Iterator[Case]:
                 if dtype is torch.bfloat16 and not layout:
                     yield Case(name, forward(x, groups, silu=False), promise)
                     yield Case(f"{name}, backward", backward(x, groups, silu=False), promise)
+    # As large as fits registers: (channels, pixels) of the forward, the backward takes half or a quarter of it.
+    for dtype, width in ((torch.float32, 16), (torch.float64, 8)):
+        for layout, memory_format in (("", torch.contiguous_format), (" nhwc", torch.channels_last)):
+            name = f"{LABELS[dtype]}{layout} largest groups"
+            x = torch.empty((2, width, 32, 32), dtype=dtype, memory_format=memory_format)
+            yield Case(f"{name}, silu", forward(x, 1), wide)
+            x = torch.empty((2, 8 if dtype is torch.float32 else 2, 32, 32), dtype=dtype, memory_format=memory_format)
+            yield Case(f"{name}, backward, silu", backward(x, 1), wide)
     shape, groups = odd
     yield Case("bf16 odd groups", forward(torch.empty(shape, dtype=torch.bfloat16), groups), exact)
     yield Case("bf16 odd groups, backward", backward(torch.empty(shape, dtype=torch.bfloat16), groups), exact)
