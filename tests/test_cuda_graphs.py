@@ -15,7 +15,7 @@ T, SHAPE = 20, (6, 3, 9, 7)
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def device(request):
+def backend(request):
     """Runs the test on each GPU backend; skipped with the reason where it cannot run."""
     name = request.param
     if pynn.backends.unavailable[name]:
@@ -23,7 +23,7 @@ def device(request):
     if not torch.cuda.is_available():
         pytest.skip(f"{name}: no GPU")
     with pynn.backend(name):
-        yield "cuda"
+        yield name
 
 
 def operands(dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
@@ -31,6 +31,7 @@ def operands(dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     names = "x", "output", "variance", "noise"
     made = {name: torch.randn(SHAPE, generator=generator).to(dtype).to("cuda") for name in names}
     made["variance"].clamp_(-1, 1)
+    made["weight"], made["bias"] = torch.randn((2, SHAPE[1]), generator=generator).to(dtype).to("cuda").unbind()
     made["t"] = torch.randint(1, T, SHAPE[:1], generator=generator).to("cuda")
     made["key"] = torch.randint(2**62, (2,), generator=generator).to("cuda")
     made["keys"] = torch.randint(2**62, (SHAPE[0], 2), generator=generator).to("cuda")
@@ -62,6 +63,11 @@ def calls() -> dict[str, Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor,
         value = ops.diffusion_loss(output, x0, o["t"], loss_table, seed=o["key"])
         return value, *gradients(value, output, x0)
 
+    def group_norm(o):
+        leaves = [o[name].detach().requires_grad_() for name in ("x", "weight", "bias")]
+        y = ops.group_norm(leaves[0], 3, *leaves[1:], activation="silu")
+        return y, *torch.autograd.grad(y, leaves, o["noise"])
+
     return {
         "normal": lambda o: (pynn.backends.op("normal", o["x"])(o["x"], o["keys"]),),
         "forward_jump": lambda o: ops.forward_jump(o["x"], o["t"], forward, seed=o["key"], return_noise=True),
@@ -72,6 +78,7 @@ def calls() -> dict[str, Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor,
         ),
         "reverse_step_backward": reverse,
         "diffusion_loss_backward": loss,
+        "group_norm_backward": group_norm,
     }
 
 
@@ -83,12 +90,16 @@ NAMES = (
     "reverse_step",
     "reverse_step_backward",
     "diffusion_loss_backward",
+    "group_norm_backward",
 )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_replay_equals_eager(device, name, dtype):
+def test_replay_equals_eager(backend, name, dtype):
+    kernel = "group_norm_fwd" if name.startswith("group_norm") else "forward_jump_fwd"
+    if not pynn.backends.has_kernel(kernel, backend):
+        pytest.skip(f"{backend}: no kernel for {kernel} yet")
     call = calls()[name]
     captured_on, fresh = operands(dtype, seed=0), operands(dtype, seed=1)
     expected = [tensor.detach().clone() for tensor in call(fresh)]

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from gpu_check import __main__ as gpu_main
 from gpu_check import launches, runner
 from gpu_check.runner import FAILED, NO_GPU, OK, OUT_OF_TIME, TIMED_OUT, UNAVAILABLE, Part
@@ -155,7 +156,14 @@ def test_the_parts_fit_their_time():
 
 def test_launches_compare_backends(capsys, monkeypatch):
     assert launches.main(["cpu"]) == 0
-    assert "comparisons agree" in capsys.readouterr().out
-    monkeypatch.setitem(launches.CASES, "planted", lambda device, dtype: {"y": launches.torch.rand(3)})
+    assert "comparisons agree on cpu" in capsys.readouterr().out
+    planted = launches.Case("normal", lambda device, dtype: {"y": torch.rand(3)})
+    monkeypatch.setattr(launches, "CASES", {"planted": planted})
     assert launches.main(["cpu"]) == 1
-    assert "planted" in capsys.readouterr().out
+    assert "cpu: planted torch.float64, y: " in capsys.readouterr().out
+    broken = launches.Case("normal", lambda device, dtype: {}["y"])
+    monkeypatch.setattr(launches, "CASES", {"broken": broken})
+    assert launches.main(["cpu"]) == 1
+    assert "KeyError" in capsys.readouterr().out
+    assert launches.main(["elsewhere"]) == 1
+    assert "elsewhere: no kernels (no such backend)" in capsys.readouterr().out

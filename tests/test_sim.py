@@ -54,7 +54,13 @@ STOPPED = {
 # Bugs that read poison: the result is not a number.
 POISONED = {"shuffle_outside_mask", "uninitialised_shared", "wrong_wait"}
 # Bugs that give a wrong result under at least one schedule, and are races for TSan.
-ORDER = {"missing_barrier", "missing_second_barrier", "missing_syncwarp"}
+ORDER = {
+    "barrier_between_blocks",
+    "missing_barrier",
+    "missing_second_barrier",
+    "missing_second_syncwarp",
+    "missing_syncwarp",
+}
 # Races that give the right result here under every schedule.
 SILENT_RACES = {"missing_fence", "unordered_add"}
 ADDRESS = {

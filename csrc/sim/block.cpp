@@ -29,7 +29,6 @@ void free_shared(void* memory) {
 void prepare_threads(Block& block) {
   const dim3& size = launch_now.block;
   block.threads.resize(size_t(size.x) * size.y * size.z);
-  block.warp_tags.resize((block.threads.size() + kWarpSize - 1) / kWarpSize);
   unsigned i = 0;
   for (unsigned z = 0; z < size.z; ++z)
     for (unsigned y = 0; y < size.y; ++y)
@@ -44,6 +43,7 @@ void prepare_threads(Block& block) {
 void start_block(Block& block, uint3 index) {
   block.index = index;
   block.live = unsigned(block.threads.size());
+  block.tags = std::vector<char>(2 + 2 * block.threads.size());
   block.waiting = block.barrier_count = block.barrier_phase = 0;
   for (Thread& thread : block.threads) {
     thread.state = State::ready;
@@ -90,7 +90,7 @@ unsigned barrier(const char* name, bool predicate, Site site) {
          std::to_string(block.waiting) + " other threads of the block wait at " + block.barrier_name + " (" +
          describe(block.barrier_site) + ")");
   }
-  void* tag = &block.barrier_tag[block.barrier_phase & 1];
+  char* tag = block.barrier_tag();
   release(tag);
   block.barrier_count += predicate;
   current->state = State::barrier;

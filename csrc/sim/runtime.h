@@ -59,6 +59,7 @@ struct Thread {
   Fiber fiber;
   const Collective* collective = nullptr;  // while state is warp
   AsyncCopies async_copies;
+  unsigned warp_syncs = 0;
 };
 
 struct SharedArray {
@@ -76,12 +77,17 @@ struct Block {
   const char* barrier_name = "";
   unsigned barrier_count = 0, barrier_result = 0;  // of __syncthreads_count and its relatives
   unsigned barrier_phase = 0;
-  char barrier_tag[2] = {};     // TSan's objects for odd and even barriers: one alone would order too much
-  std::vector<char> warp_tags;  // one per warp, for __syncwarp
+  // What TSan is told to order by: two objects for the barrier and two for each thread's __syncwarp, used in turn, as
+  // one alone would order too much. New memory for every block, or a block would come after the one before it.
+  std::vector<char> tags;
   std::vector<SharedArray> shared_arrays;
   void* dynamic_shared = nullptr;
 
   Thread& thread(unsigned warp, unsigned lane) { return threads[warp * kWarpSize + lane]; }
+  char* barrier_tag() { return &tags[barrier_phase & 1]; }
+  char* warp_sync_tag(const Thread& thread) {
+    return &tags[2 + 2 * (&thread - threads.data()) + (thread.warp_syncs & 1)];
+  }
 };
 
 struct Launch {

@@ -71,10 +71,20 @@ void meet_whole_warp(const Collective& mine, Complete complete) {
 }
 
 void sync_warp(unsigned mask, Site site) {
-  void* tag = &current->block->warp_tags[current->warp];
-  release(tag);
-  meet({"__syncwarp", mask, site, nullptr}, [](void* const*, unsigned) {});
-  acquire(tag);
+  struct Tags {
+    char *mine, *all[kWarpSize];
+  } tags{current->block->warp_sync_tag(*current), {}};
+  ++current->warp_syncs;
+  release(tags.mine);
+  meet({"__syncwarp", mask, site, &tags}, [](void* const* lanes, unsigned mask) {
+    if (!under_tsan()) return;
+    for (unsigned lane = 0; lane < kWarpSize; ++lane)
+      for (unsigned other = 0; other < kWarpSize; ++other)
+        if (mask >> lane & mask >> other & 1)
+          static_cast<Tags*>(lanes[lane])->all[other] = static_cast<Tags*>(lanes[other])->mine;
+  });
+  for (char* tag : tags.all)
+    if (tag) acquire(tag);
 }
 
 }  // namespace pynn::sim

@@ -27,8 +27,8 @@ def make_key(
 ) -> torch.Tensor:
     """A Philox key as int64 (2,) = (seed, offset), or (B, 2) with one key per sample.
 
-    For a CUDA graph make it before the capture and pass it as `seed`: a replay then reads the tensor's new values, while
-    a key from an int or a CPU generator is a copy from the host, which cannot be captured.
+    For a CUDA graph make it before the capture and pass it as `seed`: a replay then reads the tensor's new values.
+    A key from an int or a CPU generator is a copy from the host, which cannot be captured.
 
     Args:
         device: where the key is needed.

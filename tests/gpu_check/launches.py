@@ -1,4 +1,5 @@
-"""Every op that has GPU kernels, once per dtype on small odd shapes, against the CPU kernels: bit for bit.
+"""Every op that has GPU kernels, once per dtype on small odd shapes, against the CPU kernels: bit for bit where the
+kernels promise it.
 
     python -m gpu_check.launches [--poison] backend ...
 
@@ -9,6 +10,8 @@ CPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 
@@ -19,14 +22,18 @@ from pynn.diffusion import Schedule
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((3, 5, 7), (4, 2, 32), (2, 4099))  # rows that start inside a quad, whole vectors, rows of several blocks
-# Where another order of summation or another libm is allowed: result -> relative error per dtype, 0 otherwise.
+GROUP_NORM_SHAPES = ((3, 6, 5, 7), (2, 64, 9, 3), (1, 2, 131, 130))  # the last is too large for registers
+# Where another order of summation or another libm is allowed: result -> difference relative to the largest element.
+SUMMED = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TOLERANCE = {
-    "loss": {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6},
+    "loss": SUMMED,
     "learned range": {torch.float64: 1e-12},
+    "group norm": SUMMED,
+    "group norm channels last": SUMMED,
 }
 
 Results = dict[str, torch.Tensor]
-Case = Callable[[str, torch.dtype], Results]  # (device, dtype) -> results on the CPU
+Run = Callable[[str, torch.dtype], Results]  # (device, dtype) -> results on the CPU
 
 
 def _operands(device: str, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> list[torch.Tensor]:
@@ -65,9 +72,32 @@ def diffusion(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Result
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
-CASES: dict[str, Case] = {
-    f"diffusion {'x'.join(map(str, shape))}": lambda device, dtype, shape=shape: diffusion(device, dtype, shape)
-    for shape in SHAPES
+def group_norm(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Results:
+    """With SiLU, and its gradients, in both memory formats."""
+    x, dy = _operands(device, dtype, shape, 2)
+    weight, bias = _operands(device, dtype, shape[1:2], 2)
+    results = {}
+    formats = {"group norm": torch.contiguous_format, "group norm channels last": torch.channels_last}
+    for name, memory_format in formats.items():
+        leaves = [x.to(memory_format=memory_format).detach().requires_grad_()]
+        leaves += [tensor.detach().requires_grad_() for tensor in (weight, bias)]
+        y = pynn.ops.group_norm(leaves[0], 2, *leaves[1:], activation="silu")
+        gradients = torch.autograd.grad(y, leaves, dy)
+        results[name] = y
+        results |= {f"{name} gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    kernel: str  # a dispatcher op: backends without it leave the case out
+    run: Run
+
+
+CASES = {f"diffusion {shape}": Case("forward_jump_fwd", functools.partial(diffusion, shape=shape)) for shape in SHAPES}
+CASES |= {
+    f"group_norm {shape}": Case("group_norm_fwd", functools.partial(group_norm, shape=shape))
+    for shape in GROUP_NORM_SHAPES
 }
 
 
@@ -77,7 +107,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor, allowed: float) -> str
         return f"{got.dtype} {tuple(got.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
     wrong = ~((got == expected) | (got.isnan() & expected.isnan()))
     if allowed:
-        wrong = ~((got.double() - expected.double()).abs() <= allowed * expected.double().abs())
+        wrong = ~((got.double() - expected.double()).abs() <= allowed * expected.double().abs().max())
     if not wrong.any():
         return ""
     first = int(wrong.flatten().nonzero()[0])
@@ -89,14 +119,14 @@ def compare(backend: str, case: Case, dtype: torch.dtype) -> tuple[list[str], in
     """(what differs from the CPU kernels, number of comparisons); a case that raises is one comparison."""
     try:
         with pynn.backend("cpu"):
-            expected = case("cpu", dtype)
+            expected = case.run("cpu", dtype)
         with pynn.backend(backend):
-            got = case(pynn.backends.device_of(backend), dtype)
+            got = case.run(pynn.backends.device_of(backend), dtype)
     except Exception as error:
         return [f"{type(error).__name__}: {error}"], 1
     problems = []
     for name, tensor in got.items():
-        allowed = TOLERANCE.get(name.removesuffix(" gradient"), {}).get(dtype, 0.0)
+        allowed = TOLERANCE.get(name.partition(" gradient")[0], {}).get(dtype, 0.0)
         if problem := difference(tensor, expected[name], allowed):
             problems.append(f"{name}: {problem}")
     return problems, len(got)
@@ -110,14 +140,18 @@ def main(arguments: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(options.poison)  # fills what torch.empty returns
     problems, compared = [], 0
     for backend in options.backends:
-        for name, case in CASES.items():
+        cases = {name: case for name, case in CASES.items() if pynn.backends.has_kernel(case.kernel, backend)}
+        if not cases:
+            problems.append(f"{backend}: no kernels ({pynn.backends.unavailable.get(backend, 'no such backend')})")
+        for name, case in cases.items():
             for dtype in DTYPES:
                 found, count = compare(backend, case, dtype)
                 problems += [f"{backend}: {name} {dtype}, {problem}" for problem in found]
                 compared += count
     torch.use_deterministic_algorithms(False)
     where = ", ".join(options.backends)
-    print("\n".join([*problems, f"{compared - len(problems)} of {compared} comparisons agree on {where}"]))
+    summary = f"{len(problems)} problems" if problems else f"all {compared} comparisons agree"
+    print("\n".join([*problems, f"{summary} on {where}"]))
     return int(bool(problems))
 
 

@@ -54,6 +54,24 @@ __global__ void missing_syncwarp(float* y) {
   y[threadIdx.x] = tile[31 - threadIdx.x];
 }
 
+__global__ void missing_second_syncwarp(float* y, int steps) {
+  SHARED_ARRAY(float, tile, 32);
+  float sum = 0;
+  for (int step = 0; step < steps; ++step) {
+    tile[threadIdx.x] = float(step);
+    __syncwarp();
+    sum += tile[31 - threadIdx.x];
+  }
+  y[threadIdx.x] = sum;
+}
+
+// TSan, and a wrong result in some order: a barrier does not reach from one block to the next.
+__global__ void barrier_between_blocks(float* y) {
+  if (blockIdx.x == 0) y[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (blockIdx.x == 1) y[threadIdx.x] += 1.0f;
+}
+
 // TSan: two blocks add to the same element. Every schedule here gives the right sum.
 __global__ void unordered_add(float* sum) {
   if (threadIdx.x == 0) *sum += 1.0f;
