@@ -22,7 +22,8 @@ namespace {
 
 // ---------------------------------------------------------------- a group in registers
 
-constexpr int kFusedThreads = 512, kFusedWarps = kFusedThreads / 32, kMostHeld = 5;
+constexpr int kFusedThreads = 512, kFusedWarps = kFusedThreads / 32;
+constexpr int kHeld = 5;  // packs of a thread: as many as registers hold without spilling
 
 struct FusedShape {
   int64_t items, groups;
@@ -30,7 +31,7 @@ struct FusedShape {
   bool aligned;
 };
 
-template <class T, bool kSilu, int kHeld>
+template <class T, bool kSilu>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     fused_kernel(T* y, accumulate_t<T>* mean, accumulate_t<T>* rstd, const T* x, const accumulate_t<T>* weight,
                  const accumulate_t<T>* bias, double eps, FusedShape shape) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 }
 
 // Packs of a group that is kept in registers.
-constexpr int64_t kMostFusedPacks = kFusedThreads * kMostHeld;
+constexpr int64_t kMostFusedPacks = kFusedThreads * kHeld;
 template <class T>
 bool fits_registers(const GroupNormShape& s) {
   return (!s.channels_last || s.pixels == 1) && s.group_size() <= kMostFusedPacks * kPack<T>;
@@ -315,14 +316,14 @@ template <class T>
 void launch_fused(T* y, accumulate_t<T>* mean, accumulate_t<T>* rstd, const T* x, Parameters<T> weight,
                   Parameters<T> bias, double eps, const GroupNormShape& shape, void* stream) {
   const int64_t items = shape.batch * shape.groups, packs = ceil_div(shape.group_size(), kPack<T>);
-  const int warps = power_of_two(ceil_div(packs, 32 * kBatch), kFusedWarps), block = std::max(128, warps * 32);
+  const int warps = power_of_two(ceil_div(packs, 32 * kHeld), kFusedWarps), block = std::max(128, warps * 32);
   const bool aligned = is_aligned({x, y}) && shape.group_size() % kPack<T> == 0;
   const FusedShape fused{items, shape.groups, int(shape.width), int(shape.pixels), warps, aligned};
-  with_variant(shape.silu, packs > int64_t(warps) * 32 * kBatch, [&](auto silu, auto many) {
-    constexpr int kHeld = many ? kMostHeld : kBatch;
-    LAUNCH((fused_kernel<T, silu, kHeld>), blocks_for(items, warps, block), block, 0, stream, y, mean, rstd, x, weight,
-           bias, eps, fused);
-  });
+  const auto run = [&](auto silu) {
+    LAUNCH((fused_kernel<T, silu>), blocks_for(items, warps, block), block, 0, stream, y, mean, rstd, x, weight, bias,
+           eps, fused);
+  };
+  shape.silu ? run(std::true_type{}) : run(std::false_type{});
 }
 
 template <class T>

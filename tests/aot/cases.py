@@ -81,10 +81,50 @@ def diffusion() -> Iterator[Case]:
         yield Case(f"{label} rows of 37", loss(narrow), exact)
 
 
-# Kernels that only finish a reduction touch a few numbers.
-NARROW_KERNELS, NARROW = ("loss_rows_kernel",), Promise(exact=True)
+def group_norm() -> Iterator[Case]:
+    from pynn.triton_kernels import group_norm as ops
 
-CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion}
+    def forward(x, groups, silu=True):
+        parameter = torch.empty(x.shape[1])
+        return lambda: ops.group_norm_fwd(x, parameter, parameter, groups, 1e-5, silu)
+
+    def backward(x, groups, silu=True):
+        parameter, statistic = torch.empty(x.shape[1]), torch.empty(x.shape[0], groups)
+        return lambda: ops.group_norm_bwd(x, x, parameter, parameter, statistic, statistic, groups, silu)
+
+    exact, reads = Promise(exact=True), Promise(exact=True, wide_loads=True)
+    wide = Promise(exact=True, wide_loads=True, wide_stores=True)
+    small, large, odd = ((4, 64, 16, 16), 8), ((2, 64, 64, 64), 2), ((2, 30, 7, 7), 3)
+    for dtype, label in LABELS.items():
+        for layout, memory_format in (("", torch.contiguous_format), (" nhwc", torch.channels_last)):
+            for size, (shape, groups), promise in (("groups", small, wide), ("tiles", large, reads)):
+                if dtype is not torch.bfloat16 and layout + size not in ("groups", "tiles"):
+                    continue
+                x = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+                name = f"{label}{layout} {size}"
+                yield Case(f"{name}, silu", forward(x, groups), promise)
+                yield Case(f"{name}, backward, silu", backward(x, groups), promise)
+                if dtype is torch.bfloat16 and not layout:
+                    yield Case(name, forward(x, groups, silu=False), promise)
+                    yield Case(f"{name}, backward", backward(x, groups, silu=False), promise)
+    # As large as fits registers: (channels, pixels) of the forward, the backward takes half or a quarter of it.
+    for dtype, width in ((torch.float32, 16), (torch.float64, 8)):
+        for layout, memory_format in (("", torch.contiguous_format), (" nhwc", torch.channels_last)):
+            name = f"{LABELS[dtype]}{layout} largest groups"
+            x = torch.empty((2, width, 32, 32), dtype=dtype, memory_format=memory_format)
+            yield Case(f"{name}, silu", forward(x, 1), wide)
+            x = torch.empty((2, 8 if dtype is torch.float32 else 2, 32, 32), dtype=dtype, memory_format=memory_format)
+            yield Case(f"{name}, backward, silu", backward(x, 1), wide)
+    shape, groups = odd
+    yield Case("bf16 odd groups", forward(torch.empty(shape, dtype=torch.bfloat16), groups), exact)
+    yield Case("bf16 odd groups, backward", backward(torch.empty(shape, dtype=torch.bfloat16), groups), exact)
+
+
+# Kernels that only finish a reduction touch a few numbers.
+NARROW_KERNELS = ("loss_rows_kernel", "combine_kernel", "combine_gradient_kernel", "add_samples_kernel")
+NARROW = Promise(exact=True)
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion, "group_norm": group_norm}
 
 # The first pattern that matches the whole short name of a kernel counts.
 _READS, _WRITES = Promise(exact=True, wide_loads=True), Promise(exact=True, wide_stores=True)
