@@ -72,8 +72,8 @@ def last(x):
     return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else x
 
 
-def assert_error_is_no_larger_than_torchs(problems, activation):
-    """P1 over all (x, weight, bias, grad_output, groups) together, so that chance in one result does not decide.
+def assert_error_is_no_larger_than_torchs(problems, activation, cap=None):
+    """P1 and P2 over all (x, weight, bias, grad_output, groups) together: chance in one result does not decide.
 
     Returns our (output, gradients) of each problem.
     """
@@ -85,7 +85,7 @@ def assert_error_is_no_larger_than_torchs(problems, activation):
             columns[name].append((y, *grads))
     for i, what in enumerate(("output", "grad_input", "grad_weight", "grad_bias")):
         truth, theirs, got = (torch.cat([row[i].reshape(-1) for row in columns[name]]) for name in columns)
-        assert_relative(got, truth, [theirs], kind="gradient" if i else "forward", what=what)
+        assert_relative(got, truth, [theirs], kind="gradient" if i else "forward", cap=cap, what=what)
     return columns["ours"]
 
 
@@ -130,7 +130,8 @@ def test_large_groups(backend, dtype, activation, mean, channels_last):
         x, *rest = problem(shape, dtype, mean)
         x[..., : x.shape[-1] // 2] += 10  # parts of a group have their own means
         problems.append((*_on(backend, (x, *rest), channels_last), groups))
-    results = assert_error_is_no_larger_than_torchs(problems, activation)
+    cap = {torch.float32: 2e-7, torch.bfloat16: 2e-3}[dtype]  # a large mean costs no digits, though torch loses many
+    results = assert_error_is_no_larger_than_torchs(problems, activation, cap)
     for (x, weight, bias, grad, groups), (y, grad_input, *_) in zip(problems, results, strict=True):
         fn = functools.partial(ours, groups=groups, activation=activation)
         part, part_grads = run(fn, x[1:], weight, bias, grad_output=grad[1:])

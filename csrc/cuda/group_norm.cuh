@@ -109,28 +109,6 @@ bool fits_registers(const GroupNormShape& s) {
 
 // ---------------------------------------------------------------- statistics
 
-// Of the loaded packs, an element near the mean of those of set k: a center that loses no digits when it is subtracted.
-template <class T, bool kColumns>
-__device__ accumulate_t<T> center_among(const Pack<T> (&in)[kBatch], const Lane& lane, int set) {
-  using A = accumulate_t<T>;
-  const auto each = [&](const auto& body) {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-      for (int k = kColumns ? set : 0; k < (kColumns ? set + 1 : kPack<T>); ++k)
-        if (k < lane.valid(b)) body(to_float(in[b].element[k]));
-  };
-  A sum = 0, count = 0;
-  each([&](A v) { sum += v, count += 1; });
-  const A mean = sum / count;
-  A center = to_float(in[0].element[set]), nearest = fabs(center - mean);
-  each([&](A v) {
-    const A distance = fabs(v - mean);
-    if (distance < nearest) center = v, nearest = distance;
-  });
-  return center;
-}
-
 // known_mean, known_rstd: nullptr, or statistics of which only large means are looked at again.
 template <class T, bool kColumns>
 __global__ void __launch_bounds__(kThreads, 3)
