@@ -12,11 +12,8 @@
 //   void    element(outputs, inputs, values, row, k)         element k of a pack
 //   void    store(outputs, index, flat)
 #pragma once
-#include <initializer_list>
-
 #include "diffusion_math.h"
-#include "launch.h"
-#include "primitives.cuh"
+#include "pack.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -36,9 +33,7 @@ constexpr int kResidentBlocks = sizeof(T) == 8   ? 1
                                                  : 3;
 
 template <class T>
-struct alignas(16) Pack {
-  T element[kPack<T>];
-};
+using Pack = PackOf<T, kPack<T>>;
 
 // The tensors seen as one flat array.
 struct Flat {
@@ -47,34 +42,18 @@ struct Flat {
 };
 
 template <class T>
+__device__ int valid_elements(int64_t index, const Flat& flat) {
+  return index + kPack<T> <= flat.size ? kPack<T> : int(flat.size - index);
+}
+template <class T>
 __device__ Pack<T> load_pack(const T* from, int64_t index, const Flat& flat) {
   Pack<T> pack;
-  if (flat.aligned && index + kPack<T> <= flat.size) {
-    constexpr int kVectors = sizeof(Pack<T>) / 16;
-    uint4 vector[kVectors];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) vector[v] = load_streaming(reinterpret_cast<const uint4*>(from + index) + v);
-    memcpy(&pack, vector, sizeof(pack));
-  } else {
-#pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) pack.element[k] = index + k < flat.size ? from[index + k] : T{};
-  }
+  load_pack(pack, from + index, valid_elements<T>(index, flat), flat.aligned);
   return pack;
 }
-
 template <class T>
 __device__ void store_pack(T* to, int64_t index, const Pack<T>& pack, const Flat& flat) {
-  if (flat.aligned && index + kPack<T> <= flat.size) {
-    constexpr int kVectors = sizeof(Pack<T>) / 16;
-    uint4 vector[kVectors];
-    memcpy(vector, &pack, sizeof(pack));
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) store_streaming(reinterpret_cast<uint4*>(to + index) + v, vector[v]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kPack<T>; ++k)
-      if (index + k < flat.size) to[index + k] = pack.element[k];
-  }
+  store_pack(to + index, pack, valid_elements<T>(index, flat), flat.aligned);
 }
 
 struct Position {
@@ -209,12 +188,6 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     }
     __syncthreads();  // the next part overwrites the coefficients
   }
-}
-
-inline bool is_aligned(std::initializer_list<const void*> tensors) {
-  uintptr_t bits = 0;
-  for (const void* tensor : tensors) bits |= reinterpret_cast<uintptr_t>(tensor);
-  return bits % 16 == 0;
 }
 
 // tensors: all that the op reads or writes elementwise; null ones do not count.

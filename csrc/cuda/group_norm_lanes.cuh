@@ -2,20 +2,17 @@
 //
 // A thread handles packs, 16 bytes each, that lie a constant step apart. Two layouts:
 //   runs      (batch, channels, pixels): `lanes` neighbouring threads walk a span of one channel's pixels; every
-//   element
-//             of a thread belongs to the same channel.
+//             element of a thread belongs to the same channel.
 //   columns   (batch, pixels, channels): `lanes` neighbouring threads cover lanes * kPack channels, the 32 / lanes rows
 //             of a warp walk a span of pixels; element k of every pack of a thread belongs to the same channel.
 // Spans depend on the shape of one sample alone, never on the batch or on alignment, so neither do the bits of a
 // result.
 #pragma once
 #include <algorithm>
-#include <initializer_list>
 
 #include "group_norm.h"
 #include "group_norm_math.h"
-#include "launch.h"
-#include "primitives.cuh"
+#include "pack.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -32,41 +29,14 @@ template <class T>
 constexpr int kPack = 16 / int(sizeof(T));
 
 template <class T>
-struct alignas(16) Pack {
-  T element[kPack<T>];
-};
-
-// The first `valid` elements of a pack, the others 0.
+using Pack = PackOf<T, kPack<T>>;
 template <class T>
 __device__ Pack<T> load_pack(const T* from, int valid, bool aligned) {
   Pack<T> pack;
-  if (aligned && valid == kPack<T>) {
-    const uint4 vector = load_streaming(reinterpret_cast<const uint4*>(from));
-    memcpy(&pack, &vector, sizeof(pack));
-  } else {
-#pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) pack.element[k] = k < valid ? from[k] : T{};
-  }
+  load_pack(pack, from, valid, aligned);
   return pack;
 }
-template <class T>
-__device__ void store_pack(T* to, const Pack<T>& pack, int valid, bool aligned) {
-  if (aligned && valid == kPack<T>) {
-    uint4 vector;
-    memcpy(&vector, &pack, sizeof(pack));
-    *reinterpret_cast<uint4*>(to) = vector;
-  } else {
-#pragma unroll
-    for (int k = 0; k < kPack<T>; ++k)
-      if (k < valid) to[k] = pack.element[k];
-  }
-}
 
-inline bool is_aligned(std::initializer_list<const void*> tensors) {
-  uintptr_t bits = 0;
-  for (const void* tensor : tensors) bits |= reinterpret_cast<uintptr_t>(tensor);
-  return bits % 16 == 0;
-}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The smallest power of two that is at least `count`, and at most `most`, itself one.
 inline int power_of_two(int64_t count, int most) {
