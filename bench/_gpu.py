@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+import pynn
+
+BACKENDS = ("cuda", "triton")
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 COPY_BYTES = 2 << 30
 WARM_UP_CALLS = 3
@@ -21,6 +24,26 @@ MIN_ROUNDS, MAX_ROUNDS = 10, 300
 GRAPH_BELOW_S = 200e-6
 
 Callables = dict[str, Callable[[], object]]
+
+
+def backends_with(kernel: str) -> list[str]:
+    """The GPU backends that have this kernel and can run; says which are left out, and why."""
+    usable = []
+    for name in BACKENDS:
+        reason = pynn.backends.unavailable[name]
+        if not reason and not pynn.backends.has_kernel(kernel, name):
+            reason = "no kernel yet"
+        if reason:
+            print(f"provider pynn {name} is left out: {reason}")
+        else:
+            usable.append(name)
+    return usable
+
+
+def on(backend: str, fn: Callable, *args):
+    """fn(*args) on one pynn backend."""
+    with pynn.backend(backend):
+        return fn(*args)
 
 
 @functools.cache

@@ -16,7 +16,6 @@ SHAPES = ((64, 1, 8, 8), (128, 3, 32, 32), (4, 3, 256, 256), (64, 3, 128, 128))
 QUICK_SHAPES = ((64, 1, 8, 8), (4, 3, 256, 256))
 GPU_SHAPES = ((64, 3, 256, 256), (128, 3, 32, 32), (512, 3, 256, 256))  # 12.6, 0.4 and 100.7 million elements
 GPU_QUICK_SHAPES = ((128, 3, 32, 32),)
-GPU_BACKENDS = ("cuda", "triton")
 FIRST_TIMESTEP = 200  # from here on the noise is large enough to be measured in bfloat16 samples
 
 
@@ -91,28 +90,17 @@ class _Problem:
 
     @functools.cached_property
     def backends(self) -> list[str]:
-        if self.device == "cpu":
-            return ["cpu"]
-        usable = []
-        for name in GPU_BACKENDS:
-            reason = pynn.backends.unavailable[name]
-            if not reason and not pynn.backends.has_kernel("forward_jump_fwd", name):
-                reason = "no kernel yet"
-            if reason:
-                print(f"provider pynn {name} is left out: {reason}")
-            else:
-                usable.append(name)
-        return usable
+        return ["cpu"] if self.device == "cpu" else _gpu.backends_with("forward_jump_fwd")
 
     def providers(self, ours: Callable, eager: Callable, compiled: Callable) -> dict[str, Callable[[], object]]:
         if self.device == "cpu":
             return {"pynn": ours, "torch": eager}
-        fused = {f"pynn {name}": functools.partial(_on, name, ours) for name in self.backends}
+        fused = {f"pynn {name}": functools.partial(_gpu.on, name, ours) for name in self.backends}
         return {**fused, "torch": eager, "torch compile": compiled}
 
     def check_ours(self, ours: Callable[[], torch.Tensor], reference: torch.Tensor, what: str) -> None:
         for name in self.backends:
-            assert_agrees(_on(name, ours), reference, self.dtype, f"{what}, {name}")
+            assert_agrees(_gpu.on(name, ours), reference, self.dtype, f"{what}, {name}")
 
     def case(self, op: str, mode: str, tensors: int, providers, check: Callable[[], None]) -> Case:
         """tensors: how many of x's size the op has to read or write."""
@@ -231,8 +219,3 @@ class _Problem:
 
         providers = {"pynn": fused, "torch": eager}
         return self.case("forward_jump + diffusion_loss", "forward+backward", 7, providers, check)
-
-
-def _on(backend: str, fn: Callable[[], torch.Tensor]) -> torch.Tensor:
-    with pynn.backend(backend):
-        return fn()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench.diffusion
+import bench.group_norm
 from bench import __main__ as command
 from bench import _gpu, harness
 
@@ -164,7 +165,7 @@ def test_a_wrong_result_is_not_timed(fake_gpu):
 def test_gpu_cases_of_the_diffusion_ops(monkeypatch, dtype):
     """The GPU path of the cases on CPU tensors: providers, formulas and numerical checks, torch.compile included."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # Inductor takes a minute
-    monkeypatch.setattr(bench.diffusion, "GPU_BACKENDS", ("cpu",))
+    monkeypatch.setattr(_gpu, "BACKENDS", ("cpu",))
     problem = bench.diffusion._Problem((16, 3, 16, 16), dtype, "cpu")
     problem.device = "cuda"
     names = []
@@ -181,6 +182,26 @@ def test_gpu_cases_of_the_diffusion_ops(monkeypatch, dtype):
         "diffusion_loss forward",
         "diffusion_loss forward+backward",
     ]
+    torch.compiler.reset()
+
+
+def test_gpu_cases_of_group_norm(monkeypatch):
+    """As above."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(_gpu, "BACKENDS", ("cpu",))
+    monkeypatch.setattr(bench.group_norm, "GPU_SHAPES", ((2, 16, 4, 4),))
+    monkeypatch.setattr(bench.group_norm, "GPU", "cpu")
+    modes = []
+    for made in bench.group_norm.gpu_cases():
+        modes.append(f"{made.dtype} {made.mode}")
+        plain = ["pynn cpu", "torch", "torch compile"]
+        assert list(made.providers) == [*plain, *(f"{name} channels_last" for name in plain)]
+        made.check()
+        for provider in made.providers.values():
+            results = provider()
+            assert all(result.isfinite().all() for result in (results if isinstance(results, tuple) else (results,)))
+    kinds = "forward", "forward+backward"
+    assert modes == [f"{dtype} {mode}" for dtype in ("float32", "bfloat16") for mode in kinds]
     torch.compiler.reset()
 
 
