@@ -14,7 +14,9 @@ STAMP := $(VENV)/.installed
 NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) /usr/local/cuda/bin/nvcc)
 
 .PHONY: demo test test-isa test-sanitized primitives-check lint format bench packaging wheel aot gpu gpu-carry build clean
-demo: build
+# Without a GPU the CUDA kernels would only cost the demo build time.
+demo: $(STAMP)
+	@$(if $(wildcard /dev/nvidia0),,PYNN_CUDA_ARCHS=) $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/pynn train ddpm --out runs/demo --overwrite --threads auto
 
 # The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
