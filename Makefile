@@ -103,7 +103,7 @@ $(STAMP): pyproject.toml
 		{ echo "no virtual environment could be made: apt-get install python3-venv python3-dev"; exit 1; }
 	$(BIN)/pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[train,bench,dev]"
+	PYNN_CUDA_ARCHS= $(BIN)/pip install -q --no-build-isolation -e ".[train,bench,dev]"  # CUDA kernels: make build
 	@touch $@
 
 clean:
