@@ -54,7 +54,7 @@ build/primitives_check: $(PRIMITIVES)
 wheel: $(STAMP)
 	rm -f dist/*.whl
 	PYNN_WHEEL_VARIANT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
-	@if command -v nvcc /usr/local/cuda/bin/nvcc $(CUDA_HOME)/bin/nvcc >/dev/null; then \
+	@if test -x "$(NVCC)"; then \
 	  PYNN_WHEEL_VARIANT=cu13 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .; \
 	else echo "no nvcc: the cu13 wheel is left out"; fi
 	@ls -l dist/*.whl

@@ -30,10 +30,7 @@ def backends_with(kernel: str) -> list[str]:
     """The GPU backends that have this kernel and can run; says which are left out, and why."""
     usable = []
     for name in BACKENDS:
-        reason = pynn.backends.unavailable[name]
-        if not reason and not pynn.backends.has_kernel(kernel, name):
-            reason = "no kernel yet"
-        if reason:
+        if reason := pynn.backends.why_not(kernel, name):
             print(f"provider pynn {name} is left out: {reason}")
         else:
             usable.append(name)

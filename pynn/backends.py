@@ -197,6 +197,15 @@ def has_kernel(name: str, chosen: str) -> bool:
     return chosen in _kernels[name]
 
 
+def why_not(name: str, chosen: str) -> str:
+    """'' when this backend can run the dispatcher op `name` on this machine, otherwise the reason; asks for a GPU."""
+    if unavailable[chosen]:
+        return unavailable[chosen]
+    if not has_kernel(name, chosen):
+        return "no kernel yet"
+    return "torch sees no GPU" if device_of(chosen) == "cuda" and not torch.cuda.is_available() else ""
+
+
 def require(name: str, chosen: str) -> None:
     """Raises RuntimeError with the reason when this backend cannot run the op `name`."""
     if unavailable[chosen]:

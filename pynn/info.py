@@ -45,15 +45,11 @@ def versions() -> dict[str, str]:
 
 def availability() -> list[tuple[str, str, str]]:
     """(op, backend, '' or the reason why it cannot run) for every public op."""
-    rows = []
-    for op in pynn.ops.__all__:
-        for backend, reason in backends.unavailable.items():
-            if not backends.has_kernel(_KERNEL_OF.get(op, f"{op}_fwd"), backend):
-                reason = reason or "no kernel yet"
-            elif not reason and backends.device_of(backend) == "cuda" and not torch.cuda.is_available():
-                reason = "torch sees no GPU"
-            rows.append((op, backend, reason))
-    return rows
+    return [
+        (op, backend, backends.why_not(_KERNEL_OF.get(op, f"{op}_fwd"), backend))
+        for op in pynn.ops.__all__
+        for backend in backends.unavailable
+    ]
 
 
 _KERNEL_OF = {"forward_step": "forward_jump_fwd", "normal": "normal"}

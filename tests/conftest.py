@@ -64,15 +64,10 @@ def backend(request):
     """
     name = request.param
     kernel = getattr(request.module, "KERNEL", request.module.__name__.rpartition("test_")[2] + "_fwd")
-    device = pynn.backends.device_of(name)
-    if pynn.backends.unavailable[name]:
-        pytest.skip(f"{name}: {pynn.backends.unavailable[name]}")
-    if not pynn.backends.has_kernel(kernel, name):
-        pytest.skip(f"{name}: no kernel for {kernel} yet")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{name}: no GPU")
+    if reason := pynn.backends.why_not(kernel, name):
+        pytest.skip(f"{name}: {reason}")
     with pynn.backend(name), _schedule(name, request.node.name):
-        yield Backend(name, device)
+        yield Backend(name, pynn.backends.device_of(name))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -14,18 +14,6 @@ from pynn.diffusion import Schedule
 T, SHAPE = 20, (6, 3, 9, 7)
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    """Runs the test on each GPU backend; skipped with the reason where it cannot run."""
-    name = request.param
-    if pynn.backends.unavailable[name]:
-        pytest.skip(f"{name}: {pynn.backends.unavailable[name]}")
-    if not torch.cuda.is_available():
-        pytest.skip(f"{name}: no GPU")
-    with pynn.backend(name):
-        yield name
-
-
 def operands(dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     names = "x", "output", "variance", "noise"
@@ -96,11 +84,16 @@ NAMES = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_replay_equals_eager(backend, name, dtype):
     kernel = "group_norm_fwd" if name.startswith("group_norm") else "forward_jump_fwd"
-    if not pynn.backends.has_kernel(kernel, backend):
-        pytest.skip(f"{backend}: no kernel for {kernel} yet")
-    call = calls()[name]
+    if reason := pynn.backends.why_not(kernel, backend):
+        pytest.skip(f"{backend}: {reason}")
+    with pynn.backend(backend):
+        assert_replay_equals_eager(calls()[name], dtype)
+
+
+def assert_replay_equals_eager(call, dtype):
     captured_on, fresh = operands(dtype, seed=0), operands(dtype, seed=1)
     expected = [tensor.detach().clone() for tensor in call(fresh)]
 
