@@ -357,7 +357,7 @@ def test_partial_gradients(wanted):
 
 def test_opcheck():
     x, w, b = operands((2, 4, 5, 5), (6, 4, 3, 3))
-    geometry = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+    geometry = ([1, 1], [1, 1, 1, 1], [1, 1], 1, 0, False)
     dy = torch.randn(2, 6, 5, 5)
     ops = torch.ops.pynn
     for x_ in (x, x.to(memory_format=LAST)):
@@ -500,28 +500,32 @@ def bad_call(rng: random.Random):
     elif kind == 9:
         x, dy, dtype = x.to(torch.complex64), dy.to(torch.complex64), torch.complex64
     elif kind == 10:
-        return "sparse", lambda: ops.conv2d_bwd_weight(dy.to_sparse(), x, [3, 3], stride, padding, dilation, 1, True)
+        return "sparse", lambda: ops.conv2d_bwd_weight(
+            dy.to_sparse(), x, [3, 3], stride, padding, dilation, 1, 0, False, True
+        )
     else:
         which = rng.randrange(5)
         if which == 0:
             return f"activation {huge}", lambda: ops.conv2d_fwd(
-                x, w, b, None, stride, padding, dilation, 1, huge, False
+                x, w, b, None, stride, padding, dilation, 1, 0, False, huge, False
             )
         if which == 1:
             return "bias", lambda: ops.conv2d_fwd(
-                x, w, b[: rng.randrange(6)], None, stride, padding, dilation, 1, 0, False
+                x, w, b[: rng.randrange(6)], None, stride, padding, dilation, 1, 0, False, 0, False
             )
         if which == 2:
             r = torch.randn(rng.choice(((2, 6, 5, 5), (1, 2, 6, 6, 6), (7,), (0,), (2, 5, 1, 1)))).to(dtype)
-            return "residual", lambda: ops.conv2d_fwd(x, w, b, r, stride, padding, dilation, 1, 0, False)
+            return "residual", lambda: ops.conv2d_fwd(x, w, b, r, stride, padding, dilation, 1, 0, False, 0, False)
         if which == 3:
             shape = rng.choice(
                 ([2, 4, 6], [2, 4, 6, -6], [2, 4, huge, 6], [2, 5, 6, 6], [3, 4, 6, 6], [2, 4, 7, 6], [])
             )
-            return f"shape {shape}", lambda: ops.conv2d_bwd_input(dy, w, shape, stride, padding, dilation, 1, True)
+            return f"shape {shape}", lambda: ops.conv2d_bwd_input(
+                dy, w, shape, stride, padding, dilation, 1, 0, False, True
+            )
         saved = torch.randn(rng.choice(((2, 6, 6, 5), (2, 6, 6), ()))).to(dtype)
         return "saved", lambda: ops.conv2d_bwd_activation(dy, saved, 3)
-    geometry = (stride, padding, dilation, groups)
+    geometry = (stride, padding, dilation, groups, 0, False)
     call = rng.choice((0, 1) if kind in (2, 4, 6) else (0, 1, 2, 3))
     text = f"{kind}/{call}: {tuple(x.shape)} {x.dtype} {tuple(w.shape)} {w.dtype} {geometry}"
     if call == 0 or kind in (1, 8):

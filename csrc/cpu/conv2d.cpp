@@ -4,130 +4,11 @@
 // same (i mod stride, j mod stride) meet the same filter taps, so no product with an inserted zero is ever computed.
 #include <numeric>
 
-#include "conv2d_activation.h"
 #include "conv2d_engine.h"
+#include "conv2d_epilogue.h"
 
 namespace pynn::cpu {
 namespace {
-
-// Adds `count` elements of a strided row to values.
-template <class T, class A>
-void add_row(A* values, const T* row, int64_t stride, int64_t count) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) values[i] += to_float(row[i]);
-  } else if (stride == 0) {
-    const A value = to_float(*row);
-    for (int64_t i = 0; i < count; ++i) values[i] += value;
-  } else {
-    for (int64_t i = 0; i < count; ++i) values[i] += to_float(row[i * stride]);
-  }
-}
-
-template <class T, class A>
-void store_row(T* row, int64_t stride, const A* values, int64_t count) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) row[i] = from_float<T>(values[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) row[i * stride] = from_float<T>(values[i]);
-  }
-}
-
-// What happens to a finished block of sums.
-template <class T>
-struct Epilogue {
-  using A = accumulate_t<T>;
-  const A* bias;
-  const T* residual;
-  Strides4 r;
-  T* y;
-  Strides4 s;
-  T* pre;
-  Activation activation;
-  int64_t width;  // pixels per row
-
-  // One line of `count` values that lie `stride` apart in y and `r_stride` apart in the residual; its biases are
-  // bias_step (0 or 1) apart.
-  void line(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
-            int64_t r_stride) const {
-    constexpr int L = kLanes<A>;
-    const bool last_step = !pre && activation == Activation::none;
-    int64_t i = 0;
-    for (; i + L <= count && (!residual || r_stride == 1 || r_stride == 0); i += L) {
-      Vec<A> v = load(values + i);
-      if (biases) v += bias_step ? load(biases + i) : broadcast(*biases);
-      if (residual) v += r_stride ? load_converted(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
-      if constexpr (sizeof(T) == sizeof(A)) {
-        if (last_step && stride == 1) {
-          store(y + at + i, v);
-          continue;
-        }
-      }
-      store(values + i, v);
-    }
-    for (int64_t j = i; j < count; ++j) {
-      if (biases) values[j] += biases[j * bias_step];
-      if (residual) values[j] += to_float(residual[r_at + j * r_stride]);
-    }
-    if (pre) store_row(pre + at, stride, values, count);
-    if (activation != Activation::none) activate(activation, values, count);
-    const int64_t stored = sizeof(T) == sizeof(A) && last_step && stride == 1 ? i : 0;
-    store_row(y + at + stored * stride, stride, values + stored, count - stored);
-  }
-
-  void operator()(const Panel<A>& p) const { s.c == 1 && p.channels > 1 ? channels_last(p) : channels_first(p); }
-
-  void channels_last(const Panel<A>& p) const {
-    A* values = p.values;
-    const Unit& u = p.unit;
-    if constexpr (sizeof(T) == sizeof(A)) {
-      if (!residual && !pre && activation == Activation::none && p.channels == p.stride) {
-        return bias ? store_panel(p, [&](Vec<A> v, int64_t c) { return v + load(bias + p.channel + c); })
-                    : store_panel(p, [](Vec<A> v, int64_t) { return v; });
-      }
-    }
-    for (int64_t n = u.image; n < u.image + u.images; ++n)
-      for (int64_t i = u.row; i < u.row + u.rows; ++i) {
-        const int64_t at = n * s.n + p.channel + i * s.h, r_at = n * r.n + p.channel * r.c + i * r.h;
-        for (int64_t j = 0; j < width; ++j, values += p.stride) {
-          line(values, p.channels, bias ? bias + p.channel : nullptr, 1, at + j * s.w, 1, r_at + j * r.w, r.c);
-        }
-      }
-  }
-
-  // The usual case: whole vectors of channels, at most a bias to add.
-  template <class Map>
-  void store_panel(const Panel<A>& p, const Map& map) const {
-    const A* values = p.values;
-    const Unit& u = p.unit;
-    for (int64_t n = u.image; n < u.image + u.images; ++n)
-      for (int64_t i = u.row; i < u.row + u.rows; ++i) {
-        A* to = reinterpret_cast<A*>(y) + n * s.n + p.channel + i * s.h;
-        for (int64_t j = 0; j < width; ++j, to += s.w, values += p.stride)
-          for (int64_t c = 0; c < p.stride; c += kLanes<A>) store(to + c, map(load(values + c), c));
-      }
-  }
-
-  // Lines of pixels: across rows where they touch in y and in the residual, single rows elsewhere.
-  void channels_first(const Panel<A>& p) const {
-    constexpr int64_t kLine = 128;
-    A turned[4 * kLanes<A> * kLine];
-    const Unit& u = p.unit;
-    const bool rows_touch = s.h == width * s.w && (!residual || r.h == width * r.w);
-    const int64_t run = rows_touch ? u.rows * width : width, runs = rows_touch ? 1 : u.rows;
-    for (int64_t n = 0; n < u.images; ++n)
-      for (int64_t i = 0; i < runs; ++i)
-        for (int64_t first = 0; first < run; first += kLine) {
-          const int64_t count = std::min(kLine, run - first), image = u.image + n, row = u.row + i;
-          transpose_out(p.values + ((n * u.rows + i) * width + first) * p.stride, p.stride, count, p.channels, turned,
-                        kLine);
-          const int64_t at = image * s.n + row * s.h + first * s.w, r_at = image * r.n + row * r.h + first * r.w;
-          for (int64_t c = 0; c < p.channels; ++c) {
-            line(turned + c * kLine, count, bias ? bias + p.channel + c : nullptr, 0, at + (p.channel + c) * s.c, s.w,
-                 r_at + (p.channel + c) * r.c, r.w);
-          }
-        }
-  }
-};
 
 // One axis of one stride phase of the input gradient: the positions first, first + stride, ... of the input, and the
 // taps last_tap, last_tap - tap_step, ... (`taps` of them) that reach them, in order of rising output position.
@@ -154,10 +35,13 @@ std::vector<Phase> phases(int64_t in_size, int64_t kernel, int64_t stride, int64
 }  // namespace
 
 template <class T>
-void conv2d_fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, const T* bias, int64_t bias_stride,
-                const T* residual, Strides4 residual_strides, T* y, Strides4 y_strides, T* pre, Activation activation,
-                const Conv2dShape& d, void*) {
-  using A = accumulate_t<T>;
+int64_t Conv2d<T>::fwd_scratch(const Conv2dShape&) {
+  return 0;
+}
+
+template <class T>
+void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, T* y, Strides4 y_strides,
+                    const Conv2dEpilogue<T>& e, const Conv2dShape& d, void*, void*) {
   const int64_t in = d.in_channels / d.groups, out = d.out_channels / d.groups;
   const Window window{d.batch,
                       d.groups,
@@ -166,19 +50,26 @@ void conv2d_fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, 
                       {d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top},
                       {d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left}};
   const WeightView view{out * w_strides.n, w_strides.n, w_strides.c, w_strides.h, w_strides.w};
-  const PackedWeights<A> weights(w, view, window);
-  const Buffer<A> bias_values(bias ? d.out_channels : 0);
-  for (int64_t o = 0; bias && o < d.out_channels; ++o) bias_values.get()[o] = to_float(bias[o * bias_stride]);
-  const Epilogue<T> epilogue{
-      bias ? bias_values.get() : nullptr, residual, residual_strides, y, y_strides, pre, activation, d.out_width};
+  const PackedWeights<accumulate_t<T>> weights(w, view, window);
+  const Bias<T> bias(e, d.out_channels);
+  const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
+                             y_strides,  e.pre,      e.activation,       d.out_width};
   Correlation<T>(x, x_strides, window, weights).run(epilogue);
 }
 
 template <class T>
-void conv2d_bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4 w_strides, T* dx, Strides4 dx_strides,
-                      const Conv2dShape& d, void*) {
-  using A = accumulate_t<T>;
+int64_t Conv2d<T>::bwd_input_scratch(const Conv2dShape&) {
+  return 0;
+}
+
+template <class T>
+void Conv2d<T>::bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4 w_strides, T* dx, Strides4 dx_strides,
+                          const Conv2dEpilogue<T>& e, const Conv2dShape& d, void*, void*) {
   const int64_t in = d.in_channels / d.groups, out = d.out_channels / d.groups;
+  const Bias<T> bias(e, d.in_channels);
+  const auto every = [&](const Strides4& s) {  // pixels of one phase
+    return Strides4{s.n, s.c, s.h * d.stride_height, s.w * d.stride_width};
+  };
   const auto columns = phases(d.in_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left);
   for (const Phase& v : phases(d.in_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top))
     for (const Phase& h : columns) {
@@ -191,20 +82,25 @@ void conv2d_bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4 w_s
                           {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
       const WeightView view{out * w_strides.n, w_strides.c, w_strides.n, -v.tap_step * w_strides.h,
                             -h.tap_step * w_strides.w};
-      const PackedWeights<A> weights(w + v.last_tap * w_strides.h + h.last_tap * w_strides.w, view, window);
-      const Strides4 phase_strides{dx_strides.n, dx_strides.c, dx_strides.h * d.stride_height,
-                                   dx_strides.w * d.stride_width};
-      const Epilogue<T> epilogue{
-          nullptr, nullptr,          {},     dx + v.first * dx_strides.h + h.first * dx_strides.w, phase_strides,
-          nullptr, Activation::none, h.count};
+      const PackedWeights<accumulate_t<T>> weights(w + v.last_tap * w_strides.h + h.last_tap * w_strides.w, view,
+                                                   window);
+      const auto first = [&](auto* t, const Strides4& s) { return t ? t + v.first * s.h + h.first * s.w : nullptr; };
+      const Epilogue<T> epilogue{bias.get(),
+                                 first(e.residual, e.residual_strides),
+                                 every(e.residual_strides),
+                                 first(dx, dx_strides),
+                                 every(dx_strides),
+                                 first(e.pre, dx_strides),
+                                 e.activation,
+                                 h.count};
       Correlation<T>(dy, dy_strides, window, weights).run(epilogue);
     }
 }
 
 template <class T>
-void conv2d_bwd_activation(const T* dy, Strides4 g, const T* saved, Strides4 s, T* dz, Strides4 z,
-                           Activation activation, int64_t batch, int64_t channels, int64_t height, int64_t width,
-                           void*) {
+void Conv2d<T>::bwd_activation(const T* dy, Strides4 g, const T* saved, Strides4 s, T* dz, Strides4 z,
+                               Activation activation, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                               void*) {
   using A = accumulate_t<T>;
   constexpr int64_t kLine = 256;
   // Lines run along channels where dz does; rows, or pixels, are the work items.
@@ -230,12 +126,15 @@ void conv2d_bwd_activation(const T* dy, Strides4 g, const T* saved, Strides4 s, 
   });
 }
 
-#define INSTANTIATE(T)                                                                                             \
-  template void conv2d_fwd(const T*, Strides4, const T*, Strides4, const T*, int64_t, const T*, Strides4, T*,      \
-                           Strides4, T*, Activation, const Conv2dShape&, void*);                                   \
-  template void conv2d_bwd_input(const T*, Strides4, const T*, Strides4, T*, Strides4, const Conv2dShape&, void*); \
-  template void conv2d_bwd_activation(const T*, Strides4, const T*, Strides4, T*, Strides4, Activation, int64_t,   \
-                                      int64_t, int64_t, int64_t, void*);
+#define INSTANTIATE(T)                                                                                               \
+  template int64_t Conv2d<T>::fwd_scratch(const Conv2dShape&);                                                       \
+  template void Conv2d<T>::fwd(const T*, Strides4, const T*, Strides4, T*, Strides4, const Conv2dEpilogue<T>&,       \
+                               const Conv2dShape&, void*, void*);                                                    \
+  template int64_t Conv2d<T>::bwd_input_scratch(const Conv2dShape&);                                                 \
+  template void Conv2d<T>::bwd_input(const T*, Strides4, const T*, Strides4, T*, Strides4, const Conv2dEpilogue<T>&, \
+                                     const Conv2dShape&, void*, void*);                                              \
+  template void Conv2d<T>::bwd_activation(const T*, Strides4, const T*, Strides4, T*, Strides4, Activation, int64_t, \
+                                          int64_t, int64_t, int64_t, void*);
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(Half)

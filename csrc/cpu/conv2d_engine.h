@@ -51,15 +51,6 @@ inline std::vector<Chunk> chunks_of(Form form, const Window& window, const Span&
   return chunks;
 }
 
-// A finished panel: all pixels of a unit in raster order, channels [channel, channel + channels) of all groups.
-template <class A>
-struct Panel {
-  const Unit& unit;
-  int64_t channel, channels;
-  A* values;       // [pixel][stride]
-  int64_t stride;  // whole vectors
-};
-
 template <class T>
 class Correlation {
   using A = accumulate_t<T>;

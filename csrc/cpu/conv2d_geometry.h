@@ -105,6 +105,15 @@ struct Unit {
   }
 };
 
+// A finished panel: all pixels of a unit in raster order, channels [channel, channel + channels) of all groups.
+template <class A>
+struct Panel {
+  const Unit& unit;
+  int64_t channel, channels;
+  A* values;       // [pixel][stride]
+  int64_t stride;  // whole vectors
+};
+
 // The most input rows any unit reads.
 inline int64_t most_input_rows(const Window& window, const Units& units) {
   return std::min(window.h.in, (units.rows - 1) * window.h.stride +

@@ -222,8 +222,13 @@ class WeightGradient {
 }  // namespace
 
 template <class T>
-void conv2d_bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
-                       const Conv2dShape& d, void*) {
+int64_t Conv2d<T>::bwd_weight_scratch(const Conv2dShape&) {
+  return 0;
+}
+
+template <class T>
+void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
+                           const Conv2dShape& d, void*, void*) {
   const Window window{d.batch,
                       d.groups,
                       d.in_channels / d.groups,
@@ -236,8 +241,9 @@ void conv2d_bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_
     WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 
-#define INSTANTIATE(T) \
-  template void conv2d_bwd_weight(const T*, Strides4, const T*, Strides4, T*, T*, const Conv2dShape&, void*);
+#define INSTANTIATE(T)                                                \
+  template int64_t Conv2d<T>::bwd_weight_scratch(const Conv2dShape&); \
+  template void Conv2d<T>::bwd_weight(const T*, Strides4, const T*, Strides4, T*, T*, const Conv2dShape&, void*, void*);
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(Half)

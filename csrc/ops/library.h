@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -141,6 +142,18 @@ template <class T>
 T* mutable_pointer(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
+
+// Device memory for a launcher, freed in stream order when this goes out of scope.
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t bytes) {
+    if (bytes > 0) memory_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  }
+  void* get() { return memory_ ? memory_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> memory_;
+};
 
 // Calls body with a value-less tag of the storage type: dispatch(dtype, [&](auto tag) { using T = typename
 // decltype(tag)::type; ... })

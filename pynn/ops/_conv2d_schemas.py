@@ -6,7 +6,7 @@ import torch
 
 from ._registry import define
 
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, int padding_mode, bool allow_tf32"
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -33,7 +33,7 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
     f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
     "bool save_pre) -> (Tensor, Tensor)"
 )
-def _(input, weight, bias, residual, stride, padding, dilation, groups, activation, save_pre):
+def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
     size = [
         (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
@@ -49,7 +49,7 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, activati
     f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
     "-> Tensor"
 )
-def _(grad_output, weight, input_shape, stride, padding, dilation, groups, channels_last):
+def _(grad_output, weight, input_shape, stride, padding, dilation, groups, padding_mode, allow_tf32, channels_last):
     return _empty(grad_output, input_shape, channels_last)
 
 
@@ -57,7 +57,7 @@ def _(grad_output, weight, input_shape, stride, padding, dilation, groups, chann
     f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
     "-> (Tensor, Tensor)"
 )
-def _(grad_output, input, kernel_size, stride, padding, dilation, groups, with_bias):
+def _(grad_output, input, kernel_size, stride, padding, dilation, groups, padding_mode, allow_tf32, with_bias):
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return input.new_empty(shape), input.new_empty(grad_output.shape[1] if with_bias else 0)
 

@@ -21,26 +21,26 @@ def _pair(value) -> tuple[int, ...]:
     return values * 2 if len(values) == 1 else values
 
 
-def _geometry(weight: torch.Tensor, stride, padding, dilation, groups: int):
-    """(stride, (top, left, bottom, right), dilation, groups)."""
+def _geometry(weight: torch.Tensor, stride, padding, dilation, groups: int, tf32: bool):
+    """(stride, (top, left, bottom, right), dilation, groups, padding_mode, allow_tf32)."""
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise RuntimeError(f"Invalid padding string: '{padding}'")
         if padding == "valid" or weight.dim() != 4 or len(dilation) != 2:
-            return stride, (0,) * 4, dilation, groups
+            return stride, (0,) * 4, dilation, groups, 0, tf32
         if any(s != 1 for s in stride):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         before = [t // 2 for t in total]
-        return stride, (*before, *(t - b for t, b in zip(total, before, strict=True))), dilation, groups
+        return stride, (*before, *(t - b for t, b in zip(total, before, strict=True))), dilation, groups, 0, tf32
     padding = _pair(padding)
     if len(padding) != 2:
         raise RuntimeError(
             "expected padding to be a single integer value or a list of 2 values to match the convolution dimensions, "
             f"but got padding={list(padding)}"
         )
-    return stride, padding * 2, dilation, groups
+    return stride, padding * 2, dilation, groups, 0, tf32
 
 
 def conv2d(
@@ -63,6 +63,7 @@ def conv2d(
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d, "same" and "valid" included.
         activation: relu, leaky_relu (slope 0.01), silu, gelu (exact), gelu_tanh, sigmoid or tanh.
         residual: broadcastable to the output; zero strides are read as they are, without a copy.
+    Float32 is computed in float32; torch.set_float32_matmul_precision("high") allows TF32 tensor cores.
     Returns:
         (N, O, OH, OW) or (O, OH, OW); channels_last when input or weight is.
     Raises:
@@ -72,7 +73,8 @@ def conv2d(
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv2d: expected activation to be one of {ACTIVATIONS}, got {activation!r}")
     tensors = input, weight, bias, residual = autocast(input, weight, bias, residual)
-    geometry = _geometry(weight, stride, padding, dilation, groups)
+    tf32 = input.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    geometry = _geometry(weight, stride, padding, dilation, groups, tf32)
     batched = input.dim() != 3
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     wants_grad = tracing or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
