@@ -237,20 +237,35 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
 }
 
 // Whether the kernels' 32-bit positions suffice.
-template <class T>
-bool fits(const Conv2dShape& s, bool forward) {
-  if (sizeof(T) == 8 || s.in_channels == 0 || s.batch == 0) return false;
+inline bool fits(const Conv2dShape& s) {
+  if (s.in_channels == 0 || s.batch == 0) return false;
   const auto line_fits = [](const Axis& a) {
-    return a.in + a.pad + a.kernel * a.dilation + a.out * a.stride < kMostRows && a.out > 0;
+    return a.out > 0 && a.in + a.pad + a.kernel * a.dilation + a.out * a.stride < kMostRows;
   };
-  if (!line_fits(rows_of(s)) || !line_fits(columns_of(s))) return false;
-  if (!forward &&
-      (std::min(s.stride_height, s.in_height) > kMaxPhases || std::min(s.stride_width, s.in_width) > kMaxPhases))
-    return false;
   const int64_t channels = std::max(s.in_channels, s.out_channels) + 16 * s.groups;
-  return s.in_height * s.in_width < kMostRows && s.out_height * s.out_width < kMostRows &&
-         s.kernel_height * s.kernel_width < kMostRows / channels &&
+  return line_fits(rows_of(s)) && line_fits(columns_of(s)) && s.in_height * s.in_width < kMostRows &&
+         s.out_height * s.out_width < kMostRows && s.kernel_height * s.kernel_width < kMostRows / channels &&
          s.groups * std::max<int64_t>(kMaxPhases * kMaxPhases, ceil_div(channels, kTileChannels)) < 65536;
+}
+
+// Whether a tile is filled well enough: fewer output channels, a single image channel or small groups are better off in
+// the direct kernels.
+inline bool fills_tiles(int64_t summed, int64_t columns, int64_t groups) {
+  return groups == 1 ? summed >= 3 && columns >= 8 : std::min(summed, columns) >= 16 * groups;
+}
+
+template <class T>
+bool suits_forward(const Conv2dShape& s) {
+  return sizeof(T) < 8 && fits(s) && fills_tiles(s.in_channels, s.out_channels, s.groups);
+}
+template <class T>
+bool suits_input_gradient(const Conv2dShape& s) {
+  return sizeof(T) < 8 && fits(s) && fills_tiles(s.out_channels, s.in_channels, s.groups) &&
+         std::min(s.stride_height, s.in_height) <= kMaxPhases && std::min(s.stride_width, s.in_width) <= kMaxPhases;
+}
+template <class T>
+bool suits_weight_gradient(const Conv2dShape& s) {
+  return suits_forward<T>(s);
 }
 
 template <class T>
