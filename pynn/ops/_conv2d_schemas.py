@@ -31,7 +31,8 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
 
 @define(
     f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
-    "bool save_pre) -> (Tensor, Tensor)"
+    "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
 )
 def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
@@ -47,7 +48,8 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_
 
 @define(
     f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
-    "-> Tensor"
+    "-> Tensor",
+    triton="conv2d",
 )
 def _(grad_output, weight, input_shape, stride, padding, dilation, groups, padding_mode, allow_tf32, channels_last):
     return _empty(grad_output, input_shape, channels_last)
@@ -55,13 +57,14 @@ def _(grad_output, weight, input_shape, stride, padding, dilation, groups, paddi
 
 @define(
     f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    triton="conv2d",
 )
 def _(grad_output, input, kernel_size, stride, padding, dilation, groups, padding_mode, allow_tf32, with_bias):
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return input.new_empty(shape), input.new_empty(grad_output.shape[1] if with_bias else 0)
 
 
-@define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor")
+@define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor", triton="conv2d")
 def _(grad_output, saved, activation):
     return _empty(saved, saved.shape, is_channels_last(saved))
