@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops._conv2d_schemas import is_channels_last
+from ..ops._conv2d_layout import is_channels_last
 from . import conv2d_configs as configs
 from .conv2d_direct import direct_kernel, direct_weight_kernel, reduce_kernel
 from .conv2d_gemm import gemm_kernel, weight_kernel
@@ -58,7 +58,9 @@ def _index(pixels: int, *tensors: torch.Tensor | None) -> tl.dtype:
     largest = pixels
     for t in tensors:
         if t is not None:
-            largest = max(largest, sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])))
+            largest = max(
+                largest, sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+            )
     return tl.int32 if largest < 2**31 - 2**16 else tl.int64
 
 
@@ -171,7 +173,7 @@ def _correlate(
     }  # fmt: skip
     if direct:
         grouping = 0 if groups == 1 else 1 if outputs == reduced == 1 else 2
-        unrolled = w.kernel if w.kernel in (1, 3, 5, 7) and (not transposed or w.stride == 1) else 0
+        unrolled = w.kernel if reduced == 1 and w.kernel in (1, 3, 5, 7) and (not transposed or w.stride == 1) else 0
         _launch(
             direct_kernel, programs, x, *arguments,
             **constants, GROUPING=grouping, IN=reduced, W_TAPS=unrolled, options=tile.options,
@@ -241,8 +243,7 @@ def _elementwise(kernel, x, *others, pads=(), **constants) -> None:
     tile = configs.direct_tile(channels, layout.unit == 1, 2048)
     blocks, pack = triton.cdiv(pixels, tile.pixels), _pack(x, channels)
     layouts = [_Layout.of(t) for t in others]
-    names = ("Y", "S")
-    for name, other in zip(names, layouts):
+    for name, other in zip("YS", layouts, strict=False):
         constants |= {f"{name}_UNIT": other.unit, f"{name}_PACK": other.pack}
     _launch(
         kernel, blocks * triton.cdiv(channels, tile.channels), x,

@@ -13,6 +13,7 @@
 #include "group_norm.h"
 #include "group_norm_math.h"
 #include "pack.cuh"
+#include "warp_sum.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -23,7 +24,6 @@ constexpr int kThreads = 256;
 constexpr int kBatch = 4;                 // packs that a thread loads before it uses the first
 constexpr int kMostPacks = 64;            // of a thread
 constexpr int64_t kManyWarps = 132 * 32;  // a sample of so many warps keeps a large GPU busy
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <class T>
 constexpr int kPack = 16 / int(sizeof(T));
@@ -129,10 +129,8 @@ __device__ Lane lane_of(const Tiling& t) {
 
 // The sum over the lanes that share channels; in each of them. Called by whole warps.
 template <bool kColumns>
-__device__ double sum_lanes(double value, const Tiling& t) {
-  for (int distance = kColumns ? 16 : t.lanes / 2; distance >= (kColumns ? t.lanes : 1); distance /= 2)
-    value += __shfl_xor_sync(kFullWarp, value, distance);
-  return value;
+__device__ double sum_sharing(double value, const Tiling& t) {
+  return kColumns ? sum_lanes(value, 16, t.lanes) : sum_lanes(value, t.lanes / 2);
 }
 // The value of the leading one of those lanes.
 template <bool kColumns, class V>
@@ -192,8 +190,7 @@ struct Team {
 
   // The sum over the team, in each thread. Called by the whole block; slots: a double per warp of the block.
   __device__ double sum(double value, double* slots) const {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kFullWarp, value, distance);
+    value = sum_lanes(value);
     if (warps == 1) return value;
     const int warp = int(threadIdx.x) / 32;
     if (threadIdx.x % 32 == 0) slots[warp] = value;
