@@ -10,6 +10,7 @@
 #pragma once
 #include <algorithm>
 
+#include "arithmetic.cuh"
 #include "group_norm.h"
 #include "group_norm_math.h"
 #include "pack.cuh"
@@ -37,7 +38,6 @@ __device__ Pack<T> load_pack(const T* from, int valid, bool aligned) {
   return pack;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The smallest power of two that is at least `count`, and at most `most`, itself one.
 inline int power_of_two(int64_t count, int most) {
   int power = 1;
@@ -203,24 +203,6 @@ struct Team {
 };
 inline unsigned blocks_for(int64_t items, int warps, int block) {
   return unsigned(ceil_div(items * warps * 32, block));
-}
-
-// exp in the precision that T's results need.
-template <class T>
-__device__ accumulate_t<T> exp_of(accumulate_t<T> x) {
-  if constexpr (sizeof(T) == 2)
-    return __expf(x);
-  else if constexpr (sizeof(T) == 4)
-    return expf(x);
-  else
-    return exp(x);
-}
-template <class T>
-__device__ accumulate_t<T> divide(accumulate_t<T> a, accumulate_t<T> b) {
-  if constexpr (sizeof(T) == 2)
-    return __fdividef(a, b);
-  else
-    return a / b;
 }
 
 template <class T, bool kSilu>

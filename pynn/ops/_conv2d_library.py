@@ -8,7 +8,6 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .. import backends
 from ..choices import Case
 from ._conv2d_layout import is_channels_last
 
@@ -41,7 +40,9 @@ def conv2d_fwd(
     sum = sum.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     output = torch.empty_like(sum) if save_pre else None
     if not bare or fuse_bias:
-        backends.call("conv2d_epilogue", sum, bias if fuse_bias else None, residual, activation, output)
+        added = None if residual is None else residual.expand(sum.shape)
+        remaining = bias if fuse_bias else None
+        torch.ops.pynn.conv2d_epilogue.default(sum, remaining, added, activation, output)
     elif output is not None:
         output.copy_(sum)
     return (sum, input.new_empty(0)) if output is None else (output, sum)
@@ -170,7 +171,7 @@ def _case(shape, outputs: int, kernel, stride, padding, dilation, groups: int, p
         pixels *= (extent + 2 * p - d * (k - 1) - 1) // s + 1
     text = [f"{name}{h}x{w}" for name, (h, w) in (("k", kernel), ("s", stride), ("d", dilation))]
     category = " ".join((kind, *text, "NHWC" if last else "NCHW"))
-    return Case(category, (channels // groups, outputs // groups, pixels))
+    return Case(category, (groups if kind == "depthwise" else channels // groups, outputs // groups, pixels))
 
 
 def fwd_case(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
