@@ -1,4 +1,4 @@
-"""Schemas of the conv2d ops, and their shapes and layouts for tracing; csrc/ops/conv2d.cpp validates."""
+"""Schemas of the conv2d family, and their shapes and layouts for tracing; csrc/ops/conv*2d.cpp validate."""
 
 from __future__ import annotations
 
@@ -70,3 +70,26 @@ def _(grad_output, saved, activation):
 @define("conv2d_epilogue(Tensor(a!) sum, Tensor? bias, Tensor? residual, int activation, Tensor(b!)? output) -> ()")
 def _(sum, bias, residual, activation, output):
     pass
+
+
+@define(
+    "conv_transpose2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups, bool allow_tf32, int activation, "
+    "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
+)
+def _(
+    input, weight, bias, residual, stride, padding, output_padding, dilation, groups, allow_tf32, activation, save_pre
+):
+    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv_transpose2d: expected 4-dimensional operands")
+    size = [
+        (input.shape[2 + d] - 1) * stride[d]
+        - 2 * padding[d]
+        + dilation[d] * (weight.shape[2 + d] - 1)
+        + output_padding[d]
+        + 1
+        for d in (0, 1)
+    ]
+    shape = (input.shape[0], weight.shape[1] * groups, *size)
+    last = is_channels_last(input) or is_channels_last(weight)
+    return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)
