@@ -20,6 +20,7 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
 @define(
     f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
     "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
     library=library.conv2d_fwd,
     case=cases.conv2d_fwd,
 )
@@ -38,6 +39,7 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_
 @define(
     f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
     "-> Tensor",
+    triton="conv2d",
     library=library.conv2d_bwd_input,
     case=cases.conv2d_bwd_input,
 )
@@ -48,6 +50,7 @@ def _(grad_output, weight, input_shape, stride, padding, dilation, groups, paddi
 @define(
     f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
     "-> (Tensor, Tensor)",
+    triton="conv2d",
     library=library.conv2d_bwd_weight,
     case=cases.conv2d_bwd_weight,
 )
@@ -58,6 +61,7 @@ def _(grad_output, input, kernel_size, stride, padding, dilation, groups, paddin
 
 @define(
     "conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor",
+    triton="conv2d",
     library=library.conv2d_bwd_activation,
 )
 def _(grad_output, saved, activation):
@@ -73,6 +77,7 @@ def _(sum, bias, residual, activation, output):
     "conv_transpose2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
     "SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups, bool allow_tf32, int activation, "
     "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
     library=library.conv_transpose2d_fwd,
     case=cases.conv_transpose2d_fwd,
 )
