@@ -10,7 +10,9 @@ namespace pynn::cpu {
 template <class T, class A>
 inline void add_row(A* values, const T* row, int64_t stride, int64_t count) {
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) values[i] += to_float(row[i]);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store(values + i, load(values + i) + load_compute(row + i));
+    for (; i < count; ++i) values[i] += to_float(row[i]);
   } else if (stride == 0) {
     const A value = to_float(*row);
     for (int64_t i = 0; i < count; ++i) values[i] += value;
@@ -22,7 +24,9 @@ inline void add_row(A* values, const T* row, int64_t stride, int64_t count) {
 template <class T, class A>
 inline void store_row(T* row, int64_t stride, const A* values, int64_t count) {
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) row[i] = from_float<T>(values[i]);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store_compute(row + i, load(values + i));
+    for (; i < count; ++i) row[i] = from_float<T>(values[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) row[i * stride] = from_float<T>(values[i]);
   }
@@ -69,7 +73,7 @@ struct Epilogue {
     for (; i + L <= count && (!residual || r_stride == 1 || r_stride == 0); i += L) {
       Vec<A> v = load(values + i);
       if (biases) v += bias_step ? load(biases + i) : broadcast(*biases);
-      if (residual) v += r_stride ? load_converted(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
+      if (residual) v += r_stride ? load_compute(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
       if constexpr (sizeof(T) == sizeof(A)) {
         if (last_step && stride == 1) {
           store(y + at + i, v);
