@@ -6,6 +6,7 @@
 
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
+#include "conv2d_narrow.h"
 
 namespace pynn::cpu {
 namespace {
@@ -50,10 +51,11 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
                       {d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top},
                       {d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left}};
   const WeightView view{out * w_strides.n, w_strides.n, w_strides.c, w_strides.h, w_strides.w};
-  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   const Bias<T> bias(e, d.out_channels);
   const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
                              y_strides,  e.pre,      e.activation,       d.out_width};
+  if (is_narrow(window)) return NarrowCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
+  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   Correlation<T>(x, x_strides, window, weights).run(epilogue);
 }
 
@@ -82,8 +84,7 @@ void Conv2d<T>::bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4
                           {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
       const WeightView view{out * w_strides.n, w_strides.c, w_strides.n, -v.tap_step * w_strides.h,
                             -h.tap_step * w_strides.w};
-      const PackedWeights<accumulate_t<T>> weights(w + v.last_tap * w_strides.h + h.last_tap * w_strides.w, view,
-                                                   window);
+      const T* from = w + v.last_tap * w_strides.h + h.last_tap * w_strides.w;
       const auto first = [&](auto* t, const Strides4& s) { return t ? t + v.first * s.h + h.first * s.w : nullptr; };
       const Epilogue<T> epilogue{bias.get(),
                                  first(e.residual, e.residual_strides),
@@ -93,6 +94,11 @@ void Conv2d<T>::bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4
                                  first(e.pre, dx_strides),
                                  e.activation,
                                  h.count};
+      if (is_narrow(window)) {
+        NarrowCorrelation<T>(dy, dy_strides, from, view, window).run(epilogue);
+        continue;
+      }
+      const PackedWeights<accumulate_t<T>> weights(from, view, window);
       Correlation<T>(dy, dy_strides, window, weights).run(epilogue);
     }
 }
