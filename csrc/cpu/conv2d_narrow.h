@@ -31,7 +31,7 @@ template <int O, int V, class A>
     for (int o = 0; o < O; ++o) weight[o] = broadcast(w[o]);
 #pragma GCC unroll 12
     for (int v = 0; v < V; ++v) {
-      const Vec<A> value = load(from + v * L);
+      const Vec<A> value = O > 1 ? in_register(load(from + v * L)) : load(from + v * L);
 #pragma GCC unroll 4
       for (int o = 0; o < O; ++o) sum[o][v] = fma(value, weight[o], sum[o][v]);
     }
@@ -86,7 +86,7 @@ class NarrowCorrelation {
         out_(window.out_channels),
         depth_(window.depth()),
         tiles_(ceil_div(out_, kPlaneOutputs)),
-        bundle_(std::clamp<int64_t>(kPanel / std::max<int64_t>({in_, out_, 1}), 1, window.groups)),
+        bundle_(s.c == 1 ? std::clamp<int64_t>(kPanel / std::max<int64_t>({in_, out_, 1}), 1, window.groups) : 1),
         rows_(rows_of(window, bundle_)),
         planes_(window, rows_),
         weights_(window.groups * out_ * depth_) {
@@ -106,14 +106,16 @@ class NarrowCorrelation {
     const int64_t sums_size = panel * round_up(planes_.positions(rows_), L);
     const Buffer<A> scratch(slots * (input_size + 2 * sums_size));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot)
+      for (int64_t slot = begin; slot < end; ++slot) {
+        A* input = scratch.get() + slot * (input_size + 2 * sums_size);
+        std::fill_n(input, input_size, A(0));
         for (int64_t i = slot; i < work; i += slots) {
-          A* input = scratch.get() + slot * (input_size + 2 * sums_size);
           const int64_t row = i / bundles % bands * rows_, group = i % bundles * bundle_;
           run_band({i / bundles / bands, row, std::min(rows_, window_.h.out - row), group,
                     std::min(bundle_, window_.groups - group)},
                    input, input + input_size, input + input_size + sums_size, epilogue);
         }
+      }
     });
   }
 

@@ -30,12 +30,14 @@ class Buffer {
   E* data_;
 };
 
-// to[0:count] = from[0:count], in the compute type.
+// to[0:count] = from[0:count], in the compute type. The last vector overlaps the one before it.
 template <class T, class A>
 PYNN_HD void copy_converted(const T* from, int64_t count, A* to) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load_compute(from + i));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
+  if (count < kLanes<A>) return store_part(to, count, load_part(from, count, A(0)));
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const int64_t at = std::min(i, count - kLanes<A>);
+    store(to + at, load_compute(from + at));
+  }
 }
 
 template <class A>

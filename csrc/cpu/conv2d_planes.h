@@ -64,11 +64,11 @@ class Planes {
   // Input rows that a band of output rows adds to its own.
   int64_t halo() const { return rows_.extra; }
 
-  // Packs `channels` channels of one image for output rows [row, row + rows).
+  // Packs `channels` channels of one image for output rows [row, row + rows) into a buffer that was once cleared and
+  // has held planes of this geometry only: their zeros lie where they lay, but for rows outside the image.
   template <class T, class A>
   void pack(const T* image, const Strides4& s, int64_t channels, int64_t row, int64_t rows, A* to) const {
-    constexpr int L = kLanes<A>;
-    const int64_t together = s.c == 1 && channels >= L ? channels : 1;
+    const int64_t together = s.c == 1 && channels >= kLanes<A> ? channels : 1;
     for (int64_t c = 0; c < channels; c += together)
       for (int64_t p = 0; p < rows_.phases() * columns_.phases(); ++p) {
         const int64_t row_phase = p / columns_.phases(), column_phase = p % columns_.phases();
@@ -76,18 +76,15 @@ class Planes {
         A* plane = to + c * channel_ + p * plane_;
         for (int64_t r = 0; r < rows + rows_.extra; ++r, plane += pitch_) {
           const int64_t in = rows_.first[row_phase] + (row + r) * h_.stride;
-          const bool empty = in < 0 || in >= h_.in || begin == end;
-          const int64_t first = empty ? width_ : begin, last = empty ? width_ : end;
-          for (int64_t k = 0; k < together; ++k) {
-            std::fill_n(plane + k * channel_, first, A(0));
-            std::fill(plane + k * channel_ + last, plane + k * channel_ + width_, A(0));
+          if (in < 0 || in >= h_.in) {
+            for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
+          } else if (begin < end) {
+            const T* from = image + c * s.c + in * s.h + (columns_.first[column_phase] + begin * w_.stride) * s.w;
+            if (together > 1)
+              split_pixels(from, w_.stride * s.w, end - begin, channels, plane + begin, channel_);
+            else
+              copy_row(from, w_.stride * s.w, end - begin, plane + begin);
           }
-          if (empty) continue;
-          const T* from = image + c * s.c + in * s.h + (columns_.first[column_phase] + begin * w_.stride) * s.w;
-          if (together > 1)
-            split_pixels(from, w_.stride * s.w, end - begin, channels, plane + begin, channel_);
-          else
-            copy_row(from, w_.stride * s.w, end - begin, plane + begin);
         }
       }
   }
@@ -107,24 +104,26 @@ class Planes {
   template <class T, class A>
   static void split_pixels(const T* from, int64_t step, int64_t count, int64_t channels, A* to, int64_t stride) {
     constexpr int L = kLanes<A>;
-    for (int64_t block = 0; block < channels; block += L) {
-      const int64_t c = std::min(block, channels - L);
-      for (int64_t p = 0; p < count; p += L) {
-        const int64_t here = std::min<int64_t>(L, count - p);
+    for (int64_t start = 0; start < count; start += L) {
+      const int64_t p = std::max<int64_t>(std::min(start, count - L), 0);
+      for (int64_t block = 0; block < channels; block += L) {
+        const int64_t c = std::min(block, channels - L);
+        const T* pixels = from + p * step + c;
         Vec<A> rows[L] = {};
-        if (here == L) {
+        if (count < L) {
+          for (int64_t i = 0; i < count; ++i) rows[i] = load_compute(pixels + i * step);
+          transpose<A>(rows);
+          for (int i = 0; i < L; ++i) store_part(to + (c + i) * stride, count, rows[i]);
+          continue;
+        }
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) rows[i] = load_compute(from + (p + i) * step + c);
-        } else {
-          for (int i = 0; i < here; ++i) rows[i] = load_compute(from + (p + i) * step + c);
+        for (int i = 0; i < L; ++i) {
+          rows[i] = load_compute(pixels + i * step);
+          __builtin_prefetch(pixels + (i + L) * step);
         }
         transpose<A>(rows);
-        if (here == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) store(to + (c + i) * stride + p, rows[i]);
-        } else {
-          for (int i = 0; i < L; ++i) store_part(to + (c + i) * stride + p, here, rows[i]);
-        }
+        for (int i = 0; i < L; ++i) store(to + (c + i) * stride + p, rows[i]);
       }
     }
   }
