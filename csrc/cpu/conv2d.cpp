@@ -4,6 +4,7 @@
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_input_gradient.h"
+#include "conv2d_narrow.h"
 
 namespace pynn::cpu {
 
@@ -17,10 +18,11 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
                     const Conv2dEpilogue<T>& e, const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   const WeightView view{window.out_channels * w_strides.n, w_strides.n, w_strides.c, w_strides.h, w_strides.w};
-  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   const Bias<T> bias(e, d.out_channels);
   const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
                              y_strides,  e.pre,      e.activation,       d.out_width};
+  if (is_narrow(window) && !window.bordered()) return NarrowCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
+  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   Correlation<T>(x, x_strides, window, weights).run(epilogue);
 }
 

@@ -4,9 +4,11 @@
 #pragma once
 #include <list>
 #include <numeric>
+#include <optional>
 
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
+#include "conv2d_narrow.h"
 #include "conv2d_padding.h"
 
 namespace pynn::cpu {
@@ -74,10 +76,14 @@ class InputGradient {
   struct Piece {
     int64_t row, column;  // the first input pixel of the phase
     Window window;
-    PackedWeights<A> weights;
+    const T* w;
+    WeightView view;
+    std::optional<PackedWeights<A>> weights;  // where the correlation is not a narrow one
 
     Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view)
-        : row(row), column(column), window(window), weights(w, view, window) {}
+        : row(row), column(column), window(window), w(w), view(view) {
+      if (!is_narrow(window)) weights.emplace(w, view, window);
+    }
   };
 
   static int64_t pixel_size(const Window& window) { return round_up(window.groups * window.in_channels, kLanes<A>); }
@@ -102,7 +108,10 @@ class InputGradient {
           every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
       Window window = piece.window;
       window.batch = images;
-      Correlation<T>(dy, dy_strides, window, piece.weights).run(epilogue);
+      if (piece.weights)
+        Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
+      else
+        NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
     }
   }
 
