@@ -103,7 +103,9 @@ class NarrowCorrelation {
     pack_weights(w, view);
   }
 
-  void run(const Epilogue<T>& epilogue) const {
+  // E is what the result is stored as.
+  template <class E>
+  void run(const Epilogue<E>& epilogue) const {
     const int64_t bands = ceil_div(window_.h.out, rows_), bundles = ceil_div(window_.groups, bundle_);
     const int64_t work = window_.batch * bands * bundles, panel = round_up(std::min(kPanel, bundle_ * out_), L);
     const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads());
@@ -179,7 +181,8 @@ class NarrowCorrelation {
               *to++ = to_float(w[g * view.group + o * view.o + c * view.c + t / kw * view.a + t % kw * view.b]);
   }
 
-  void run_band(const Band& band, A* input, A* sums, A* turned, const Epilogue<T>& epilogue) const {
+  template <class E>
+  void run_band(const Band& band, A* input, A* sums, A* turned, const Epilogue<E>& epilogue) const {
     const T* from = x_ + band.image * s_.n + band.group * in_ * s_.c;
     const int64_t positions = round_up(planes_.positions(band.rows), L);
     const int64_t panel_tiles = bundle_ > 1 ? tiles_ : kPanel / kPlaneOutputs;
@@ -216,8 +219,9 @@ class NarrowCorrelation {
   }
 
   // Channels [channel, channel + channels) of a band.
+  template <class E>
   void finish(const Band& band, int64_t channel, int64_t channels, A* sums, int64_t positions, A* turned,
-              const Epilogue<T>& e) const {
+              const Epilogue<E>& e) const {
     const int64_t at = band.image * e.s.n + band.row * e.s.h + channel * e.s.c;
     const int64_t r_at = band.image * e.r.n + band.row * e.r.h + channel * e.r.c, pitch = planes_.pitch();
     const A* bias = e.bias ? e.bias + channel : nullptr;
@@ -255,8 +259,9 @@ class NarrowCorrelation {
   }
 
   // An activation works on whole vectors: it must not see the next row.
+  template <class E>
   static void finish_row(A* values, int64_t count, const A* bias, int64_t at, int64_t stride, int64_t r_at,
-                         int64_t r_stride, const Epilogue<T>& e) {
+                         int64_t r_stride, const Epilogue<E>& e) {
     if (e.activation == Activation::none) return e.line(values, count, bias, 0, at, stride, r_at, r_stride);
     constexpr int64_t kLine = 256;
     A line[kLine];
