@@ -14,35 +14,44 @@
 namespace pynn::cpu {
 
 inline constexpr int kPlaneOutputs = 4;
-// Vectors of positions in flight, by the number of outputs less one: accumulators, weights and one input in registers.
-inline constexpr int kPlaneVectors[kPlaneOutputs] = {kVectorRegisters == 32 ? 12 : 8, kVectorRegisters == 32 ? 12 : 5,
-                                                     kVectorRegisters == 32 ? 8 : 3, kVectorRegisters == 32 ? 6 : 2};
+// Vectors of positions in flight, by the number of outputs less one: sums of a piece and of all pieces, weights and one
+// input share the registers.
+inline constexpr int kPlaneVectors[kPlaneOutputs] = {kVectorRegisters == 32 ? 12 : 6, kVectorRegisters == 32 ? 6 : 4,
+                                                     kVectorRegisters == 32 ? 4 : 3, kVectorRegisters == 32 ? 3 : 2};
 
-// sums[o * stride + p] (+)= sum over k < count of x[offsets[k] + p] * w[k * O + o], for O outputs and V vectors.
+// sums[o * stride + p] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + p] * w[k * O + o], for O outputs
+// and V vectors, each piece between two ends summed on its own.
 template <int O, int V, class A>
-[[gnu::noinline]] void plane_tile(const A* x, const int64_t* offsets, const A* w, int64_t count, A* sums,
-                                  int64_t stride, bool more) {
+[[gnu::noinline]] void plane_tile(const A* x, const int64_t* offsets, const A* w, const int64_t* ends, int64_t pieces,
+                                  A* sums, int64_t stride, bool more) {
   constexpr int L = kLanes<A>;
-  Vec<A> sum[O][V] = {};
-  for (int64_t k = 0; k < count; ++k, w += O) {
-    const A* from = x + offsets[k];
-    Vec<A> weight[O];
+  Vec<A> total[O][V] = {};
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    Vec<A> sum[O][V] = {};
+    for (int64_t k = ends[piece]; k < ends[piece + 1]; ++k) {
+      const A *from = x + offsets[k], *weights = w + k * O;
+      Vec<A> weight[O];
 #pragma GCC unroll 4
-    for (int o = 0; o < O; ++o) weight[o] = broadcast(w[o]);
+      for (int o = 0; o < O; ++o) weight[o] = broadcast(weights[o]);
 #pragma GCC unroll 12
-    for (int v = 0; v < V; ++v) {
-      const Vec<A> value = O > 1 ? in_register(load(from + v * L)) : load(from + v * L);
+      for (int v = 0; v < V; ++v) {
+        const Vec<A> value = O > 1 ? in_register(load(from + v * L)) : load(from + v * L);
 #pragma GCC unroll 4
-      for (int o = 0; o < O; ++o) sum[o][v] = fma(value, weight[o], sum[o][v]);
+        for (int o = 0; o < O; ++o) sum[o][v] = fma(value, weight[o], sum[o][v]);
+      }
     }
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 12
+      for (int v = 0; v < V; ++v) {
+        A* to = sums + o * stride + v * L;
+        total[o][v] = piece ? total[o][v] + sum[o][v] : more ? load(to) + sum[o][v] : sum[o][v];
+      }
   }
 #pragma GCC unroll 4
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 12
-    for (int v = 0; v < V; ++v) {
-      A* to = sums + o * stride + v * L;
-      store(to, more ? load(to) + sum[o][v] : sum[o][v]);
-    }
+    for (int v = 0; v < V; ++v) store(sums + o * stride + v * L, total[o][v]);
 }
 
 template <int O, class A, int... V>
@@ -90,11 +99,7 @@ class NarrowCorrelation {
         rows_(rows_of(window, bundle_)),
         planes_(window, rows_),
         weights_(window.groups * out_ * depth_) {
-    cut_pieces();
-    for (int64_t c = 0; c < in_; ++c)
-      for (int64_t a = 0; a < window.h.kernel; ++a)
-        for (int64_t b = 0; b < window.w.kernel; ++b)
-          offsets_.push_back(c % block_ * planes_.channel() + planes_.offset(a, b));
+    cut();
     pack_weights(w, view);
   }
 
@@ -104,7 +109,7 @@ class NarrowCorrelation {
     const int64_t bands = ceil_div(window_.h.out, rows_), bundles = ceil_div(window_.groups, bundle_);
     const int64_t work = window_.batch * bands * bundles, panel = round_up(std::min(kPanel, bundle_ * out_), L);
     const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads());
-    const int64_t input_size = round_up(bundle_ * block_ * planes_.channel() + 2 * L, 16);
+    const int64_t input_size = round_up(bundle_ * most_channels_ * planes_.channel() + 2 * L, 16);
     const int64_t sums_size = panel * round_up(planes_.positions(rows_), L);
     const Buffer<A> scratch(slots * (input_size + 2 * sums_size));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
@@ -125,9 +130,9 @@ class NarrowCorrelation {
   struct Band {
     int64_t image, row, rows, group, groups;
   };
-  // Products [from, from + count) of a sum.
-  struct Piece {
-    int64_t from, count;
+  // Pieces of the sum whose channels are packed together.
+  struct Block {
+    int64_t piece, pieces, channel, channels;
   };
 
   // Rows of a band: as many as fit the cache, and enough bands for the threads.
@@ -141,29 +146,27 @@ class NarrowCorrelation {
     return ceil_div(window.h.out, bands);
   }
 
-  // Pieces of about sqrt(8 K) products, within 32 to 64, that do not depend on the blocks of channels packed together;
-  // a sum is never left in one piece.
-  void cut_pieces() {
-    const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(depth_))), 32, 64);
-    const int64_t taps = window_.taps();
-    block_ = std::max<int64_t>(in_, 1);
-    if (depth_ <= limit) {
-      const int64_t half = depth_ > 4 ? depth_ / 2 : 0;
-      if (half) pieces_.push_back({0, half});
-      if (depth_) pieces_.push_back({half, depth_ - half});
-      return;
+  // Pieces of about sqrt(K) products, where the errors within and between pieces balance; twice as long where that
+  // keeps the tiles busy. They depend on K only, not on the blocks of channels that are packed together.
+  void cut() {
+    const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt((depth_ <= 32 ? 2.0 : 4.0) * double(depth_))), 4, 64);
+    const int64_t pieces = ceil_div(depth_, limit), taps = window_.taps();
+    for (int64_t i = 0; i <= pieces; ++i) ends_.push_back(pieces ? depth_ * i / pieces : 0);
+    const int64_t fit = std::max<int64_t>(1, kBytes / int64_t(sizeof(A)) / planes_.channel());
+    const bool whole = bundle_ > 1 || out_ > kPanel || in_ <= fit;
+    for (int64_t begin = 0; begin < pieces;) {
+      const int64_t channel = ends_[begin] / taps;
+      int64_t end = begin + 1;
+      while (end < pieces && (whole || ceil_div(ends_[end + 1], taps) - channel <= fit)) ++end;
+      const int64_t channels = ceil_div(ends_[end], taps) - channel;
+      blocks_.push_back({begin, end - begin, channel, channels});
+      most_channels_ = std::max(most_channels_, channels);
+      begin = end;
     }
-    const int64_t together = std::max<int64_t>(1, limit / taps), parts = ceil_div(taps, limit);
-    for (int64_t c = 0; c < in_; c += together) {
-      const int64_t length = std::min(together, in_ - c) * taps;
-      for (int64_t i = 0; i < parts; ++i) {
-        const int64_t begin = length * i / parts;
-        pieces_.push_back({c * taps + begin, length * (i + 1) / parts - begin});
-      }
-    }
-    if (bundle_ > 1 || out_ > kPanel) return;
-    const int64_t fit = kBytes / int64_t(sizeof(A)) / planes_.channel();
-    block_ = std::min(block_, std::max<int64_t>(fit / together, 1) * together);
+    for (const Block& block : blocks_)
+      for (int64_t k = ends_[block.piece]; k < ends_[block.piece + block.pieces]; ++k)
+        offsets_.push_back((k / taps - block.channel) * planes_.channel() +
+                           planes_.offset(k % taps / window_.w.kernel, k % window_.w.kernel));
   }
 
   // [group][tile][product][output of the tile]
@@ -181,44 +184,36 @@ class NarrowCorrelation {
   template <class E>
   void run_band(const Band& band, A* input, A* sums, A* turned, const Epilogue<E>& epilogue) const {
     const T* from = x_ + band.image * s_.n + band.group * in_ * s_.c;
-    const int64_t positions = round_up(planes_.positions(band.rows), L), taps = window_.taps();
+    const int64_t positions = round_up(planes_.positions(band.rows), L);
     const int64_t panel_tiles = bundle_ > 1 ? tiles_ : kPanel / kPlaneOutputs;
     for (int64_t tile = 0; tile < tiles_; tile += panel_tiles) {
       const int64_t last = std::min(tiles_, tile + panel_tiles), first = out_ * tile / tiles_;
       const int64_t channels = out_ * last / tiles_ - first;
       if (!depth_) std::fill_n(sums, band.groups * channels * positions, A(0));
-      auto piece = pieces_.begin();
-      for (int64_t c = 0; c < in_ && depth_; c += block_) {
-        const int64_t here = std::min(block_, in_ - c);
-        if (tile == 0 || block_ < in_)
-          planes_.pack(from + c * s_.c, s_, band.groups * here, band.row, band.rows, input);
-        auto end = piece;
-        while (end != pieces_.end() && end->from < (c + here) * taps) ++end;
+      for (const Block& block : blocks_) {
+        if (tile == 0 || blocks_.size() > 1)
+          planes_.pack(from + block.channel * s_.c, s_, band.groups * block.channels, band.row, band.rows, input);
         for (int64_t g = 0; g < band.groups; ++g)
-          add_pieces(input + g * in_ * planes_.channel(), piece, end, band.group + g, tile, last, positions,
-                     sums + g * channels * positions);
-        piece = end;
+          add_block(input + g * in_ * planes_.channel(), block, band.group + g, tile, last, positions,
+                    sums + g * channels * positions);
       }
       finish(band, band.group * out_ + first, band.groups * channels, sums, positions, turned, epilogue);
     }
   }
 
-  using Pieces = std::vector<Piece>::const_iterator;
-
   // Tiles [tile, last) of a group; sums: [output][position]
-  void add_pieces(const A* input, Pieces begin, Pieces end, int64_t group, int64_t tile, int64_t last,
-                  int64_t positions, A* sums) const {
+  void add_block(const A* input, const Block& block, int64_t group, int64_t tile, int64_t last, int64_t positions,
+                 A* sums) const {
     const int64_t vectors = positions / L, most = kPlaneVectors[ceil_div(out_, tiles_) - 1];
-    const int64_t blocks = ceil_div(vectors, most), start = out_ * tile / tiles_;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t v = vectors * block / blocks, count = vectors * (block + 1) / blocks - v;
+    const int64_t runs = ceil_div(vectors, most), start = out_ * tile / tiles_;
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t v = vectors * run / runs, count = vectors * (run + 1) / runs - v;
       for (int64_t t = tile; t < last; ++t) {
         const int64_t o = out_ * t / tiles_, outputs = out_ * (t + 1) / tiles_ - o;
         const A* weights = weights_.get() + (group * out_ + o) * depth_;
-        const auto kernel = plane_tile_of<A>(outputs, count);
-        for (Pieces piece = begin; piece != end; ++piece)
-          kernel(input + v * L, offsets_.data() + piece->from, weights + piece->from * outputs, piece->count,
-                 sums + (o - start) * positions + v * L, positions, piece->from > 0);
+        plane_tile_of<A>(outputs, count)(input + v * L, offsets_.data(), weights, ends_.data() + block.piece,
+                                         block.pieces, sums + (o - start) * positions + v * L, positions,
+                                         block.piece > 0);
       }
     }
   }
@@ -281,11 +276,13 @@ class NarrowCorrelation {
   Strides4 s_;
   Window window_;
   int64_t in_, out_, depth_, tiles_;  // per group
-  int64_t bundle_, rows_, block_;     // groups, output rows and input channels that are packed together
+  int64_t bundle_, rows_;             // groups and output rows of a band
   Planes planes_;
   Buffer<A> weights_;
-  std::vector<Piece> pieces_;
-  std::vector<int64_t> offsets_;  // of each product, in its block of channels
+  std::vector<int64_t> ends_;     // of the pieces of a sum
+  std::vector<int64_t> offsets_;  // of each product, from the first channel of its block
+  std::vector<Block> blocks_;
+  int64_t most_channels_ = 0;  // of a block
 };
 
 }  // namespace pynn::cpu

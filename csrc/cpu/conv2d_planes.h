@@ -69,6 +69,7 @@ class Planes {
   template <class T, class A>
   void pack(const T* image, const Strides4& s, int64_t channels, int64_t row, int64_t rows, A* to) const {
     const int64_t together = s.c == 1 && channels >= kLanes<A> ? channels : 1;
+    const bool bordered = h_.border.mode != PaddingMode::zeros;
     for (int64_t c = 0; c < channels; c += together)
       for (int64_t p = 0; p < rows_.phases() * columns_.phases(); ++p) {
         const int64_t row_phase = p / columns_.phases(), column_phase = p % columns_.phases();
@@ -79,17 +80,38 @@ class Planes {
           if (in < 0 || in >= h_.in) {
             for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
           } else if (begin < end) {
-            const T* from = image + c * s.c + in * s.h + (columns_.first[column_phase] + begin * w_.stride) * s.w;
-            if (together > 1)
-              split_pixels(from, w_.stride * s.w, end - begin, channels, plane + begin, channel_);
-            else
-              copy_row(from, w_.stride * s.w, end - begin, plane + begin);
+            pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together,
+                     columns_.first[column_phase], begin, end, plane);
           }
         }
       }
   }
 
  private:
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image.
+  template <class T, class A>
+  void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, A* to) const {
+    int64_t from = begin, last = end;
+    if (h_.border.mode != PaddingMode::zeros) {
+      const int64_t before = w_.border.before, past = before + w_.border.size - 1;
+      from = std::clamp(first >= before ? 0 : ceil_div(before - first, w_.stride), begin, end);
+      last = std::clamp(past < first ? 0 : (past - first) / w_.stride + 1, from, end);
+      const auto continue_to = [&](int64_t p) {
+        const T* source = row + w_.source(first + p * w_.stride) * step;
+        for (int64_t c = 0; c < channels; ++c) to[c * channel_ + p] = to_float(source[c]);
+      };
+      for (int64_t p = begin; p < from; ++p) continue_to(p);
+      for (int64_t p = last; p < end; ++p) continue_to(p);
+      first -= before;
+    }
+    if (from == last) return;
+    const T* pixels = row + (first + from * w_.stride) * step;
+    if (channels > 1)
+      split_pixels(pixels, w_.stride * step, last - from, channels, to + from, channel_);
+    else
+      copy_row(pixels, w_.stride * step, last - from, to + from);
+  }
+
   template <class T, class A>
   static void copy_row(const T* from, int64_t step, int64_t count, A* to) {
     if (step == 1) return copy_converted(from, count, to);
