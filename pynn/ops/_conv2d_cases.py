@@ -1,4 +1,4 @@
-"""What the choice of a backend depends on, for each op of the conv2d family; see pynn.choices."""
+"""What the choice of a backend for a convolution depends on, see pynn.choices."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def _case(shape, outputs: int, kernel, stride, padding, dilation, groups: int, p
     return Case(category, (groups if kind == "depthwise" else channels // groups, outputs // groups, pixels))
 
 
-def fwd_case(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
+def conv2d_fwd(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
     return _case(input.shape, weight.shape[0], weight.shape[2:], *geometry, is_channels_last(input))
 
 
-def bwd_input_case(grad, weight, input_shape, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
+def conv2d_bwd_input(grad, weight, input_shape, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
     return _case(tuple(input_shape), weight.shape[0], weight.shape[2:], *geometry, is_channels_last(grad))
 
 
-def bwd_weight_case(grad, input, kernel, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
+def conv2d_bwd_weight(grad, input, kernel, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
     return _case(input.shape, grad.shape[1], tuple(kernel), *geometry, is_channels_last(input))
 
 
-def transposed_case(
+def conv_transpose2d_fwd(
     input, weight, bias, residual, stride, padding, output_padding, dilation, groups, *_
 ) -> Case | None:
-    """That of the input gradient it is."""
-    if len(padding) != 2 or input.dim() != 4 or weight.dim() != 4 or len(stride) != 2 or len(dilation) != 2:
+    """As the input gradient it is, of the convolution with output_padding more at the far end."""
+    if input.dim() != 4 or weight.dim() != 4 or any(len(v) != 2 for v in (stride, padding, output_padding, dilation)):
         return None
     size = [
         (input.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1
         for d in (0, 1)
     ]
-    geometry = tuple(stride), tuple(padding) * 2, tuple(dilation), groups, 0
     shape = (input.shape[0], weight.shape[1] * groups, *size)
+    geometry = tuple(stride), (*padding, *padding), tuple(dilation), groups, 0
     return _case(shape, weight.shape[0], weight.shape[2:], *geometry, is_channels_last(input))

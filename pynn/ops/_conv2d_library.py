@@ -7,9 +7,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from ._conv2d_layout import is_channels_last
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # csrc/include/conv2d.h
+from ._conv2d_layout import PADDING_MODES, is_channels_last
 
 
 def conv2d_fwd(
@@ -26,10 +24,11 @@ def conv2d_fwd(
     activation,
     save_pre,
 ):
+    last = is_channels_last(input) or is_channels_last(weight)
     if any(padding[d] != padding[d + 2] for d in (0, 1)) or padding_mode:
         input, padding = _pad(input, padding, padding_mode), (0, 0)
     geometry = stride, padding[:2], dilation, False, (0, 0), groups
-    return _convolution(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre)
+    return _finished(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre, last)
 
 
 def conv_transpose2d_fwd(
@@ -46,19 +45,18 @@ def conv_transpose2d_fwd(
     activation,
     save_pre,
 ):
-    geometry = stride, padding, dilation, True, output_padding, groups
-    return _convolution(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre)
-
-
-def _convolution(input, weight, bias, residual, geometry, allow_tf32: bool, activation: int, save_pre: bool):
-    bare = activation == 0 and residual is None
     last = is_channels_last(input) or is_channels_last(weight)
+    geometry = stride, padding, dilation, True, output_padding, groups
+    return _finished(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre, last)
+
+
+def _finished(input, weight, bias, residual, geometry, allow_tf32: bool, activation: int, save_pre: bool, last: bool):
     fuse_bias = bias is not None and input.is_cuda  # there the convolution would add it in a pass of its own
     with _precision(input, allow_tf32):
         sum = torch.ops.aten.convolution.default(input, weight, None if fuse_bias else bias, *geometry)
     sum = sum.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     output = torch.empty_like(sum) if save_pre else None
-    if not bare or fuse_bias:
+    if fuse_bias or activation or residual is not None:
         added = None if residual is None else residual.expand(sum.shape)
         remaining = bias if fuse_bias else None
         torch.ops.pynn.conv2d_epilogue.default(sum, remaining, added, activation, output)
