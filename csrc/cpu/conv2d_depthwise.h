@@ -4,6 +4,7 @@
 // sums are added in order.
 #pragma once
 #include "conv2d_geometry.h"
+#include "conv2d_padding.h"
 #include "parallel.h"
 
 namespace pynn::cpu {
@@ -69,7 +70,7 @@ class DepthwiseWeightGradient {
       for (int64_t n = 0; n < unit.images; ++n) {
         const Part of_x{unit.in_row, unit.in_rows, in_width, first, count, window_.out_channels, kChannels};
         const Part of_dy{unit.row, unit.rows, out_width, first, count, 1, kChannels};
-        pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, of_x, packed_x + n * x.n);
+        pack_part<T, A>(x_ + (unit.image + n) * s_.n, s_, window_, of_x, packed_x + n * x.n);
         pack_image<T, A>(dy_ + (unit.image + n) * g_.n, g_, of_dy, packed_dy + n * dy.n);
       }
       for (int64_t tap = 0; tap < taps; ++tap) {

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "conv2d_geometry.h"
+#include "conv2d_padding.h"
 #include "conv2d_weights.h"
 #include "gemm_tile.h"
 #include "parallel.h"
@@ -70,8 +71,8 @@ class Correlation {
         units_(core_, channels_ * sizeof(A)),
         rows_(spans_of(core_.h)),
         columns_(spans_of(core_.w)) {
-    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && (s.c == 1 || channels_ == 1) &&
-                (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
+    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && !window.bordered() &&
+                (s.c == 1 || channels_ == 1) && (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
     packed_ =
         in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
@@ -112,12 +113,12 @@ class Correlation {
     if (in_place_) {
       if constexpr (sizeof(T) == sizeof(A)) base = x_ + unit.image * s_.n + first * s_.c + unit.in_row * s_.h;
     } else if (window_.patches()) {
-      pack_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
+      pack_any_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
     } else {
       const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1,
                       channels_};
       for (int64_t n = 0; n < unit.images; ++n)
-        pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, input + n * packed_.n);
+        pack_part<T, A>(x_ + (unit.image + n) * s_.n, s_, window_, part, input + n * packed_.n);
     }
     const std::vector<int64_t> classes = sort_pixels(unit, offsets, places);
     if (depthwise_) {

@@ -98,7 +98,7 @@ class ChunkedSum {
   }
 
  private:
-  static constexpr int kPart = 8, kBlock = 16;
+  static constexpr int kPart = 4, kBlock = 4;
   __device__ void add_block() {
     const A next = total_ + block_, taken = next - total_;
     lost_ += (total_ - (next - taken)) + (block_ - taken);
