@@ -1,7 +1,10 @@
 // conv2d on a GPU: which kernel computes what. The choice, like the order of every sum, depends on the shape alone (the
 // layout only decides how a kernel reads and writes), so a result has the same bits in any layout.
 #pragma once
+#include <type_traits>
+
 #include "conv2d_bias.cuh"
+#include "conv2d_depthwise.cuh"
 #include "conv2d_direct.cuh"
 #include "conv2d_fold.cuh"
 
@@ -12,6 +15,9 @@ namespace {
 template <class T, class Out>
 void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_strides, const T* w,
                     const Strides4& w_strides, const Conv2dShape& s, void* scratch, void* stream) {
+  if constexpr (std::is_same_v<T, Out>) {
+    if (is_depthwise_gradient<T>(s)) return depthwise_gradient(out, dy, dy_strides, w, w_strides, s, stream);
+  }
   direct_input_gradient<T, Out>(out, dy, dy_strides, w, w_strides, s, stream);
 }
 
@@ -32,6 +38,11 @@ template <class T>
 void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, T* y, Strides4 y_strides,
                     const Conv2dEpilogue<T>& epilogue, const Conv2dShape& s, void*, void* stream) {
   const Output<T> out{y, y_strides, epilogue};
+  if (is_depthwise<T>(s)) {
+    depthwise(DepthwiseCall<T>{out, x, x_strides, w, w_strides, rows_of(s), columns_of(s), s.batch, s.out_channels,
+                               s.out_channels / s.groups, s.padding_mode, stream});
+    return;
+  }
   direct_forward(out, x, x_strides, w, w_strides, s, stream);
 }
 
