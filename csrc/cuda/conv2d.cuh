@@ -1,7 +1,10 @@
 // conv2d on a GPU: which kernel computes what. The choice, like the order of every sum, depends on the shape alone (the
 // layout only decides how a kernel reads and writes), so a result has the same bits in any layout.
 #pragma once
+#include <type_traits>
+
 #include "conv2d_bias.cuh"
+#include "conv2d_depthwise.cuh"
 #include "conv2d_direct.cuh"
 #include "conv2d_fold.cuh"
 #include "conv2d_gemm_weight.cuh"
@@ -16,6 +19,9 @@ void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_stri
   if constexpr (!std::is_same_v<T, double>) {
     if (gemm::suits_input_gradient<T>(s))
       return gemm::input_gradient(out, dy, dy_strides, w, w_strides, s, scratch, stream);
+  }
+  if constexpr (std::is_same_v<T, Out>) {
+    if (is_depthwise_gradient<T>(s)) return depthwise_gradient(out, dy, dy_strides, w, w_strides, s, stream);
   }
   direct_input_gradient<T, Out>(out, dy, dy_strides, w, w_strides, s, stream);
 }
@@ -39,6 +45,11 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
   const Output<T> out{y, y_strides, epilogue};
   if constexpr (!std::is_same_v<T, double>) {
     if (gemm::suits_forward<T>(s)) return gemm::forward(out, x, x_strides, w, w_strides, s, scratch, stream);
+  }
+  if (is_depthwise<T>(s)) {
+    depthwise(DepthwiseCall<T>{out, x, x_strides, w, w_strides, rows_of(s), columns_of(s), s.batch, s.out_channels,
+                               s.out_channels / s.groups, s.padding_mode, stream});
+    return;
   }
   direct_forward(out, x, x_strides, w, w_strides, s, stream);
 }
