@@ -1,8 +1,9 @@
 // Weight and bias gradient of a depthwise convolution. The pixels of a row are dealt to as many classes as a vector has
 // lanes (pixel j to class j mod lanes), and every class is summed on its own over a chunk of rows, then over the chunks
-// of a part, then class after class. Where lanes are pixels of a plane a vector holds all classes; where they are
-// channels the classes come one after the other: the order of every sum, and so its bits, are the same. Two kernel rows
-// are summed together, so that a vector of x is loaded once for both. Images are dealt to a fixed number of parts.
+// of a part; then the classes are added pairwise. Where lanes are pixels of a plane a vector holds all classes; where
+// they are channels the classes come one after the other: the order of every sum, and so its bits, are the same. Two
+// kernel rows are summed together, so that a vector of x is loaded once for both. Images are dealt to a fixed number of
+// parts.
 #include "conv2d_depthwise.h"
 #include "conv2d_depthwise_pack.h"
 #include "parallel.h"
@@ -105,7 +106,6 @@ template <class T, bool kPlanes>
 class DepthwiseWeightGradient {
   using A = accumulate_t<T>;
   static constexpr int64_t L = kLanes<A>, kBlock = kPlanes ? 1 : L;
-  static constexpr int64_t kTerms = 32;             // of one class in a chunk
   static constexpr int64_t kBandBytes = 256 << 10;  // packed rows of x
 
  public:
@@ -120,7 +120,10 @@ class DepthwiseWeightGradient {
     for (int64_t b = 0; b < window.w.kernel; ++b) columns_.push_back(x_.column(b));
     // Chunks, bands and parts are of the same size in both layouts.
     const int64_t out = window.h.out, per_row = ceil_div(window.w.out, L);
-    chunk_rows_ = std::clamp<int64_t>(kTerms / per_row, 1, out);
+    // A class sums its terms in chunks of about the root of their number, where rounding errors within and between
+    // chunks balance.
+    const double terms = double(window.batch) * double(out) * double(per_row);
+    chunk_rows_ = std::clamp<int64_t>(std::clamp<int64_t>(int64_t(std::sqrt(2 * terms)), 4, 32) / per_row, 1, out);
     const int64_t row_bytes = reach(window.w, window.w.out) * L * int64_t(sizeof(A)) * window.h.stride;
     const int64_t chunks = std::max<int64_t>(1, kBandBytes / std::max<int64_t>(1, row_bytes * chunk_rows_));
     band_rows_ = std::min(chunks * chunk_rows_, out);
@@ -132,10 +135,11 @@ class DepthwiseWeightGradient {
     const int64_t work = blocks_ * parts_, slots = std::min<int64_t>(work, torch::stable::get_num_threads());
     const int64_t x_rows = reach(window_.h, band_rows_);
     const int64_t x_size = x_rows * x_.pitch() + L, dy_size = band_rows_ * dy_.pitch() + L;
-    const int64_t sums_size = round_up((kPlanes ? 1 : classes_) * (taps_ + 2) * L, 16),
+    const int64_t sums_size = round_up((kPlanes ? 1 : classes_) * (taps_ + 2) * L + L * L, 16),
                   size = x_size + dy_size + sums_size;
-    const int64_t result = taps_ + 2;  // of a channel: taps, then the sum of dy and its error
-    const Buffer<A> scratch(slots * size), results(parts_ * blocks_ * kBlock * result);
+    // Of a block and part: [tap][channel], then the sums of dy and their errors.
+    const int64_t bias_at = round_up(taps_, L) * kBlock, result = bias_at + 2 * kBlock;
+    const Buffer<A> scratch(slots * size), results(parts_ * blocks_ * result);
     const Buffer<const A*> lists(slots * (x_rows + band_rows_));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
@@ -143,18 +147,20 @@ class DepthwiseWeightGradient {
         if (channels_ % kBlock) std::fill_n(at, x_size + dy_size, A(0));  // lanes without a channel stay 0
         for (int64_t i = slot; i < work; i += slots)
           sum_part(i / parts_ * kBlock, i % parts_, at, at + x_size, at + x_size + dy_size,
-                   lists.get() + slot * (x_rows + band_rows_), results.get() + i * kBlock * result, dbias != nullptr);
+                   lists.get() + slot * (x_rows + band_rows_), results.get() + i * result, dbias != nullptr);
       }
     });
     for (int64_t o = 0; o < channels_; ++o) {
-      const A* from = results.get() + o / kBlock * parts_ * kBlock * result + o % kBlock * result;
-      const int64_t next = kBlock * result;
+      const A* from = results.get() + o / kBlock * parts_ * result + o % kBlock;
       for (int64_t tap = 0; tap < taps_; ++tap) {
-        A sum = from[tap];
-        for (int64_t part = 1; part < parts_; ++part) sum += from[part * next + tap];
+        A sum = from[tap * kBlock];
+        for (int64_t part = 1; part < parts_; ++part) sum += from[part * result + tap * kBlock];
         dw[o * taps_ + tap] = from_float<T>(sum);
       }
-      if (dbias) dbias[o] = from_float<T>(compensated(from + taps_, parts_, next));
+      if (!dbias) continue;
+      A sum, error;
+      add_compensated(from + bias_at, parts_, result, kBlock, sum, error);
+      dbias[o] = from_float<T>(std::isfinite(sum) ? sum + error : sum);  // the error of an infinite sum is NaN
     }
   }
 
@@ -164,7 +170,6 @@ class DepthwiseWeightGradient {
     return {w.batch, w.groups * w.out_channels, 1, 1, {w.h.out, w.h.out, 1, 1, 1, 0}, {w.w.out, w.w.out, 1, 1, 1, 0}};
   }
 
-  // results: [channel][taps, sum of dy, its error]
   void sum_part(int64_t channel, int64_t part, A* x, A* dy, A* sums, const A** x_rows, A* results,
                 bool with_bias) const {
     const int64_t classes = kPlanes ? 1 : classes_, taps = taps_, class_size = (taps + 2) * L;
@@ -181,22 +186,23 @@ class DepthwiseWeightGradient {
           add_chunk(l, std::min(chunk_rows_, rows - i), x_rows + i * window_.h.stride, dy + i * dy_.pitch(),
                     sums + l * class_size, with_bias);
     }
-    // Class after class.
-    const int64_t count = std::min(kBlock, channels_ - channel), class_step = kPlanes ? 1 : class_size;
-    for (int64_t c = 0; c < count; ++c, results += taps + 2) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const A* from = sums + tap * L + c;
-        A sum = from[0];
-        for (int64_t l = 1; l < classes_; ++l) sum += from[l * class_step];
-        results[tap] = sum;
-      }
-      const A* bias = sums + taps * L + c;
-      A pairs[2 * L];
-      for (int64_t l = 0; l < classes_; ++l) {
-        pairs[2 * l] = bias[l * class_step];
-        pairs[2 * l + 1] = bias[l * class_step + L];
-      }
-      add_compensated(pairs, classes_, 2, results + taps);
+    add_classes(sums, class_size, results);
+    const A* bias = sums + taps * L;
+    A* to = results + round_up(taps, L) * kBlock;
+    for (int64_t c = 0; c < kBlock; ++c)
+      add_compensated(bias + c, classes_, kPlanes ? 1 : class_size, L, to[c], to[kBlock + c]);
+  }
+
+  // results[tap][channel]: the classes' sums, added pairwise.
+  void add_classes(const A* sums, int64_t class_size, A* results) const {
+    for (int64_t tap = 0; tap < taps_; tap += kPlanes ? L : 1) {
+      Vec<A> of_class[L] = {};
+      for (int64_t l = 0; l < (kPlanes ? L : classes_); ++l)
+        of_class[l] = load(sums + tap * L + l * (kPlanes ? L : class_size));
+      if constexpr (kPlanes) transpose<A>(of_class);  // from a vector for each tap
+      for (int64_t half = L / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) of_class[l] += of_class[l + half];
+      store(results + tap * kBlock, of_class[0]);
     }
   }
 
@@ -245,22 +251,16 @@ class DepthwiseWeightGradient {
     store(sums + (taps_ + 1) * L, error);
   }
 
-  // result = (sum, error) of `count` pairs.
-  static void add_compensated(const A* pairs, int64_t count, int64_t step, A* result) {
-    A total = pairs[0], error = pairs[1];
+  // Adds `count` sums that lie `step` apart, each with its error error_step behind it.
+  static void add_compensated(const A* sums, int64_t count, int64_t step, int64_t error_step, A& sum, A& error) {
+    sum = sums[0];
+    error = sums[error_step];
     for (int64_t i = 1; i < count; ++i) {
-      const A value = pairs[i * step], next = total + value, taken = next - total;
-      error += (total - (next - taken)) + (value - taken);
-      error += pairs[i * step + 1];
-      total = next;
+      const A value = sums[i * step], next = sum + value, taken = next - sum;
+      error += (sum - (next - taken)) + (value - taken);
+      error += sums[i * step + error_step];
+      sum = next;
     }
-    result[0] = total;
-    result[1] = error;
-  }
-  static A compensated(const A* pairs, int64_t count, int64_t step) {
-    A result[2];
-    add_compensated(pairs, count, step, result);
-    return std::isfinite(result[0]) ? result[0] + result[1] : result[0];  // the error of an infinite sum is NaN
   }
 
   Window window_;
