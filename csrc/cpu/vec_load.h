@@ -87,11 +87,18 @@ PYNN_HD double add_lanes(VecDouble v) {
   return v[0];
 #endif
 }
-PYNN_HD double add_lanes(VecFloat v) {
+// Lane i plus lane i + half, in double.
+PYNN_HD VecDouble fold(VecFloat v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm512_castps512_ps256(v)) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+#else
   typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
   HalfVector halves[2];
   memcpy(halves, &v, sizeof(v));
-  return add_lanes(__builtin_convertvector(halves[0], VecDouble) + __builtin_convertvector(halves[1], VecDouble));
+  return __builtin_convertvector(halves[0], VecDouble) + __builtin_convertvector(halves[1], VecDouble);
+#endif
 }
+PYNN_HD VecDouble fold(VecDouble v) { return v; }
+PYNN_HD double add_lanes(VecFloat v) { return add_lanes(fold(v)); }
 
 }  // namespace pynn::cpu

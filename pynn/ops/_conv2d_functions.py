@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends
-from . import _conv2d_vmap
+from . import _conv2d_schemas, _conv2d_vmap  # noqa: F401  the first defines the ops
 from ._conv2d_activation import ACTIVATIONS, FROM_INPUT, ActivationGradient
-from ._conv2d_schemas import is_channels_last
+from ._conv2d_layout import is_channels_last
 from ._conv2d_vmap import batch_first, merge_channels, split_channels
 from ._function import call, eager
 
@@ -31,8 +31,8 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, residual, geometry, activation, save_pre):
-        op = backends.op("conv2d_fwd", input)
-        return op(input, weight, bias, residual, *geometry, ACTIVATIONS.index(activation), save_pre)
+        number = ACTIVATIONS.index(activation)
+        return backends.call("conv2d_fwd", input, weight, bias, residual, *geometry, number, save_pre)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -89,13 +89,12 @@ class ConvGradients(torch.autograd.Function):
     @staticmethod
     def forward(grad, input, weight, geometry, mask):
         if mask[0]:
-            op = backends.op("conv2d_bwd_input", grad)
-            grad_input = op(grad, weight, input.shape, *geometry, is_channels_last(input))
+            last = is_channels_last(input)
+            grad_input = backends.call("conv2d_bwd_input", grad, weight, input.shape, *geometry, last)
         else:
             grad_input = grad.new_empty(0)
         if mask[1]:
-            op = backends.op("conv2d_bwd_weight", grad)
-            return grad_input, *op(grad, input, weight.shape[2:], *geometry, mask[2])
+            return grad_input, *backends.call("conv2d_bwd_weight", grad, input, weight.shape[2:], *geometry, mask[2])
         return grad_input, grad.new_empty(0), grad.sum((0, 2, 3)) if mask[2] else grad.new_empty(0)
 
     @staticmethod

@@ -62,8 +62,8 @@ class ConvTranspose2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, residual, geometry, activation, save_pre):
-        op = backends.op("conv_transpose2d_fwd", input)
-        return op(input, weight, bias, residual, *geometry, ACTIVATIONS.index(activation), save_pre)
+        number = ACTIVATIONS.index(activation)
+        return backends.call("conv_transpose2d_fwd", input, weight, bias, residual, *geometry, number, save_pre)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
