@@ -6,6 +6,7 @@
 #include <numeric>
 #include <optional>
 
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_narrow.h"
@@ -55,7 +56,8 @@ class InputGradient {
                             {d.out_height, v.count, reached ? v.taps : 0, 1, v.step, v.pad},
                             {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
         const WeightView view{out * s.n, s.c, s.n, -v.tap_step * s.h, -h.tap_step * s.w};
-        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view);
+        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view,
+                             window_.depthwise());
       }
   }
 
@@ -78,11 +80,11 @@ class InputGradient {
     Window window;
     const T* w;
     WeightView view;
-    std::optional<PackedWeights<A>> weights;  // where the correlation is not a narrow one
+    std::optional<PackedWeights<A>> weights;  // depthwise and narrow correlations pack their own
 
-    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view)
+    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
         : row(row), column(column), window(window), w(w), view(view) {
-      if (!is_narrow(window)) weights.emplace(w, view, window);
+      if (!depthwise && !is_narrow(window)) weights.emplace(w, view, window);
     }
   };
 
@@ -108,7 +110,9 @@ class InputGradient {
           every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
       Window window = piece.window;
       window.batch = images;
-      if (piece.weights)
+      if (window_.depthwise())
+        correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (piece.weights)
         Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
       else
         NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
