@@ -48,6 +48,8 @@ NVCC_FLAGS = (
     "-DPYNN_CUDA"
 )
 
+LAUNCHER = {"conv_transpose2d": "conv2d"}  # ops that run the launchers of another op
+
 
 def torch_directory():
     spec = importlib.util.find_spec("torch")
@@ -179,9 +181,9 @@ class BuildLibraries(build_ext):
 
     @staticmethod
     def with_kernels(ops, sources):
-        """The csrc/ops files whose op has a CUDA launcher."""
+        """The csrc/ops files whose op has a CUDA launcher, its own or another op's."""
         have = {source.stem for source in sources}
-        return [op for op in ops if op.stem in have]
+        return [op for op in ops if LAUNCHER.get(op.stem, op.stem) in have]
 
     @staticmethod
     def compile(ninja, directory, rule, sources, flags):
@@ -234,7 +236,7 @@ class BuildWheel(bdist_wheel):
         return ("py3", "none", platform_tag) if VARIANT else (python, abi, platform_tag)
 
 
-PACKAGES = ["pynn", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion", "pynn.train"]
+PACKAGES = ["pynn", "pynn.choices", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion", "pynn.train"]
 PACKAGE_DIRECTORIES = {}
 if (ROOT / "triton_kernels").is_dir():
     PACKAGES.append("pynn.triton_kernels")
@@ -244,7 +246,7 @@ setup(
     version=VERSION,
     packages=PACKAGES,
     package_dir=PACKAGE_DIRECTORIES,
-    package_data={"pynn": ["py.typed"]},
+    package_data={"pynn": ["py.typed"], "pynn.choices": ["*.csv"]},
     ext_modules=[Extension("pynn.kernels", [])],  # marks the wheel as platform-specific; BuildLibraries does the work
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython, "bdist_wheel": BuildWheel},
 )

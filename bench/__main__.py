@@ -16,7 +16,7 @@ import torch
 import bench
 from bench import harness
 
-NOT_AN_OP = ("harness", "plot", "__main__")
+NOT_AN_OP = ("harness", "choose", "__main__")
 MODULES = sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in NOT_AN_OP and m.name[0] != "_")
 
 

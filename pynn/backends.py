@@ -3,39 +3,45 @@
     cpu        C++ kernels on CPU tensors, built for three instruction sets
     cuda       CUDA C++ kernels on CUDA tensors
     triton     Triton kernels on CUDA tensors
+    library    PyTorch's own kernels (oneDNN, cuDNN) with pynn's fused epilogue, on CPU and CUDA tensors
     sim        the CUDA C++ sources compiled by the host compiler, on CPU tensors: a test tool, slow (csrc/sim)
     interpret  the Triton kernels in Triton's interpreter, on CPU tensors: a test tool, slow; needs TRITON_INTERPRET=1
 
-`auto` (the default) runs `cpu` for CPU tensors; for CUDA tensors `cuda`, or `triton` where an op has no CUDA C++
-kernel. A backend can be forced with `with pynn.backend(name):` or the environment variable PYNN_BACKEND; a forced
-backend that cannot run raises with the reason. PYNN_CPU_ISA (baseline, avx2, avx512) forces the instruction set of the
-CPU kernels, PYNN_SIM_LIBRARY names another build of the sim kernels (with sanitizers). These variables are read once,
-at import, and nowhere else.
+`auto` (the default) runs the backend that was measured to be the fastest for a call of this shape on this architecture
+(pynn.choices). Where nothing was measured it runs `cpu` for CPU tensors; for CUDA tensors `library` where an op has
+such a kernel, then `cuda`, then `triton`. A backend can be forced with `with pynn.backend(name):` or the environment
+variable PYNN_BACKEND; a forced backend that cannot run raises with the reason. PYNN_CPU_ISA (baseline, avx2, avx512)
+forces the instruction set of the CPU kernels, PYNN_SIM_LIBRARY names another build of the sim kernels (with
+sanitizers). These variables are read once, at import, and nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from . import choices
 
 try:
     from . import _core  # type: ignore[attr-defined]
 except ImportError:  # built without Python headers, or for another Python: everything still works
     _core = None  # type: ignore[assignment]
 
-# Backend -> (device of its tensors, namespace of its ops).
+# Backend -> (devices of its tensors, namespace of its ops).
 _TARGETS = {
-    "cpu": ("cpu", "pynn"),
-    "cuda": ("cuda", "pynn"),
-    "triton": ("cuda", "pynn_triton"),
-    "sim": ("cpu", "pynn_sim"),
-    "interpret": ("cpu", "pynn_triton"),
+    "cpu": (("cpu",), "pynn"),
+    "cuda": (("cuda",), "pynn"),
+    "triton": (("cuda",), "pynn_triton"),
+    "library": (("cpu", "cuda"), "pynn_library"),
+    "sim": (("cpu",), "pynn_sim"),
+    "interpret": (("cpu",), "pynn_triton"),
 }
 BACKENDS = ("auto", *_TARGETS)
 CPU_ISAS = ("avx512", "avx2", "baseline")  # best first
@@ -94,6 +100,7 @@ unavailable: dict[str, str] = {
     "cpu": _load(_library(f"cpu_{cpu_isa}")),
     "cuda": _load(_library("cuda")),
     "triton": _triton_reason(interpreted=False),
+    "library": "",
     "sim": _load(Path(os.environ.get("PYNN_SIM_LIBRARY", "") or _library("sim"))),
     "interpret": _triton_reason(interpreted=True),
 }
@@ -102,6 +109,8 @@ NAMESPACES: tuple[str, ...] = tuple(
     namespace
     for namespace, wanted in {
         "pynn": True,
+        "pynn_library": True,
+        "pynn_auto": True,
         "pynn_sim": not unavailable["sim"],
         "pynn_triton": not (unavailable["triton"] and unavailable["interpret"]),
     }.items()
@@ -123,7 +132,7 @@ def backend(name: str) -> Iterator[None]:
     """Runs every pynn op inside the block on one backend.
 
     Args:
-        name: "auto", "cpu", "cuda", "triton", "sim" or "interpret".
+        name: "auto", "cpu", "cuda", "triton", "library", "sim" or "interpret".
     Raises:
         ValueError: no such backend.
         RuntimeError: from the op, when the backend cannot run it; the message has the reason.
@@ -170,21 +179,28 @@ def explain() -> Iterator[list[Call]]:
 
 
 _kernels: dict[str, tuple[str, ...]] = {}  # op -> backends that have a kernel for it, whether or not they can run here
+_cases: dict[str, Callable[..., choices.Case | None]] = {}  # op -> what its choice depends on, from its operands
 
 
-def add_op(name: str) -> None:
-    """Called once the op `name` is defined: notes which loaded libraries implement it."""
+def add_op(name: str, case: Callable[..., choices.Case | None] | None = None) -> None:
+    """Called once the op `name` is defined: notes which loaded libraries implement it.
+
+    Args:
+        case: what the choice of a backend depends on, from the op's operands; None, or a result of None: the default.
+    """
     found = torch._C._dispatch_has_kernel_for_dispatch_key
     _kernels[name] = tuple(
         backend
-        for backend, (device, namespace) in _TARGETS.items()
-        if hasattr(getattr(torch.ops, namespace), name) and found(f"{namespace}::{name}", device.upper())
+        for backend, (devices, namespace) in _TARGETS.items()
+        if hasattr(getattr(torch.ops, namespace), name) and found(f"{namespace}::{name}", devices[0].upper())
     )
+    if case is not None:
+        _cases[name] = case
 
 
 def device_of(backend: str) -> str:
-    """Type of the device whose tensors this backend takes: "cpu" or "cuda"."""
-    return _TARGETS[backend][0]
+    """Type of the device whose tensors this backend takes, "cpu" or "cuda"; "cpu" for `library`, which takes both."""
+    return _TARGETS[backend][0][0]
 
 
 def namespace_of(backend: str) -> str:
@@ -224,35 +240,62 @@ def op(name: str, tensor: torch.Tensor):
     Raises:
         RuntimeError: no kernel can run it; the message has the reason.
     """
+    return _op(name, tensor, None)
+
+
+def call(name: str, *operands):
+    """Runs the dispatcher op `name` on the backend that serves its first operand: the fastest one for these operands.
+
+    Raises:
+        RuntimeError: no kernel can run it; the message has the reason.
+    """
+    tensor = operands[0]
+    case = None
+    if _forced == "auto" and name in _cases and tensor.device.type in ("cpu", "cuda"):
+        if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return getattr(torch.ops.pynn_auto, name).default(*operands)  # comes back here with the real operands
+        case = _cases[name](*operands)
+    return _op(name, tensor, case)(*operands)
+
+
+def _op(name: str, tensor: torch.Tensor, case: choices.Case | None):
     device = tensor.device.type
-    if device == "cpu" and _forced == "auto":
-        chosen = "cpu"
-        if unavailable["cpu"]:
-            require(name, chosen)
-    elif device in ("cpu", "cuda"):
-        chosen = _choose(name, device)
-    elif device == "meta":  # runs the shape rule of the op
-        return getattr(torch.ops.pynn, name).default
-    else:
+    if device not in ("cpu", "cuda"):
+        if device == "meta":  # runs the shape rule of the op
+            return getattr(torch.ops.pynn, name).default
         raise RuntimeError(f"pynn.{name}: expected a CPU or CUDA tensor, got one on {device}")
+    measured = _fastest(name, tensor, case) if case is not None and _forced == "auto" else None
+    chosen = measured or (_default(name, device) if _forced == "auto" else _forced)
+    if device not in _TARGETS[chosen][0]:
+        raise RuntimeError(f"pynn.{name}: backend {chosen!r} was forced but the tensor is on {device}")
+    if unavailable[chosen] or chosen not in _kernels[name]:
+        require(name, chosen)
     if _calls is not None and not torch.compiler.is_compiling():
-        _record(name, chosen, tensor)
+        reason = "forced" if _forced != "auto" else "measured fastest" if measured else f"{device} tensor"
+        _record(name, chosen, tensor, reason)
     return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
 
 
-def _choose(name: str, device: str) -> str:
-    chosen = _forced
-    if chosen == "auto":
-        usable = (b for b in ("cuda", "triton") if not unavailable[b] and has_kernel(name, b))
-        chosen = next(usable, "cuda")
-    elif _TARGETS[chosen][0] != device:
-        raise RuntimeError(f"pynn.{name}: backend {chosen!r} was forced but the tensor is on {device}")
-    require(name, chosen)
-    return chosen
+def _fastest(name: str, tensor: torch.Tensor, case: choices.Case) -> str | None:
+    architecture = cpu_isa if tensor.device.type == "cpu" else _gpu_architecture(tensor.device)
+    chosen = choices.fastest(architecture, name, str(tensor.dtype).removeprefix("torch."), case)
+    return chosen if chosen is not None and not unavailable[chosen] and has_kernel(name, chosen) else None
 
 
-def _record(name: str, chosen: str, tensor: torch.Tensor) -> None:
+@functools.cache
+def _gpu_architecture(device: torch.device) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _default(name: str, device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    usable = (b for b in ("library", "cuda", "triton") if not unavailable[b] and has_kernel(name, b))
+    return next(usable, "cuda")
+
+
+def _record(name: str, chosen: str, tensor: torch.Tensor, reason: str) -> None:
     assert _calls is not None
     kernel = f"cpu/{cpu_isa}" if chosen == "cpu" else chosen
-    reason = f"{tensor.device.type} tensor" if _forced == "auto" else "forced"
     _calls.append(Call(name, chosen, kernel, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), reason))

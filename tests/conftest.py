@@ -56,9 +56,10 @@ def _schedule(name, test):
     return simulator.schedule(simulator.SHUFFLED, seed=zlib.crc32(test.encode()), resident_blocks=2)
 
 
-@pytest.fixture(params=pynn.backends.BACKENDS[1:])
+@pytest.fixture(params=[name for name in pynn.backends.BACKENDS if name not in ("auto", "library")])
 def backend(request):
-    """Runs the test once per backend; a backend that this machine or the op lacks is skipped with the reason.
+    """Runs the test once per backend that has kernels of ours; one that this machine or the op lacks is skipped with
+    the reason. tests/test_choices.py has the library's.
 
     The op is the test module's: test_<op>.py tests the kernel <op>_fwd, or the one the module names as KERNEL.
     """

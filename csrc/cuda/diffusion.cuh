@@ -7,13 +7,11 @@
 // A timestep outside the table writes NaN: its value is not known to the host.
 #pragma once
 #include "diffusion_packs.cuh"
+#include "diffusion_tables.cuh"
+#include "warp_sum.cuh"
 
 namespace pynn::cuda {
 namespace {
-
-__device__ inline bool valid(int64_t t, int64_t low, const DiffusionShape& shape) {
-  return t >= low && t < shape.timesteps;
-}
 
 template <class T>
 struct NormalOp {
@@ -38,25 +36,6 @@ struct NormalOp {
   }
   __device__ void store(const Outputs& out, int64_t index, const Flat& flat) const {
     store_pack(y, index, out.y, flat);
-  }
-};
-
-// The scales of the jump s -> t in the compute type.
-template <class C>
-struct JumpRow {
-  C signal, noise;
-};
-struct JumpTables {
-  const int64_t *t, *s;
-  const double* table;
-  DiffusionShape shape;
-
-  template <class C>
-  __device__ JumpRow<C> row(int64_t b) const {
-    const int64_t to = row_of(t, shape, b), from = s ? row_of(s, shape, b) : -1;
-    if (!valid(to, 0, shape) || !valid(from, -1, shape) || from >= to) return {C(NAN), C(NAN)};
-    const JumpScale scale(table, t, s, shape, b);
-    return {C(scale.signal), C(scale.noise)};
   }
 };
 
@@ -125,13 +104,6 @@ struct ForwardJumpBackwardOp {
   }
 };
 
-template <class C>
-__device__ ReverseRow<C> reverse_row(const double* table, const int64_t* t, const DiffusionShape& shape, int64_t b,
-                                     const ReverseClip& clip) {
-  const int64_t step = row_of(t, shape, b);
-  return valid(step, 0, shape) ? ReverseRow<C>(table, step, clip) : ReverseRow<C>::invalid();
-}
-
 template <class T, bool kLearned>
 struct ReverseStepOp {
   using Element = T;
@@ -147,10 +119,7 @@ struct ReverseStepOp {
   };
   T *y, *x0_out;
   const T *x, *output, *variance;
-  const int64_t* t;
-  const double* table;
-  ReverseClip clip;
-  DiffusionShape shape;
+  ReverseTables tables;
   NoiseSource<T> noise;
 
   __device__ Inputs load(int64_t index, const Flat& flat) const {
@@ -160,7 +129,7 @@ struct ReverseStepOp {
   __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
     return noise.values(index, flat, rows);
   }
-  __device__ Row row(int64_t b) const { return reverse_row<C>(table, t, shape, b, clip); }
+  __device__ Row row(int64_t b) const { return tables.row<C>(b); }
   __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
     const C x = to_float(in.x.element[k]), o = to_float(in.output.element[k]);
     const C x0 = row.x0(x, o), clipped = row.clipped(x0);
@@ -191,10 +160,7 @@ struct ReverseStepBackwardOp {
   };
   T *dx, *doutput, *dvariance;
   const T *dy, *x, *output, *variance;
-  const int64_t* t;
-  const double* table;
-  ReverseClip clip;
-  DiffusionShape shape;
+  ReverseTables tables;
   NoiseSource<T> noise;
 
   __device__ Inputs load(int64_t index, const Flat& flat) const {
@@ -204,7 +170,7 @@ struct ReverseStepBackwardOp {
   __device__ Values values(int64_t index, const Flat& flat, const Rows& rows) const {
     return kLearned ? noise.values(index, flat, rows) : Values{};
   }
-  __device__ Row row(int64_t b) const { return reverse_row<C>(table, t, shape, b, clip); }
+  __device__ Row row(int64_t b) const { return tables.row<C>(b); }
   __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
     const C x0 = row.x0(to_float(in.x.element[k]), to_float(in.output.element[k])), g = to_float(in.dy.element[k]);
     out.dx.element[k] = from_float<T>(row.x_slope(x0) * g);
@@ -220,12 +186,6 @@ struct ReverseStepBackwardOp {
     if (kLearned) store_pack(dvariance, index, out.dvariance, flat);
   }
 };
-
-template <class C>
-__device__ LossRow<C> loss_row(const double* table, const int64_t* t, const DiffusionShape& shape, int64_t b) {
-  const int64_t step = row_of(t, shape, b);
-  return valid(step, 0, shape) ? LossRow<C>(table, step) : LossRow<C>::invalid();
-}
 
 template <class T>
 struct LossBackwardOp {
@@ -246,9 +206,7 @@ struct LossBackwardOp {
   T *doutput, *dx0;
   const C* dloss;
   const T *output, *x0;
-  const int64_t* t;
-  const double* table;
-  DiffusionShape shape;
+  LossTables tables;
   NoiseSource<T> noise;
 
   __device__ Inputs load(int64_t index, const Flat& flat) const {
@@ -258,8 +216,8 @@ struct LossBackwardOp {
     return noise.values(index, flat, rows);
   }
   __device__ Row row(int64_t b) const {
-    const LossRow<C> target = loss_row<C>(table, t, shape, b);
-    return {target, C(2 * target.weight / double(shape.inner) * double(dloss[b]))};
+    const LossRow<C> target = tables.row<C>(b);
+    return {target, C(2 * target.weight / double(tables.shape.inner) * double(dloss[b]))};
   }
   __device__ void element(Outputs& out, const Inputs& in, const Values& values, const Row& row, int k) const {
     const C d = row.scale * row.target.error(to_float(in.output.element[k]), to_float(in.x0.element[k]), values.z[k]);
@@ -277,18 +235,13 @@ constexpr int64_t kSegment = 2048;  // elements of a row that one warp sums
 
 inline __host__ __device__ int64_t segments_of(int64_t inner) { return (inner + kSegment - 1) / kSegment; }
 
-// The sum over a warp, in lane 0.
-__device__ inline double warp_sum(double sum) {
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
-  return sum;
-}
-
 // Squared errors of one segment per warp: into partial, or as the loss itself where a row is one segment.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
-    loss_segments_kernel(accumulate_t<T>* loss, double* partial, const T* output, const T* x0, const int64_t* t,
-                         const double* table, NoiseSource<T> noise, DiffusionShape shape, Flat flat) {
+    loss_segments_kernel(accumulate_t<T>* loss, double* partial, const T* output, const T* x0, LossTables tables,
+                         NoiseSource<T> noise, Flat flat) {
   using C = accumulate_t<T>;
+  const DiffusionShape& shape = tables.shape;
   const int64_t segments = segments_of(shape.inner);
   const int64_t item = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -298,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   const int64_t end = begin + (shape.inner - offset < kSegment ? shape.inner - offset : kSegment);
   const int64_t aligned_begin = begin / kPack<T> * kPack<T>;
   const Rows rows(aligned_begin, shape.inner);
-  const LossRow<C> row = loss_row<C>(table, t, shape, b);
+  const LossRow<C> row = tables.row<C>(b);
 
   double sum = 0;
   for (int64_t index = aligned_begin + lane * kPack<T>; index < end; index += 32 * kPack<T>) {
@@ -312,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     }
     sum += double(squares);
   }
-  sum = warp_sum(sum);
+  sum = sum_lanes(sum);
   if (lane == 0) {
     if (segments > 1)
       partial[item] = sum;
@@ -323,16 +276,16 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
 
 // Adds the segments of a row, a warp per row.
 template <class C>
-__global__ void __launch_bounds__(kThreads)
-    loss_rows_kernel(C* loss, const double* partial, const int64_t* t, const double* table, DiffusionShape shape) {
+__global__ void __launch_bounds__(kThreads) loss_rows_kernel(C* loss, const double* partial, LossTables tables) {
+  const DiffusionShape& shape = tables.shape;
   const int64_t segments = segments_of(shape.inner);
   const int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (b >= shape.batch) return;  // the whole warp
   double sum = 0;
   for (int64_t i = lane; i < segments; i += 32) sum += partial[b * segments + i];
-  sum = warp_sum(sum);
-  if (lane == 0) loss[b] = C(sum * loss_row<C>(table, t, shape, b).weight / double(shape.inner));
+  sum = sum_lanes(sum);
+  if (lane == 0) loss[b] = C(sum * tables.row<C>(b).weight / double(shape.inner));
 }
 
 }  // namespace
@@ -365,9 +318,9 @@ void Diffusion<T>::reverse_step_fwd(T* y, T* x0_out, const T* x, const T* output
     launch_elementwise(op, shape, shape.t_count == 1, {y, x0_out, x, output, variance, noise.given}, stream);
   };
   if (variance)
-    run(ReverseStepOp<T, true>{y, x0_out, x, output, variance, t, table, clip, shape, {noise, shape}});
+    run(ReverseStepOp<T, true>{y, x0_out, x, output, variance, {t, table, clip, shape}, {noise, shape}});
   else
-    run(ReverseStepOp<T, false>{y, x0_out, x, output, variance, t, table, clip, shape, {noise, shape}});
+    run(ReverseStepOp<T, false>{y, x0_out, x, output, variance, {t, table, clip, shape}, {noise, shape}});
 }
 
 template <class T>
@@ -380,10 +333,10 @@ void Diffusion<T>::reverse_step_bwd(T* dx, T* doutput, T* dvariance, const T* dy
   };
   if (variance)
     run(ReverseStepBackwardOp<T, true>{
-        dx, doutput, dvariance, dy, x, output, variance, t, table, clip, shape, {noise, shape}});
+        dx, doutput, dvariance, dy, x, output, variance, {t, table, clip, shape}, {noise, shape}});
   else
     run(ReverseStepBackwardOp<T, false>{
-        dx, doutput, dvariance, dy, x, output, variance, t, table, clip, shape, {noise, shape}});
+        dx, doutput, dvariance, dy, x, output, variance, {t, table, clip, shape}, {noise, shape}});
 }
 
 int64_t loss_partial_sums(const DiffusionShape& shape) { return shape.batch * segments_of(shape.inner); }
@@ -393,17 +346,18 @@ void Diffusion<T>::loss_fwd(accumulate_t<T>* loss, double* partial, const T* out
                             const double* table, Noise noise, DiffusionShape shape, void* stream) {
   const Flat flat{shape.batch * shape.inner, shape.inner, is_aligned({output, x0, noise.given})};
   const int64_t segments = loss_partial_sums(shape);
+  const LossTables tables{t, table, shape};
   LAUNCH(loss_segments_kernel<T>, unsigned((segments + kWarps - 1) / kWarps), kThreads, 0, stream, loss, partial,
-         output, x0, t, table, {noise, shape}, shape, flat);
+         output, x0, tables, {noise, shape}, flat);
   if (segments > shape.batch)
     LAUNCH(loss_rows_kernel<accumulate_t<T>>, unsigned((shape.batch + kWarps - 1) / kWarps), kThreads, 0, stream, loss,
-           partial, t, table, shape);
+           partial, tables);
 }
 
 template <class T>
 void Diffusion<T>::loss_bwd(T* doutput, T* dx0, const accumulate_t<T>* dloss, const T* output, const T* x0,
                             const int64_t* t, const double* table, Noise noise, DiffusionShape shape, void* stream) {
-  const LossBackwardOp<T> op{doutput, dx0, dloss, output, x0, t, table, shape, {noise, shape}};
+  const LossBackwardOp<T> op{doutput, dx0, dloss, output, x0, {t, table, shape}, {noise, shape}};
   launch_elementwise(op, shape, false, {doutput, dx0, output, x0, noise.given}, stream);
 }
 

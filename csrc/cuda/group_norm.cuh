@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const double common = of_leader<kColumns>(center[k], t), shift = lane.packs > 0 ? center[k] - common : 0;
     squares += shift * (2 * sum + count * shift);
     sum += count * shift;
-    sum = sum_lanes<kColumns>(sum, t);
-    squares = sum_lanes<kColumns>(squares, t);
+    sum = sum_sharing<kColumns>(sum, t);
+    squares = sum_sharing<kColumns>(squares, t);
     if (lane.leads && k < lane.whole) partials[t.partial(lane, k)] = {common, sum, squares};
   }
 }
@@ -208,23 +208,31 @@ __global__ void __launch_bounds__(kThreads, 3)
 template <class T, bool kSilu, bool kColumns>
 constexpr int kGradientBlocks = sizeof(T) == 2 && kSilu && kColumns ? 2 : 3;
 
+constexpr int kTwo = kBatch / 2;  // packs of each tensor that the backward loads at once
+
+// Packs i, i + 1, ... of x and of dy.
+template <class T>
+__device__ void load_both(Pack<T> (&in)[kTwo], Pack<T> (&grad)[kTwo], const T* x, const T* dy, const Lane& lane, int i,
+                          bool aligned) {
+#pragma unroll
+  for (int b = 0; b < kTwo; ++b) {
+    in[b] = load_pack(x + b * lane.step, lane.valid(i + b), aligned);
+    grad[b] = load_pack(dy + b * lane.step, lane.valid(i + b), aligned);
+  }
+}
+
 template <class T, bool kSilu, bool kColumns>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks<T, kSilu, kColumns>)
     gradient_sums_kernel(Partial* partials, const T* dy, const T* x, const Coefficients<accumulate_t<T>>* coefficients,
                          Tiling t) {
   using A = accumulate_t<T>;
-  constexpr int kTwo = kBatch / 2;  // packs of each tensor at once
   const Lane lane = lane_of<T, kColumns>(t);
   const Sets<T, kColumns> sets(coefficients, lane, t);
   A first[kPack<T>] = {}, second[kPack<T>] = {};
   int64_t offset = lane.offset;
   for (int i = 0; i < lane.packs; i += kTwo, offset += kTwo * lane.step) {
     Pack<T> in[kTwo], grad[kTwo];
-#pragma unroll
-    for (int b = 0; b < kTwo; ++b) {
-      in[b] = load_pack(x + offset + b * lane.step, lane.valid(i + b), t.aligned);
-      grad[b] = load_pack(dy + offset + b * lane.step, lane.valid(i + b), t.aligned);
-    }
+    load_both(in, grad, x + offset, dy + offset, lane, i, t.aligned);
 #pragma unroll
     for (int b = 0; b < kTwo; ++b) {
       const int valid = lane.valid(i + b);
@@ -244,8 +252,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<T, kSilu, kColumns>)
 #pragma unroll
       for (int j = 1; j < kPack<T>; ++j) sum += double(first[j]), products += double(second[j]);
     }
-    sum = sum_lanes<kColumns>(sum, t);
-    products = sum_lanes<kColumns>(products, t);
+    sum = sum_sharing<kColumns>(sum, t);
+    products = sum_sharing<kColumns>(products, t);
     if (lane.leads && k < lane.whole) partials[t.partial(lane, k)] = {0, sum, products};
   }
 }
@@ -255,7 +263,6 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<T, kSilu, kColumns>)
     gradient_kernel(T* dx, const T* dy, const T* x, const Coefficients<accumulate_t<T>>* coefficients,
                     const GroupGradient<accumulate_t<T>>* gradients, int64_t width, Tiling t) {
   using A = accumulate_t<T>;
-  constexpr int kTwo = kBatch / 2;
   const Lane lane = lane_of<T, kColumns>(t);
   const Sets<T, kColumns> sets(coefficients, lane, t);
   GroupGradient<A> group_part[kSets<T, kColumns>] = {};
@@ -265,11 +272,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<T, kSilu, kColumns>)
   int64_t offset = lane.offset;
   for (int i = 0; i < lane.packs; i += kTwo, offset += kTwo * lane.step) {
     Pack<T> in[kTwo], grad[kTwo];
-#pragma unroll
-    for (int b = 0; b < kTwo; ++b) {
-      in[b] = load_pack(x + offset + b * lane.step, lane.valid(i + b), t.aligned);
-      grad[b] = load_pack(dy + offset + b * lane.step, lane.valid(i + b), t.aligned);
-    }
+    load_both(in, grad, x + offset, dy + offset, lane, i, t.aligned);
 #pragma unroll
     for (int b = 0; b < kTwo; ++b) {
 #pragma unroll

@@ -45,11 +45,7 @@ __global__ void __launch_bounds__(kThreads)
     second += p.second + shift * (2 * p.first + count * shift);
     first += p.first + count * shift;
   }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    first += __shfl_xor_sync(kFullWarp, first, distance);
-    second += __shfl_xor_sync(kFullWarp, second, distance);
-  }
+  first = sum_lanes(first), second = sum_lanes(second);
   if (threadIdx.x % 32 == 0) out[item] = {center, first, second};
 }
 
@@ -130,10 +126,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t i = team.thread % lanes; i < partials.splits; i += lanes)
         own.first += mine[i].first, own.second += mine[i].second;
     }
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      own.first += __shfl_xor_sync(kFullWarp, own.first, distance);
-      own.second += __shfl_xor_sync(kFullWarp, own.second, distance);
-    }
+    own.first = sum_lanes(own.first, lanes / 2), own.second = sum_lanes(own.second, lanes / 2);
     if (team.thread % lanes == 0 && c < shape.width && active) {
       const double normalised = (own.second - s.delta * own.first) * s.rstd;
       const double w = weight ? weight[channel + c] : A(1);

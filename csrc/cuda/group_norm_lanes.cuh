@@ -10,9 +10,11 @@
 #pragma once
 #include <algorithm>
 
+#include "arithmetic.cuh"
 #include "group_norm.h"
 #include "group_norm_math.h"
 #include "pack.cuh"
+#include "warp_sum.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -23,7 +25,6 @@ constexpr int kThreads = 256;
 constexpr int kBatch = 4;                 // packs that a thread loads before it uses the first
 constexpr int kMostPacks = 64;            // of a thread
 constexpr int64_t kManyWarps = 132 * 32;  // a sample of so many warps keeps a large GPU busy
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <class T>
 constexpr int kPack = 16 / int(sizeof(T));
@@ -37,7 +38,6 @@ __device__ Pack<T> load_pack(const T* from, int valid, bool aligned) {
   return pack;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The smallest power of two that is at least `count`, and at most `most`, itself one.
 inline int power_of_two(int64_t count, int most) {
   int power = 1;
@@ -129,10 +129,8 @@ __device__ Lane lane_of(const Tiling& t) {
 
 // The sum over the lanes that share channels; in each of them. Called by whole warps.
 template <bool kColumns>
-__device__ double sum_lanes(double value, const Tiling& t) {
-  for (int distance = kColumns ? 16 : t.lanes / 2; distance >= (kColumns ? t.lanes : 1); distance /= 2)
-    value += __shfl_xor_sync(kFullWarp, value, distance);
-  return value;
+__device__ double sum_sharing(double value, const Tiling& t) {
+  return kColumns ? sum_lanes(value, 16, t.lanes) : sum_lanes(value, t.lanes / 2);
 }
 // The value of the leading one of those lanes.
 template <bool kColumns, class V>
@@ -192,8 +190,7 @@ struct Team {
 
   // The sum over the team, in each thread. Called by the whole block; slots: a double per warp of the block.
   __device__ double sum(double value, double* slots) const {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kFullWarp, value, distance);
+    value = sum_lanes(value);
     if (warps == 1) return value;
     const int warp = int(threadIdx.x) / 32;
     if (threadIdx.x % 32 == 0) slots[warp] = value;
@@ -206,24 +203,6 @@ struct Team {
 };
 inline unsigned blocks_for(int64_t items, int warps, int block) {
   return unsigned(ceil_div(items * warps * 32, block));
-}
-
-// exp in the precision that T's results need.
-template <class T>
-__device__ accumulate_t<T> exp_of(accumulate_t<T> x) {
-  if constexpr (sizeof(T) == 2)
-    return __expf(x);
-  else if constexpr (sizeof(T) == 4)
-    return expf(x);
-  else
-    return exp(x);
-}
-template <class T>
-__device__ accumulate_t<T> divide(accumulate_t<T> a, accumulate_t<T> b) {
-  if constexpr (sizeof(T) == 2)
-    return __fdividef(a, b);
-  else
-    return a / b;
 }
 
 template <class T, bool kSilu>

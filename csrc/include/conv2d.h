@@ -70,4 +70,12 @@ struct Conv2d {
                              int64_t height, int64_t width, void* stream);
 };
 
+// The epilogue alone, over sums that a vendor's library computed: y = activation(sum + bias + residual) for tensors of
+// (N, C, H, W) with common strides. y, or the epilogue's pre, may be `sum` itself.
+template <class T>
+struct Conv2dEpiloguePass {
+  static void run(const T* sum, T* y, Strides4 strides, const Conv2dEpilogue<T>& epilogue, int64_t batch,
+                  int64_t channels, int64_t height, int64_t width, void* stream);
+};
+
 }  // namespace pynn::PYNN_LAUNCH_NAMESPACE

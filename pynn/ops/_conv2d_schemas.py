@@ -1,27 +1,15 @@
-"""Schemas of the conv2d ops, and their shapes and layouts for tracing; csrc/ops/conv2d.cpp validates."""
+"""Schemas of the conv2d family, and their shapes and layouts for tracing; csrc/ops/conv*2d.cpp validate."""
 
 from __future__ import annotations
 
 import torch
 
+from . import _conv2d_cases as cases
+from . import _conv2d_library as library
+from ._conv2d_layout import is_channels_last
 from ._registry import define
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, int padding_mode, bool allow_tf32"
-
-
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Torch's rule: a size of 1 does not decide, and NCHW wins a tie."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if last != x.is_contiguous():
-        return last
-    least = 0
-    if x.stride(1) == 0:
-        return False
-    for d in (1, 3, 2, 0):
-        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
-            return False
-        least = x.stride(d) * x.shape[d]
-    return True
 
 
 def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
@@ -31,7 +19,10 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
 
 @define(
     f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
-    "bool save_pre) -> (Tensor, Tensor)"
+    "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
+    library=library.conv2d_fwd,
+    case=cases.conv2d_fwd,
 )
 def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
@@ -47,7 +38,10 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_
 
 @define(
     f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
-    "-> Tensor"
+    "-> Tensor",
+    triton="conv2d",
+    library=library.conv2d_bwd_input,
+    case=cases.conv2d_bwd_input,
 )
 def _(grad_output, weight, input_shape, stride, padding, dilation, groups, padding_mode, allow_tf32, channels_last):
     return _empty(grad_output, input_shape, channels_last)
@@ -55,13 +49,50 @@ def _(grad_output, weight, input_shape, stride, padding, dilation, groups, paddi
 
 @define(
     f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    triton="conv2d",
+    library=library.conv2d_bwd_weight,
+    case=cases.conv2d_bwd_weight,
 )
 def _(grad_output, input, kernel_size, stride, padding, dilation, groups, padding_mode, allow_tf32, with_bias):
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     return input.new_empty(shape), input.new_empty(grad_output.shape[1] if with_bias else 0)
 
 
-@define("conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor")
+@define(
+    "conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor",
+    triton="conv2d",
+    library=library.conv2d_bwd_activation,
+)
 def _(grad_output, saved, activation):
     return _empty(saved, saved.shape, is_channels_last(saved))
+
+
+@define("conv2d_epilogue(Tensor(a!) sum, Tensor? bias, Tensor? residual, int activation, Tensor(b!)? output) -> ()")
+def _(sum, bias, residual, activation, output):
+    pass
+
+
+@define(
+    "conv_transpose2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups, bool allow_tf32, int activation, "
+    "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
+    library=library.conv_transpose2d_fwd,
+    case=cases.conv_transpose2d_fwd,
+)
+def _(
+    input, weight, bias, residual, stride, padding, output_padding, dilation, groups, allow_tf32, activation, save_pre
+):
+    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv_transpose2d: expected 4-dimensional operands")
+    size = [
+        (input.shape[2 + d] - 1) * stride[d]
+        - 2 * padding[d]
+        + dilation[d] * (weight.shape[2 + d] - 1)
+        + output_padding[d]
+        + 1
+        for d in (0, 1)
+    ]
+    shape = (input.shape[0], weight.shape[1] * groups, *size)
+    last = is_channels_last(input) or is_channels_last(weight)
+    return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)

@@ -1,0 +1,148 @@
+"""python -m bench.choose [--device cuda] [--out DIR]: which backend is the fastest for which shapes, on this machine.
+
+Every backend that can run an op is timed on a grid of shapes, interleaved, after its results were compared; the table
+goes to pynn/choices/<architecture>.csv, from where `auto` reads it. The default backend keeps a shape unless another
+one is more than three per cent faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import pynn
+from bench import _gpu, harness
+from pynn import backends, choices
+from pynn.ops import _conv2d_cases as cases
+
+CONTENDERS = {"cpu": ("cpu", "library"), "cuda": ("library", "cuda", "triton")}  # the default first
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+WORTH_IT = 1.03
+MOST_FLOPS = {"cpu": 3e9, "cuda": 4e11}
+
+# kernel, stride; then in and out channels, groups
+WINDOWS = ((1, 1), (1, 2), (3, 1), (3, 2))
+DENSE = ((32, 32), (32, 64), (64, 64), (128, 64), (64, 128), (128, 128), (256, 256), (512, 512), (64, 256), (256, 64))
+WIDE = ((256, 1024), (1024, 256), (512, 2048), (2048, 512))  # for 1 x 1
+FEW = ((1, 32), (3, 32), (3, 64), (32, 1), (64, 3))
+MAPS = ((2, 7), (4, 14), (64, 8), (8, 28), (16, 56))  # batch, height and width of the output
+
+
+class Point(NamedTuple):
+    """One call to be measured: an op of the conv2d family on an image."""
+
+    channels: int
+    outputs: int
+    groups: int
+    kernel: int
+    stride: int
+    batch: int
+    size: int
+    channels_last: bool
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.size**2 * self.outputs * self.channels / self.groups * self.kernel**2
+
+
+def points(device: str) -> Iterator[Point]:
+    """The grid; depthwise kernels of 3, 5 and 7, grouped ones of 4 to 32 channels a group, stems and heads included."""
+    shapes = [(c, o, 1, *window) for window in WINDOWS for c, o in DENSE]
+    shapes += [(c, o, 1, 1, 1) for c, o in WIDE]
+    shapes += [(c, o, 1, kernel, stride) for c, o in FEW for kernel, stride in ((3, 1), (5, 1), (7, 2))]
+    shapes += [(c, c, c, kernel, stride) for c in (64, 256) for kernel in (3, 5, 7) for stride in (1, 2)]
+    shapes += [(32 * width, 32 * width, 32, 3, stride) for width in (4, 8, 32) for stride in (1, 2)]
+    for shape, (batch, size), last in itertools.product(shapes, MAPS, (False, True)):
+        point = Point(*shape, batch, size, last)
+        if point.flops <= MOST_FLOPS[device]:
+            yield point
+
+
+def calls(point: Point, dtype: torch.dtype, device: str) -> dict[str, tuple]:
+    """Operands of the three ops for a point."""
+    layout = torch.channels_last if point.channels_last else torch.contiguous_format
+    pad = point.kernel // 2
+    size = (point.size - 1) * point.stride + point.kernel - 2 * pad
+
+    def made(*shape):
+        return torch.randn(shape, device=device).to(dtype).to(memory_format=layout)
+
+    input = made(point.batch, point.channels, size, size)
+    weight = made(point.outputs, point.channels // point.groups, point.kernel, point.kernel)
+    grad, bias = made(point.batch, point.outputs, point.size, point.size), torch.randn(point.outputs, device=device)
+    geometry = ((point.stride,) * 2, (pad,) * 4, (1, 1), point.groups, 0, False)
+    return {
+        "conv2d_fwd": (input, weight, bias.to(dtype), None, *geometry, 0, False),
+        "conv2d_bwd_input": (grad, weight, input.shape, *geometry, point.channels_last),
+        "conv2d_bwd_weight": (grad, input, weight.shape[2:], *geometry, True),
+    }
+
+
+OPS = ("conv2d_fwd", "conv2d_bwd_input", "conv2d_bwd_weight")
+
+
+def _run(backend: str, name: str, operands: tuple) -> Callable[[], object]:
+    op = getattr(getattr(torch.ops, backends.namespace_of(backend)), name).default
+    return lambda: op(*operands)
+
+
+def _assert_same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    """Not a test of accuracy: the libraries' long float32 sums differ in more than roundings."""
+    error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+    if not error <= (1e-4 if a.dtype is torch.float32 else 2e-2):
+        raise AssertionError(f"{what}: the backends' results differ by {error:.1e}")
+
+
+def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_s: float) -> choices.Row | None:
+    """The row of one call, or None where only one backend can run it."""
+    providers = {b: _run(b, name, operands) for b in CONTENDERS[device] if not backends.why_not(name, b)}
+    if len(providers) < 2:
+        return None
+    results = {backend: fn() for backend, fn in providers.items()}
+    first, *others = results.values()
+    for other in others:
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (first, other)), strict=True):
+            _assert_same(a, b, f"{name} {dtype}")
+    timer = harness.interleaved if device == "cpu" else _gpu.interleaved
+    medians = {backend: statistics.median(times) for backend, times in timer(providers, budget_s).items()}
+    default, best = next(iter(providers)), min(medians, key=medians.__getitem__)
+    if medians[default] / medians[best] < WORTH_IT:
+        best = default
+    case = getattr(cases, name)(*operands)
+    ratio = round(medians[default] / medians[best], 2)
+    sizes = " ".join(map(str, case.sizes))
+    return choices.Row(name, str(dtype).removeprefix("torch."), case.category, sizes, best, ratio)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.choose", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=choices.DIRECTORY)
+    parser.add_argument("--budget", type=float, default=0.06, metavar="S", help="seconds of timing per call")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="measure every N-th point only")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows: dict[tuple, choices.Row] = {}
+    for dtype in DTYPES[options.device]:
+        for point in itertools.islice(points(options.device), None, None, options.every):
+            for name, operands in calls(point, dtype, options.device).items():
+                row = measure(name, operands, dtype, options.device, options.budget)
+                if row is not None:
+                    rows.setdefault(row[:4], row)
+    architecture = pynn.backends.cpu_isa if options.device == "cpu" else _gpu.architecture()
+    # A category in which the default always wins needs no rows.
+    others = [row for row in rows.values() if row.backend != CONTENDERS[options.device][0]]
+    telling = {row[:3] for row in others}
+    path = choices.write([row for row in rows.values() if row[:3] in telling], architecture, options.out)
+    print(f"{len(rows)} calls measured, {len(others)} are faster on another backend than the default: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,185 @@
+// The geometry of a convolution on a GPU: which input a filter tap meets in each padding mode, which outputs reach an
+// input, and sums in an order that the shape alone decides.
+#pragma once
+#include <algorithm>
+#include <numeric>
+
+#include "arithmetic.cuh"
+#include "conv2d.h"
+
+namespace pynn::cuda {
+namespace {
+
+// The position in the image that stands at `position` of the padded plane, whose origin is the image's; -1 for a zero.
+__device__ __forceinline__ int64_t source_of(int64_t position, int64_t size, PaddingMode mode) {
+  if (position >= 0 && position < size) return position;
+  switch (mode) {
+    case PaddingMode::zeros:
+      break;
+    case PaddingMode::reflect:
+      return position < 0 ? -position : 2 * (size - 1) - position;
+    case PaddingMode::replicate:
+      return position < 0 ? 0 : size - 1;
+    case PaddingMode::circular:
+      return position < 0 ? position + size : position - size;
+  }
+  return -1;
+}
+
+// One axis of a convolution: output i meets input i * stride - pad + tap * dilation.
+struct Axis {
+  int64_t in, out, kernel, stride, dilation, pad;
+};
+inline Axis rows_of(const Conv2dShape& s) {
+  return {s.in_height, s.out_height, s.kernel_height, s.stride_height, s.dilation_height, s.pad_top};
+}
+inline Axis columns_of(const Conv2dShape& s) {
+  return {s.in_width, s.out_width, s.kernel_width, s.stride_width, s.dilation_width, s.pad_left};
+}
+
+// The outputs that reach one input: `count` pairs of a tap and an output, (tap + k * tap_step, output - k * out_step).
+struct Reach {
+  int64_t tap, output, count;
+};
+
+// Finds them: taps whose distance to the input is a multiple of the stride. Zero padding only.
+struct Reaches {
+  Axis axis;
+  int64_t divisor, tap_step, out_step, inverse;
+
+  explicit Reaches(const Axis& axis) : axis(axis), divisor(std::gcd(axis.stride, axis.dilation)) {
+    tap_step = axis.stride / divisor;
+    out_step = axis.dilation / divisor;
+    // The inverse of out_step modulo tap_step, by Euclid's algorithm.
+    int64_t a = tap_step, b = out_step % tap_step, x = 0, y = 1;
+    while (b > 0) {
+      const int64_t q = a / b;
+      x -= q * y, std::swap(x, y);
+      a -= q * b, std::swap(a, b);
+    }
+    inverse = tap_step == 1 ? 0 : (x % tap_step + tap_step) % tap_step;
+  }
+
+  __device__ Reach of(int64_t input) const {
+    const int64_t at = input + axis.pad;
+    if (at % divisor != 0) return {0, 0, 0};
+    const int64_t tap = at / divisor % tap_step * inverse % tap_step;  // the least one
+    // Taps below `begin` reach past the last output, those from `end` before the first.
+    const int64_t over = at - axis.stride * (axis.out - 1);
+    const int64_t begin = over > 0 ? (over + axis.dilation - 1) / axis.dilation : 0;
+    const int64_t end = min(axis.kernel, at / axis.dilation + 1);
+    const int64_t first = begin <= tap ? tap : tap + (begin - tap + tap_step - 1) / tap_step * tap_step;
+    if (first >= end) return {0, 0, 0};
+    return {first, (at - first * axis.dilation) / axis.stride, (end - first + tap_step - 1) / tap_step};
+  }
+};
+
+// A sum of products whose rounding errors grow slowly: rows of filter taps make parts of at least kPart products, parts
+// make blocks, and what is lost when blocks are added is kept. Every kernel that may compute the same result adds in
+// this order, so its bits do not depend on which one does.
+template <class A>
+class ChunkedSum {
+ public:
+  __device__ void add(A a, A b) { part_ = fma(a, b, part_); }
+  // Ends a row of `products` products.
+  __device__ void end_row(int products) {
+    in_part_ += products;
+    if (in_part_ < kPart) return;
+    block_ += part_, part_ = 0, in_part_ = 0;
+    if (++in_block_ < kBlock) return;
+    add_block();
+    block_ = 0, in_block_ = 0;
+  }
+  __device__ A value() const {
+    const A rest = block_ + part_;
+    if (!many_) return rest;
+    const A sum = total_ + (lost_ + rest);
+    return isfinite(total_) ? sum : total_ + rest;  // what an infinite sum lost is NaN
+  }
+
+ private:
+  static constexpr int kPart = 4, kBlock = 4;
+  __device__ void add_block() {
+    const A next = total_ + block_, taken = next - total_;
+    lost_ += (total_ - (next - taken)) + (block_ - taken);
+    total_ = next, many_ = true;
+  }
+
+  A part_ = 0, block_ = 0, total_ = 0, lost_ = 0;
+  int in_part_ = 0, in_block_ = 0;
+  bool many_ = false;
+};
+
+// An element of a 4-D tensor, from its position in an order of dimensions in which the fastest is the one whose
+// neighbours lie side by side.
+struct Element {
+  int64_t n, c, h, w;
+  __device__ int64_t at(const Strides4& s) const { return n * s.n + c * s.c + h * s.h + w * s.w; }
+};
+struct Elements {
+  int64_t batch, channels, height, width;
+  bool channels_last;
+
+  int64_t count() const { return batch * channels * height * width; }
+  __device__ Element operator[](int64_t index) const {
+    Element e;
+    if (channels_last) e.c = index % channels, index /= channels;
+    e.w = index % width, index /= width;
+    e.h = index % height, index /= height;
+    if (!channels_last) e.c = index % channels, index /= channels;
+    e.n = index;
+    return e;
+  }
+};
+inline bool is_channels_last(const Strides4& s) { return s.c == 1 && s.w != 1; }
+
+// Hands out parts of the scratch, each on 64 bytes; without memory it only counts them.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class V>
+  V* take(int64_t count) {
+    char* const begin = memory_ ? memory_ + used_ : nullptr;
+    used_ += ceil_div(count * int64_t(sizeof(V)), 64) * 64;
+    return reinterpret_cast<V*>(begin);
+  }
+  void* rest() const { return memory_ ? memory_ + used_ : nullptr; }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+constexpr int kThreads = 256;
+inline unsigned blocks_of(int64_t threads) { return unsigned(ceil_div(threads, kThreads)); }
+__device__ __forceinline__ int64_t thread_index() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
+
+// to[i] = the sum of partial[k * count + i] over k < partials, added in fp64. A block adds 32 results, kAddLanes
+// threads to each, whose sums are added in their order.
+constexpr int kAddColumns = 32, kAddLanes = kThreads / kAddColumns;
+template <class T, class Partial>
+__global__ void __launch_bounds__(kThreads)
+    add_partials_kernel(T* to, const Partial* partial, int64_t count, int64_t partials) {
+  SHARED_ARRAY(double, sums, kThreads);
+  const int64_t index = int64_t(blockIdx.x) * kAddColumns + threadIdx.x % kAddColumns;
+  double sum = 0;
+  if (index < count) {
+#pragma unroll 4
+    for (int64_t k = threadIdx.x / kAddColumns; k < partials; k += kAddLanes) sum += partial[k * count + index];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (int(threadIdx.x) >= kAddColumns || index >= count) return;
+#pragma unroll
+  for (int lane = 1; lane < kAddLanes; ++lane) sum += sums[lane * kAddColumns + threadIdx.x];
+  to[index] = from_float<T>(accumulate_t<T>(sum));
+}
+template <class T, class Partial>
+void add_partials(T* to, const Partial* partial, int64_t count, int64_t partials, void* stream) {
+  LAUNCH((add_partials_kernel<T, Partial>), unsigned(ceil_div(count, kAddColumns)), kThreads, 0, stream, to, partial,
+         count, partials);
+}
+
+}  // namespace
+}  // namespace pynn::cuda
