@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adversary import Canary, constant, layouts
+from bad_input import assert_rejects
 from conv2d_reference import EMULATED, FUNCTIONS, LAST, on, run_on
 from generated import generated
 from hypothesis import strategies as st

@@ -23,7 +23,7 @@ from pynn.diffusion import Schedule
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((3, 5, 7), (4, 2, 32), (2, 4099))  # rows that start inside a quad, whole vectors, rows of several blocks
 GROUP_NORM_SHAPES = ((3, 6, 5, 7), (2, 64, 9, 3), (1, 2, 131, 130))  # the last is too large for registers
-# (image, weight, geometry): tensor cores, tails of their tiles, stride phases, few channels, groups, depthwise, borders.
+# (image, weight, geometry): tensor cores, tails of tiles, stride phases, few channels, groups, depthwise, borders.
 CONVOLUTIONS = (
     ((2, 32, 9, 9), (64, 32, 3, 3), {"padding": 1}),
     ((2, 19, 8, 7), (21, 19, 3, 3), {"padding": 1, "stride": 2}),
