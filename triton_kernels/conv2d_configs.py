@@ -54,7 +54,10 @@ _PRODUCTS = {
     },
     # The interpreter pays per program and operation, not per element.
     "interpret": {
-        kind: (Tile(128, 16, 32, 1, 1), Tile(128, 64, 32, 1, 1)) for kind in ("half", "tf32", "fp32", "fp64")
+        "half": (Tile(128, 16, 32, 1, 1), Tile(256, 64, 64, 1, 1)),
+        "tf32": (Tile(256, 64, 32, 1, 1),),
+        "fp32": (Tile(128, 16, 16, 1, 1), Tile(256, 64, 16, 1, 1)),
+        "fp64": (Tile(128, 16, 16, 1, 1), Tile(256, 64, 64, 1, 1)),
     },
 }
 
@@ -85,6 +88,8 @@ def product_tile(kind: str, channels: int) -> Tile:
 def weight_tile(kind: str, channels: int) -> tuple[Tile, int]:
     """`pixels` is the length of a step here; and the columns of a block."""
     tile = product_tile(kind, min(channels, 64))
+    if triton.knobs.runtime.interpret:
+        return dataclasses.replace(tile, pixels=tile.step), 128
     return dataclasses.replace(tile, pixels=tile.step), 64 if kind in ("half", "tf32") else 32
 
 
