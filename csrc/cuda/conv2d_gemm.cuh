@@ -194,7 +194,7 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
     Target<T> to{{}, false, int(p.height), int(p.width), int(channels), nullptr, 0};
     if constexpr (std::is_same_v<T, Out>) {
       to.out = finished;
-      to.packs = finished.allows_packs(kPackOf<T>) && (p.groups == 1 || p.columns % kPackOf<T> == 0);
+      to.packs = finished.template has_vectors<kPackOf<T>>() && (p.groups == 1 || p.columns % kPackOf<T> == 0);
     } else {
       to.sums = finished.y;
     }
