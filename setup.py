@@ -48,6 +48,8 @@ NVCC_FLAGS = (
     "-DPYNN_CUDA"
 )
 
+LAUNCHER = {"conv_transpose2d": "conv2d"}  # ops that run the launchers of another op
+
 
 def torch_directory():
     spec = importlib.util.find_spec("torch")
@@ -179,9 +181,9 @@ class BuildLibraries(build_ext):
 
     @staticmethod
     def with_kernels(ops, sources):
-        """The csrc/ops files whose op has a CUDA launcher."""
+        """The csrc/ops files whose op has a CUDA launcher, its own or another op's."""
         have = {source.stem for source in sources}
-        return [op for op in ops if op.stem in have]
+        return [op for op in ops if LAUNCHER.get(op.stem, op.stem) in have]
 
     @staticmethod
     def compile(ninja, directory, rule, sources, flags):

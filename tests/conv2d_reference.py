@@ -22,8 +22,27 @@ FUNCTIONS = {
 }
 
 
+MODES = ("reflect", "replicate", "circular")
+
+
+def torch_conv2d(x, w, b=None, padding_mode="zeros", **geometry):
+    """F.conv2d; with a padding_mode what torch.nn.Conv2d does, a padded copy."""
+    if padding_mode != "zeros":
+        padding, dilation = geometry.get("padding", 0), geometry.get("dilation", 1)
+        dilation = (dilation, dilation) if isinstance(dilation, int) else dilation
+        sides = []  # left, right, top, bottom
+        for d in (1, 0):
+            total = dilation[d] * (w.shape[2 + d] - 1)
+            if padding == "same":
+                sides += [total // 2, total - total // 2]
+            else:
+                sides += [0 if padding == "valid" else padding if isinstance(padding, int) else padding[d]] * 2
+        x, geometry = F.pad(x, sides, mode=padding_mode), {**geometry, "padding": 0}
+    return F.conv2d(x, w, b, **geometry)
+
+
 def reference(x, w, b=None, r=None, activation=None, **geometry):
-    z = F.conv2d(x, w, b, **geometry)
+    z = torch_conv2d(x, w, b, **geometry)
     return FUNCTIONS[activation](z if r is None else z + r)
 
 
@@ -39,7 +58,7 @@ def operands(shape, weight_shape, dtype=torch.float32, bias=True):
 
 
 def output_like(x, w, **geometry):
-    return F.conv2d(x.double(), w.double(), **geometry)
+    return torch_conv2d(x.double(), w.double(), **geometry)
 
 
 def on(backend, *tensors):
@@ -107,4 +126,21 @@ SAMPLES = [
     ((1, 1, 1, 1), (1, 1, 1, 1), {}),
     ((2, 3, 2, 2), (5, 3, 3, 3), {"padding": 4, "stride": 5}),
     ((1, 2, 33, 32), (2, 1, 31, 31), {"padding": 15, "groups": 2}),
+]
+# Padding modes: borders up to the size of the image, asymmetric ones, few channels, groups, strides, one pixel
+BORDERS = [
+    ((3, 17, 7, 9), (20, 17, 3, 3), {"padding": 1, "padding_mode": "reflect"}),
+    ((2, 16, 5, 4), (33, 16, 3, 3), {"padding": (4, 3), "padding_mode": "reflect", "dilation": 2}),
+    ((2, 18, 5, 4), (6, 18, 4, 2), {"padding": "same", "padding_mode": "circular"}),
+    ((2, 5, 4, 6), (7, 5, 2, 4), {"padding": "same", "padding_mode": "reflect"}),
+    ((2, 3, 8, 7), (18, 3, 3, 3), {"padding": (0, 2), "padding_mode": "replicate", "stride": 2}),
+    ((2, 1, 9, 8), (2, 1, 5, 3), {"padding": (3, 1), "padding_mode": "circular", "stride": (2, 1)}),
+    ((2, 19, 6, 5), (19, 1, 3, 3), {"padding": 1, "padding_mode": "circular", "groups": 19}),
+    ((2, 8, 6, 5), (16, 1, 5, 5), {"padding": 2, "padding_mode": "reflect", "groups": 8}),
+    ((2, 8, 6, 20), (8, 4, 3, 3), {"padding": 1, "padding_mode": "replicate", "groups": 2}),
+    ((2, 40, 6, 6), (2, 40, 3, 3), {"padding": 1, "padding_mode": "reflect"}),
+    ((2, 4, 1, 1), (4, 4, 3, 3), {"padding": 5, "padding_mode": "replicate"}),
+    ((2, 4, 3, 1), (4, 4, 3, 3), {"padding": (3, 1), "padding_mode": "circular"}),
+    ((1, 4, 40, 40), (4, 4, 3, 3), {"padding": 1, "padding_mode": "circular"}),
+    ((2, 4, 3, 3), (4, 4, 3, 3), {"padding": 0, "padding_mode": "reflect"}),
 ]

@@ -151,7 +151,7 @@ def test_committed_tables(path):
     table = choices.read(path.stem)
     assert table
     for (op, dtype, _), rows in table.items():
-        assert op in bench.choose.CASES
+        assert op in bench.choose.OPS
         assert hasattr(torch, dtype)
         assert {backend for _, backend in rows} <= set(pynn.backends.BACKENDS) - {"auto", "sim", "interpret"}
 
@@ -212,7 +212,7 @@ def test_choose_measures_and_writes(tmp_path, monkeypatch, capsys):
     assert bench.choose.main(["--out", str(tmp_path), "--budget", "0.001"]) == 0
     assert "12 calls measured" in capsys.readouterr().out
     for (op, dtype, category), rows in choices.read(pynn.backends.cpu_isa, tmp_path).items():
-        assert op in bench.choose.CASES
+        assert op in bench.choose.OPS
         assert dtype in ("float32", "bfloat16")
         assert category in ("dense k3x3 s1x1 d1x1 NCHW", "depthwise k3x3 s2x2 d1x1 NHWC")
         assert {backend for _, backend in rows} <= {"cpu", "library"}

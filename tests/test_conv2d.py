@@ -6,9 +6,11 @@ import pytest
 import torch
 from adversary import Canary, constant, layouts
 from conv2d_reference import (
+    BORDERS,
     EMULATED,
     LAST,
     LAYERS,
+    MODES,
     SAMPLES,
     layers,
     on,
@@ -53,6 +55,21 @@ def test_accuracy(backend, layer, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_border_accuracy(backend, mode, dtype):
+    x, w, b = operands((3, 32, 8, 7), (24, 32, 3, 3), dtype)
+    dy = torch.randn(3, 24, 10, 9).to(dtype)
+    geometry = {"padding": 2, "padding_mode": mode}
+    y0, g0 = truth_of(lambda *t: reference(*t, **geometry), x, w, b, grad_output=dy)
+    y1, g1 = run(lambda *t: reference(*t, **geometry), x, w, b, grad_output=dy)
+    for memory_format in (torch.contiguous_format, LAST):
+        y, g = run_on(backend, lambda *t: ours(*t, **geometry), x.to(memory_format=memory_format), w, b, grad_output=dy)
+        assert_relative(y, y0, [y1], what="output")
+        for i, (got, truth, peer) in enumerate(zip(g, g0, g1, strict=True)):
+            assert_relative(got, truth, [peer], kind="gradient", what=f"gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_fused_accuracy(backend, activation, dtype):
     x, w, b = operands((4, 24, 9, 9), (40, 24, 3, 3), dtype)
@@ -90,6 +107,10 @@ def calls(draw):
             for r, s in zip(reach, (height, width), strict=True)
         )
         geometry["stride"] = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    pads = [r // 2 for r in reach] if geometry["padding"] == "same" else geometry["padding"]
+    room = min(s - p for s, p in zip((height, width), pads, strict=True))
+    fitting = {"replicate": True, "circular": room >= 0, "reflect": room > 0}
+    geometry["padding_mode"] = draw(st.sampled_from(("zeros", "zeros", *(m for m in MODES if fitting[m]))))
     return {
         "shape": (draw(st.integers(1, 5)), channels * groups, height, width),
         "weight_shape": (outputs * groups, channels, *kernel),
@@ -137,9 +158,9 @@ def test_generated(backend, call):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", range(len(LAYERS) + len(SAMPLES)))
+@pytest.mark.parametrize("sample", range(len(LAYERS) + len(SAMPLES) + len(BORDERS)))
 def test_exact(backend, sample, dtype):
-    shape, weight_shape, geometry = (layers(backend) + SAMPLES)[sample]
+    shape, weight_shape, geometry = (layers(backend) + SAMPLES + BORDERS)[sample]
     x, w, b = integers(shape, dtype), integers(weight_shape, dtype, low=-1, high=1), integers((weight_shape[0],), dtype)
     z = output_like(x, w, **geometry)
     r, dy = integers(z.shape, dtype), integers(z.shape, dtype, low=-1, high=1)
@@ -159,6 +180,9 @@ def test_exact(backend, sample, dtype):
         ((3, 3, 6, 5), (18, 3, 3, 3), {"padding": 1, "stride": 2}),
         ((3, 32, 6, 5), (2, 32, 3, 3), {"padding": 1, "dilation": 2}),
         ((2, 20, 6, 5), (20, 1, 3, 3), {"padding": 1, "groups": 20}),
+        ((3, 17, 6, 5), (21, 17, 3, 3), {"padding": 2, "padding_mode": "reflect"}),
+        ((3, 3, 6, 5), (18, 3, 3, 3), {"padding": 1, "stride": 2, "padding_mode": "circular"}),
+        ((2, 20, 6, 5), (20, 1, 3, 3), {"padding": 1, "groups": 20, "padding_mode": "replicate"}),
     ],
 )
 def test_layouts(backend, sample, dtype):
@@ -199,9 +223,9 @@ def test_residual_broadcast(backend):
     torch.testing.assert_close(ours(x, w, b, one.expand(3, 12, 5, 5), padding=1).cpu(), expected)
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
+@pytest.mark.parametrize("layer", range(len(LAYERS) + 2))
 def test_reproducible(backend, layer):
-    shape, weight_shape, geometry = layers(backend)[layer]
+    shape, weight_shape, geometry = (layers(backend) + BORDERS[:1] + BORDERS[8:9])[layer]
     x, w, b = operands((5, *shape[1:]), weight_shape)
     dy = torch.randn(output_like(x, w, **geometry).shape)
     x, w, b, dy = on(backend, x, w, b, dy)
@@ -280,7 +304,13 @@ def test_gradcheck(backend, activation):
 
 @pytest.mark.parametrize(
     ("weight_shape", "geometry"),
-    [((3, 4, 2, 3), {"padding": "same"}), ((4, 1, 3, 3), {"groups": 4, "padding": 1}), ((3, 4, 2, 2), {"dilation": 2})],
+    [
+        ((3, 4, 2, 3), {"padding": "same"}),
+        ((4, 1, 3, 3), {"groups": 4, "padding": 1}),
+        ((3, 4, 2, 2), {"dilation": 2}),
+        ((3, 4, 2, 3), {"padding": (1, 2), "padding_mode": "reflect"}),
+        ((3, 4, 3, 3), {"padding": (4, 1), "padding_mode": "circular", "stride": 2}),
+    ],
 )
 def test_gradgradcheck_geometry(backend, weight_shape, geometry):
     leaves = [t.requires_grad_() for t in on(backend, *operands((2, 4, 4, 5), weight_shape, torch.float64))]

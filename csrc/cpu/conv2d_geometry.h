@@ -9,12 +9,28 @@
 
 namespace pynn::cpu {
 
+// The image within a virtual one that its own pixels continue; `size` pixels after `before` of the border.
+struct Border {
+  PaddingMode mode;  // zeros: there is no virtual image
+  int64_t before, size;
+};
+
 // One axis of a correlation: output position i meets input position i * stride - pad + tap * dilation. The pad may be
 // negative (a crop).
 struct Axis {
   int64_t in, out, kernel, stride, dilation, pad;
+  Border border{PaddingMode::zeros, 0, 0};  // `in` counts it, and pad is 0
 
   int64_t input(int64_t i, int64_t tap) const { return i * stride - pad + tap * dilation; }
+
+  // The pixel of the image that stands at a position of the virtual one.
+  int64_t source(int64_t position) const {
+    const int64_t p = position - border.before, size = border.size;
+    if (p >= 0 && p < size) return p;
+    if (border.mode == PaddingMode::reflect) return p < 0 ? -p : 2 * (size - 1) - p;
+    if (border.mode == PaddingMode::replicate) return p < 0 ? 0 : size - 1;
+    return p < 0 ? p + size : p - size;
+  }
 };
 
 // Output positions [first, last) that meet the same taps [tap, tap + taps) inside the image.
@@ -57,6 +73,7 @@ struct Window {
     return in_channels > 0 && in_channels <= 4 && taps() > 1 && !(in_channels == 1 && groups > 1);
   }
   bool depthwise() const { return in_channels == 1 && groups > 1; }
+  bool bordered() const { return h.border.mode != PaddingMode::zeros; }
   // The taps of a kernel row lie side by side in a dense image: they are one run of memory.
   bool joined() const { return w.dilation == 1 || w.kernel == 1; }
   // What the tiles compute: the window itself, or a 1 x 1 correlation of patches.
@@ -65,6 +82,23 @@ struct Window {
     return {batch, groups, depth(), out_channels, {h.out, h.out, 1, 1, 1, 0}, {w.out, w.out, 1, 1, 1, 0}};
   }
 };
+
+// The correlation that a forward pass is.
+inline Window window_of(const Conv2dShape& d) {
+  const bool padded = d.pad_top || d.pad_left || d.pad_bottom || d.pad_right;
+  const bool bordered = padded && d.padding_mode != PaddingMode::zeros;
+  const auto axis = [&](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
+                        int64_t after) {
+    return bordered ? Axis{in + before + after, out, kernel, stride, dilation, 0, {d.padding_mode, before, in}}
+                    : Axis{in, out, kernel, stride, dilation, before};
+  };
+  return {d.batch,
+          d.groups,
+          d.in_channels / d.groups,
+          d.out_channels / d.groups,
+          axis(d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top, d.pad_bottom),
+          axis(d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left, d.pad_right)};
+}
 
 // How the output is cut, from shapes only: a unit is `images` whole images, or a band of `rows` rows of one image.
 struct Units {
@@ -103,6 +137,8 @@ struct Unit {
     in_row = std::clamp<int64_t>(h.input(row, 0), 0, h.in);
     in_rows = std::clamp<int64_t>(h.input(row + rows - 1, h.kernel - 1) + 1, in_row, h.in) - in_row;
   }
+  // One row, for an epilogue.
+  Unit(int64_t image, int64_t row) : image(image), images(1), row(row), rows(1), in_row(0), in_rows(0) {}
 };
 
 // A finished panel: all pixels of a unit in raster order, channels [channel, channel + channels) of all groups.

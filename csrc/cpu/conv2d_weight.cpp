@@ -5,6 +5,7 @@
 // sums; the parts are added in order at the end, so the result does not depend on the number of threads.
 #include "conv2d_depthwise.h"
 #include "conv2d_geometry.h"
+#include "conv2d_padding.h"
 #include "gemm_tile.h"
 #include "parallel.h"
 
@@ -31,7 +32,8 @@ class WeightGradient {
         units_(core_, std::max(in_, out_) * sizeof(A)) {
     exchanged_ = out_ <= 4 && in_ >= L;
     constexpr bool kSameType = sizeof(T) == sizeof(A);
-    x_in_place_ = kSameType && !window.patches() && (s.c == 1 || in_ == 1) && (!exchanged_ || in_ % L == 0);
+    x_in_place_ =
+        kSameType && !window.patches() && !window.bordered() && (s.c == 1 || in_ == 1) && (!exchanged_ || in_ % L == 0);
     dy_in_place_ = kSameType && g.c == 1 && !exchanged_ && out_ % L == 0;
     const int64_t width = core_.w.in;
     packed_ = x_in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * in_, 1, width * in_, in_};
@@ -104,12 +106,12 @@ class WeightGradient {
       if constexpr (sizeof(T) == sizeof(A)) return x_ + unit.image * s_.n + group * in_ * s_.c + unit.in_row * s_.h;
     }
     if (window_.patches()) {
-      pack_patches<T, A>(x_ + group * window_.in_channels * s_.c, s_, window_, unit, packed);
+      pack_any_patches<T, A>(x_ + group * window_.in_channels * s_.c, s_, window_, unit, packed);
       return packed;
     }
-    const Part part{unit.in_row, unit.in_rows, core_.w.in, group * in_, in_, 1, in_};
+    const Part part{unit.in_row, unit.in_rows, core_.w.in, group * in_, in_, in_};
     for (int64_t n = 0; n < unit.images; ++n)
-      pack_image<T, A>(x_ + (unit.image + n) * s_.n, s_, part, packed + n * packed_.n);
+      pack_part<T, A>(x_ + (unit.image + n) * s_.n, s_, window_, part, packed + n * packed_.n);
     return packed;
   }
 
@@ -120,7 +122,7 @@ class WeightGradient {
       if constexpr (sizeof(T) == sizeof(A)) return from + group * out_ + o + unit.row * g_.h;
     }
     const int64_t width = std::min<int64_t>(W, round_up(out_ - o, L));
-    const Part part{unit.row, unit.rows, core_.w.out, group * out_ + o, std::min<int64_t>(W, out_ - o), 1, width};
+    const Part part{unit.row, unit.rows, core_.w.out, group * out_ + o, std::min<int64_t>(W, out_ - o), width};
     for (int64_t n = 0; n < unit.images; ++n)
       pack_image<T, A>(from + n * g_.n, g_, part, packed + n * unit.rows * core_.w.out * width);
     return packed;
@@ -229,16 +231,9 @@ int64_t Conv2d<T>::bwd_weight_scratch(const Conv2dShape&) {
 template <class T>
 void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
                            const Conv2dShape& d, void*, void*) {
-  const Window window{d.batch,
-                      d.groups,
-                      d.in_channels / d.groups,
-                      d.out_channels / d.groups,
-                      {d.in_height, d.out_height, d.kernel_height, d.stride_height, d.dilation_height, d.pad_top},
-                      {d.in_width, d.out_width, d.kernel_width, d.stride_width, d.dilation_width, d.pad_left}};
-  if (window.depthwise())
-    DepthwiseWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias);
-  else
-    WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
+  const Window window = window_of(d);
+  if (window.depthwise()) return depthwise_weight_gradient(dy, dy_strides, x, x_strides, window, dw, dbias);
+  WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 
 #define INSTANTIATE(T)                                                \

@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   const int first_column = int(blockIdx.x - row_tile * p.column_tiles) * Tile::kColumns;
   if (first_row >= rows) return;
 
-  Tile tile;
+  Tile tile(p.chunk);
   const int sum = h.taps * w.taps * p.image.channels, all_blocks = (sum + Tile::kDepth - 1) / Tile::kDepth;
   const int first_block = int(blockIdx.z) * p.split, blocks = min(p.split, all_blocks - first_block);
   CorrelationLoader<Tile> loader(p, h, w, rows, first_row, first_column, group, first_block);
-  run_pipeline(tile, loader, blocks, p.chunk, shared, Tile::kRows * kRowBytes);
+  run_pipeline(tile, loader, blocks, shared, Tile::kRows * kRowBytes);
   store_tile(tile, to, shared, int64_t(rows) - first_row, group * p.columns + first_column, p.columns - first_column,
              [&](int r) {
                const Pixel pixel = pixel_of(p, h, w, first_row + r);

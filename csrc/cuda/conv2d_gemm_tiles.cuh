@@ -54,6 +54,17 @@ __device__ __forceinline__ void round_operand(uint32_t (&fragment)[count]) {
     for (int i = 0; i < count; ++i) fragment[i] = to_tf32(bit_cast<float>(fragment[i]));
 }
 
+// When a chunk is over: after `length` steps. A step is a block of the sum for tensor cores, four products otherwise.
+struct ChunkCounter {
+  int length, left;
+  explicit __device__ ChunkCounter(int length) : length(length), left(length) {}
+  __device__ __forceinline__ bool step() {
+    if (--left > 0) return false;
+    left = length;
+    return true;
+  }
+};
+
 // Tensor cores; T is BFloat16, Half, or float for TF32. Each warp computes a part of kWarpRows x kWarpColumns.
 template <class T, int rows, int columns, int warp_rows, int warp_columns, int blocks, int stages, bool totals,
           bool across = false>
@@ -70,6 +81,9 @@ struct MmaTile {
   int lane = threadIdx.x % 32;
   int row = threadIdx.x / 32 / (kColumns / kWarpColumns) * kWarpRows;        // first of this warp
   int column = threadIdx.x / 32 % (kColumns / kWarpColumns) * kWarpColumns;  // first of this warp
+  ChunkCounter chunk;
+
+  explicit __device__ MmaTile(int chunk) : chunk(chunk) {}
 
   __device__ __forceinline__ void multiply(const unsigned char* left, const unsigned char* right) {
 #pragma unroll
@@ -106,6 +120,9 @@ struct MmaTile {
       for (int i = 0; i < kStrips; ++i)
 #pragma unroll
         for (int j = 0; j < kParts; ++j) mma<T>(acc[i][j], a[i], b[j]);
+    }
+    if constexpr (kTotals) {
+      if (chunk.step()) end_chunk();
     }
   }
 
@@ -149,21 +166,28 @@ struct FmaTile {
   float acc[height][8] = {}, total[height][8] = {};
   int lane = threadIdx.x % 32;
   int row = threadIdx.x / 32 * kWarpRows, column = 0;
+  ChunkCounter chunk;
+
+  explicit __device__ FmaTile(int chunk) : chunk(chunk) {}
 
   __device__ __forceinline__ void multiply(const unsigned char* left, const unsigned char* right) {
     if constexpr (across) {
-#pragma unroll 4
-      for (int k = 0; k < kDepth; ++k) {
-        float a[height], b[8];
+#pragma unroll 1
+      for (int step = 0; step < kDepth; step += 4) {
 #pragma unroll
-        for (int i = 0; i < height; i += 4)
-          memcpy(a + i, left + offset_across<float, kRows>(k, row / 4 + i + lane / 8), 16);
+        for (int k = step; k < step + 4; ++k) {
+          float a[height], b[8];
 #pragma unroll
-        for (int j = 0; j < 8; j += 4) memcpy(b + j, right + offset_across<float, kColumns>(k, 2 * j + lane % 8), 16);
+          for (int i = 0; i < height; i += 4)
+            memcpy(a + i, left + offset_across<float, kRows>(k, row / 4 + i + lane / 8), 16);
 #pragma unroll
-        for (int i = 0; i < height; ++i)
+          for (int j = 0; j < 8; j += 4) memcpy(b + j, right + offset_across<float, kColumns>(k, 2 * j + lane % 8), 16);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) acc[i][j] = __fmaf_rn(a[i], b[j], acc[i][j]);
+          for (int i = 0; i < height; ++i)
+#pragma unroll
+            for (int j = 0; j < 8; ++j) acc[i][j] = __fmaf_rn(a[i], b[j], acc[i][j]);
+        }
+        if (chunk.step()) end_chunk();
       }
     } else {
 #pragma unroll 1
@@ -184,6 +208,7 @@ struct FmaTile {
 #pragma unroll
           for (int i = 0; i < height; ++i) acc[i][j] = __fmaf_rn(a[i].w, b.w, acc[i][j]);
         }
+        if (chunk.step()) end_chunk();
       }
     }
   }
@@ -218,7 +243,7 @@ constexpr size_t kSharedBytes = std::max(size_t(Tile::kStages * kStageBytes<Tile
 
 // Adds `blocks` blocks of the sum to the tile while the loader copies those that follow. Afterwards `shared` is free.
 template <class Tile, class Loader>
-__device__ __forceinline__ void run_pipeline(Tile& tile, Loader& loader, int blocks, int chunk, unsigned char* shared,
+__device__ __forceinline__ void run_pipeline(Tile& tile, Loader& loader, int blocks, unsigned char* shared,
                                              int left_bytes) {
   constexpr int kAhead = Tile::kStages - 1;
 #pragma unroll
@@ -226,7 +251,7 @@ __device__ __forceinline__ void run_pipeline(Tile& tile, Loader& loader, int blo
     if (s < blocks) loader.copy(shared + s * kStageBytes<Tile>);
     cp_async_commit();
   }
-  int read = 0, write = kAhead, left = chunk;
+  int read = 0, write = kAhead;
   for (int b = 0; b < blocks; ++b) {
     cp_async_wait<kAhead - 1>();
     __syncthreads();
@@ -234,11 +259,10 @@ __device__ __forceinline__ void run_pipeline(Tile& tile, Loader& loader, int blo
     cp_async_commit();
     const unsigned char* stage = shared + read * kStageBytes<Tile>;
     tile.multiply(stage, stage + left_bytes);
-    if (--left == 0) tile.end_chunk(), left = chunk;
     read = read + 1 == Tile::kStages ? 0 : read + 1;
     write = write + 1 == Tile::kStages ? 0 : write + 1;
   }
-  if (left != chunk) tile.end_chunk();
+  tile.end_chunk();
   cp_async_wait<0>();
   __syncthreads();
 }

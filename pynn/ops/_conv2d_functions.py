@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import backends
-from . import _conv2d_schemas  # noqa: F401  defines the ops
+from . import _conv2d_schemas, _conv2d_vmap  # noqa: F401  the first defines the ops
+from ._conv2d_activation import ACTIVATIONS, FROM_INPUT, ActivationGradient
 from ._conv2d_layout import is_channels_last
-from ._function import call, eager, loop_vmap
+from ._conv2d_vmap import batch_first, merge_channels, split_channels
+from ._function import call, eager
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")  # csrc/include/conv2d.h
-FROM_INPUT = ("silu", "gelu", "gelu_tanh")  # derivative from the input of the activation
+
+class Geometry(NamedTuple):
+    """The arguments that all ops of the family share, in their order. padding is (top, left, bottom, right)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: int
+    allow_tf32: bool
 
 
 @eager
@@ -26,42 +36,50 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, residual, ctx.geometry, ctx.activation, ctx.save_pre = inputs
-        saved = None if ctx.activation is None else output[1] if ctx.save_pre else output[0]
-        ctx.save_for_backward(input, weight, saved)
-        ctx.has_bias, ctx.residual_shape = bias is not None, None if residual is None else residual.shape
-        ctx.set_materialize_grads(False)
+        save_forward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_pre):
         input, weight, saved = ctx.saved_tensors
-        grad: Any = grad_output
-        if grad_output is not None and ctx.activation is not None:
-            grad = call(ActivationGradient, grad_output, saved, ctx.activation)
-        if grad_pre is not None and ctx.save_pre:
-            grad = grad_pre if grad is None else grad + grad_pre
+        grad = gradient_of_sum(ctx, grad_output, grad_pre, saved)
         if grad is None:
             return (None,) * 7
         mask = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2])
         gradients = call(ConvGradients, grad, input, weight, ctx.geometry, mask) if any(mask) else (None,) * 3
         grad_input, grad_weight, grad_bias = (g if m else None for g, m in zip(gradients, mask, strict=True))
-        grad_residual = grad.sum_to_size(ctx.residual_shape) if ctx.needs_input_grad[3] else None
-        return grad_input, grad_weight, grad_bias, grad_residual, None, None, None
+        return grad_input, grad_weight, grad_bias, gradient_of_residual(ctx, grad), None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, input, weight, bias, residual, *rest):
-        if in_dims[1] is not None or in_dims[2] is not None:
-            return loop_vmap(Conv2d, info, in_dims, input, weight, bias, residual, *rest)
-        size = info.batch_size
-        folded = _batch_first(input, in_dims[0], size)  # (B, N, C, H, W)
-        count = folded.shape[1]
-        if residual is not None:
-            residual = _batch_first(residual, in_dims[3], size)
-            residual = residual.reshape(size, *(1,) * (5 - residual.dim()), *residual.shape[1:])
-            residual = residual.expand(size, count, *residual.shape[2:]).flatten(0, 1)
-        y, pre = call(Conv2d, folded.flatten(0, 1), weight, bias, residual, *rest)
-        y = y.unflatten(0, (size, count))
-        return (y, pre.unflatten(0, (size, count)) if rest[-1] else pre), (0, 0 if rest[-1] else None)
+    def vmap(info, in_dims, input, weight, bias, residual, geometry, activation, save_pre):
+        def apply(*operands):
+            *tensors, groups = operands
+            return call(Conv2d, *tensors, geometry._replace(groups=groups), activation, save_pre)
+
+        tensors = input, weight, bias, residual
+        return _conv2d_vmap.forward(apply, info.batch_size, in_dims[:4], tensors, geometry.groups)
+
+
+def save_forward(ctx, inputs, output) -> None:
+    """What the backward of a fused convolution needs."""
+    input, weight, bias, residual, ctx.geometry, ctx.activation, ctx.save_pre = inputs
+    saved = None if ctx.activation is None else output[1] if ctx.save_pre else output[0]
+    ctx.save_for_backward(input, weight, saved)
+    ctx.has_bias, ctx.residual_shape = bias is not None, None if residual is None else residual.shape
+    ctx.set_materialize_grads(False)
+
+
+def gradient_of_sum(ctx, grad_output, grad_pre, saved):
+    """The gradient of conv + bias + residual, or None."""
+    grad: Any = grad_output
+    if grad_output is not None and ctx.activation is not None:
+        grad = call(ActivationGradient, grad_output, saved, ctx.activation)
+    if grad_pre is not None and ctx.save_pre:
+        grad = grad_pre if grad is None else grad + grad_pre
+    return grad
+
+
+def gradient_of_residual(ctx, grad):
+    return grad.sum_to_size(ctx.residual_shape) if ctx.needs_input_grad[3] else None
 
 
 @eager
@@ -91,16 +109,13 @@ class ConvGradients(torch.autograd.Function):
         into_input, into_weight, into_bias = (
             g if m else None for g, m in zip((grad_input, grad_weight, grad_bias), ctx.mask, strict=True)
         )
-        parts = []
-        if ctx.needs_input_grad[0]:
-            if into_input is not None:
-                parts.append(call(Conv2d, into_input, weight, None, None, ctx.geometry, None, False)[0])
-            if into_weight is not None:
-                parts.append(call(Conv2d, input, into_weight, None, None, ctx.geometry, None, False)[0])
+        to_grad = to_input = to_weight = None
+        if ctx.needs_input_grad[0]:  # one convolution is the other's residual
             if into_bias is not None:
-                parts.append(into_bias.view(1, -1, 1, 1).expand(grad.shape))
-        to_grad = sum(parts[1:], parts[0]) if parts else None
-        to_input = to_weight = None
+                to_grad = into_bias.view(1, -1, 1, 1).expand(grad.shape)
+            for x, w in ((into_input, weight), (input, into_weight)):
+                if x is not None and w is not None:
+                    to_grad = call(Conv2d, x, w, None, to_grad, ctx.geometry, None, False)[0]
         if into_weight is not None and ctx.needs_input_grad[1]:
             to_input = call(ConvGradients, grad, input, into_weight, ctx.geometry, (True, False, False))[0]
         if into_input is not None and ctx.needs_input_grad[2]:
@@ -108,54 +123,42 @@ class ConvGradients(torch.autograd.Function):
         return to_grad, to_input, to_weight, None, None
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return loop_vmap(ConvGradients, info, in_dims, *inputs)
+    def vmap(info, in_dims, grad, input, weight, geometry, mask):
+        size, (grad_dim, input_dim, weight_dim) = info.batch_size, in_dims[:3]
+        if mask[0] and any(mask[1:]) and weight_dim is None:  # each in its own best form
+            rest, dims = ConvGradients.vmap(info, in_dims, grad, input, weight, geometry, (False, *mask[1:]))
+            first, _ = ConvGradients.vmap(info, in_dims, grad, input, weight, geometry, (True, False, False))
+            return (first[0], *rest[1:]), (0, *dims[1:])
+        grad = batch_first(grad, grad_dim, size)  # (B, N, O, OH, OW)
+        dims = tuple(0 if wanted else None for wanted in mask)
+        if weight_dim is None and not any(mask[1:]):
+            if input_dim is None:  # only its shape is of interest
+                images = input.new_empty(()).expand(size * input.shape[0], *input.shape[1:])
+            else:
+                images = input.movedim(input_dim, 0).flatten(0, 1)
+            result = call(ConvGradients, grad.flatten(0, 1), images, weight, geometry, mask)
+            return (result[0].unflatten(0, (size, -1)), *result[1:]), dims
+        input, weight = batch_first(input, input_dim, size), batch_first(weight, weight_dim, size)
+        geometry = geometry._replace(groups=geometry.groups * size)
+        operands = merge_channels(grad), merge_channels(input), weight.flatten(0, 1)
+        to_input, to_weight, to_bias = call(ConvGradients, *operands, geometry, mask)
+        if mask[0]:
+            to_input = split_channels(to_input, size)
+        to_weight, to_bias = (
+            t.unflatten(0, (size, -1)) if wanted else t
+            for t, wanted in zip((to_weight, to_bias), mask[1:], strict=True)
+        )
+        return (to_input, to_weight, to_bias), dims
 
 
-@eager
-class ActivationGradient(torch.autograd.Function):
-    """grad * activation'(saved), in saved's layout."""
-
-    @staticmethod
-    def forward(grad, saved, activation):
-        return backends.op("conv2d_bwd_activation", grad)(grad, saved, ACTIVATIONS.index(activation))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, saved, ctx.activation = inputs
-        ctx.save_for_backward(grad, saved)
-
-    @staticmethod
-    def backward(ctx, grad_grad):
-        grad, saved = ctx.saved_tensors
-        to_grad = call(ActivationGradient, grad_grad, saved, ctx.activation) if ctx.needs_input_grad[0] else None
-        return to_grad, grad_grad * grad * _second_factor(saved, ctx.activation), None
-
-    @staticmethod
-    def vmap(info, in_dims, grad, saved, activation):
-        grad = _batch_first(grad, in_dims[0], info.batch_size)
-        saved = _batch_first(saved, in_dims[1], info.batch_size)
-        result = call(ActivationGradient, grad.flatten(0, 1), saved.flatten(0, 1), activation)
-        return result.unflatten(0, grad.shape[:2]), 0
-
-
-def _second_factor(s: torch.Tensor, activation: str) -> torch.Tensor:
-    """How the factor of ActivationGradient changes with what was saved."""
-    if activation == "sigmoid":
-        return 1 - 2 * s
-    if activation == "tanh":
-        return -2 * s
-    if activation == "silu":
-        p = s.sigmoid()
-        return p * (1 - p) * (2 + s * (1 - 2 * p))
-    if activation == "gelu":
-        return (2 - s * s) * torch.exp(-0.5 * s * s) * (2 * torch.pi) ** -0.5
-    if activation == "gelu_tanh":
-        k, a = (2 / torch.pi) ** 0.5, 0.044715
-        t, first, second = torch.tanh(k * (s + a * s**3)), k * (1 + 3 * a * s * s), 6 * a * k * s
-        return (1 - t * t) * (first + 0.5 * s * (second - 2 * t * first * first))
-    return torch.zeros_like(s)
-
-
-def _batch_first(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+def convolve(function, input, weight, bias, residual, geometry, activation) -> torch.Tensor:
+    """Applies a fused convolution to a batch or to one image."""
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    wants_grad = tracing or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual))
+    )
+    save_pre = activation in FROM_INPUT and wants_grad
+    batched = input.dim() != 3
+    images = input if batched else input.unsqueeze(0)
+    y = call(function, images, weight, bias, residual, geometry, activation, save_pre)[0]
+    return y if batched else y.squeeze(0)

@@ -1,9 +1,10 @@
-"""Schemas of the conv2d ops, and their shapes and layouts for tracing; csrc/ops/conv2d.cpp validates."""
+"""Schemas of the conv2d family, and their shapes and layouts for tracing; csrc/ops/conv*2d.cpp validate."""
 
 from __future__ import annotations
 
 import torch
 
+from . import _conv2d_cases as cases
 from . import _conv2d_library as library
 from ._conv2d_layout import is_channels_last
 from ._registry import define
@@ -19,8 +20,9 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
 @define(
     f"conv2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, "
     "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
     library=library.conv2d_fwd,
-    case=library.fwd_case,
+    case=cases.conv2d_fwd,
 )
 def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
@@ -37,8 +39,9 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_
 @define(
     f"conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, bool channels_last) "
     "-> Tensor",
+    triton="conv2d",
     library=library.conv2d_bwd_input,
-    case=library.bwd_input_case,
+    case=cases.conv2d_bwd_input,
 )
 def _(grad_output, weight, input_shape, stride, padding, dilation, groups, padding_mode, allow_tf32, channels_last):
     return _empty(grad_output, input_shape, channels_last)
@@ -47,8 +50,9 @@ def _(grad_output, weight, input_shape, stride, padding, dilation, groups, paddi
 @define(
     f"conv2d_bwd_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_GEOMETRY}, bool with_bias) "
     "-> (Tensor, Tensor)",
+    triton="conv2d",
     library=library.conv2d_bwd_weight,
-    case=library.bwd_weight_case,
+    case=cases.conv2d_bwd_weight,
 )
 def _(grad_output, input, kernel_size, stride, padding, dilation, groups, padding_mode, allow_tf32, with_bias):
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
@@ -57,6 +61,7 @@ def _(grad_output, input, kernel_size, stride, padding, dilation, groups, paddin
 
 @define(
     "conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor",
+    triton="conv2d",
     library=library.conv2d_bwd_activation,
 )
 def _(grad_output, saved, activation):
@@ -66,3 +71,28 @@ def _(grad_output, saved, activation):
 @define("conv2d_epilogue(Tensor(a!) sum, Tensor? bias, Tensor? residual, int activation, Tensor(b!)? output) -> ()")
 def _(sum, bias, residual, activation, output):
     pass
+
+
+@define(
+    "conv_transpose2d_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups, bool allow_tf32, int activation, "
+    "bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d",
+    library=library.conv_transpose2d_fwd,
+    case=cases.conv_transpose2d_fwd,
+)
+def _(
+    input, weight, bias, residual, stride, padding, output_padding, dilation, groups, allow_tf32, activation, save_pre
+):
+    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv_transpose2d: expected 4-dimensional operands")
+    size = [
+        (input.shape[2 + d] - 1) * stride[d]
+        - 2 * padding[d]
+        + dilation[d] * (weight.shape[2 + d] - 1)
+        + output_padding[d]
+        + 1
+        for d in (0, 1)
+    ]
+    shape = (input.shape[0], weight.shape[1] * groups, *size)
+    last = is_channels_last(input) or is_channels_last(weight)
+    return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)

@@ -4,43 +4,47 @@
     y[n, o, i, j] = f(bias[o] + residual[n, o, i, j]
                       + sum over c, a, b of w[o, c, a, b] x[n, c, i s - pad + a d, j s - pad + b d])
 
-with stride s and dilation d. Convolution is bilinear, so every derivative of every order is made of the same three ops:
-forward, input gradient and weight gradient. silu and gelu save the activation's input, the others their output.
+with stride s and dilation d. Outside the image x is 0, or the image continued as padding_mode says. Convolution is
+bilinear, so every derivative of every order is made of the same three ops: forward, input gradient and weight gradient.
+silu and gelu save the activation's input, the others their output.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ._conv2d_functions import ACTIVATIONS, FROM_INPUT, Conv2d
-from ._function import autocast, call
+from ._conv2d_activation import ACTIVATIONS, check_activation
+from ._conv2d_functions import Conv2d, Geometry, convolve
+from ._conv2d_layout import PADDING_MODES
+from ._function import autocast
+
+__all__ = ["ACTIVATIONS", "PADDING_MODES", "conv2d"]
 
 
-def _pair(value) -> tuple[int, ...]:
+def pair(value) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values
 
 
-def _geometry(weight: torch.Tensor, stride, padding, dilation, groups: int, tf32: bool):
-    """(stride, (top, left, bottom, right), dilation, groups, padding_mode, allow_tf32)."""
-    stride, dilation = _pair(stride), _pair(dilation)
+def _padding(weight: torch.Tensor, stride, padding, dilation) -> tuple[int, ...]:
+    """(top, left, bottom, right)."""
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise RuntimeError(f"Invalid padding string: '{padding}'")
         if padding == "valid" or weight.dim() != 4 or len(dilation) != 2:
-            return stride, (0,) * 4, dilation, groups, 0, tf32
+            return (0,) * 4
         if any(s != 1 for s in stride):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         before = [t // 2 for t in total]
-        return stride, (*before, *(t - b for t, b in zip(total, before, strict=True))), dilation, groups, 0, tf32
-    padding = _pair(padding)
+        return *before, *(t - b for t, b in zip(total, before, strict=True))
+    padding = pair(padding)
     if len(padding) != 2:
         raise RuntimeError(
             "expected padding to be a single integer value or a list of 2 values to match the convolution dimensions, "
             f"but got padding={list(padding)}"
         )
-    return stride, padding * 2, dilation, groups, 0, tf32
+    return padding * 2
 
 
 def conv2d(
@@ -52,6 +56,7 @@ def conv2d(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     *,
+    padding_mode: str = "zeros",
     activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -61,6 +66,8 @@ def conv2d(
         input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides.
         weight: (O, C / groups, KH, KW). bias: (O).
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d, "same" and "valid" included.
+        padding_mode: what stands in the padding: zeros, or the image's own pixels by reflect, replicate or circular,
+            as in torch.nn.Conv2d. No padded copy of the input is made.
         activation: relu, leaky_relu (slope 0.01), silu, gelu (exact), gelu_tanh, sigmoid or tanh.
         residual: broadcastable to the output; zero strides are read as they are, without a copy.
     Float32 is computed in float32; torch.set_float32_matmul_precision("high") allows TF32 tensor cores.
@@ -68,18 +75,19 @@ def conv2d(
         (N, O, OH, OW) or (O, OH, OW); channels_last when input or weight is.
     Raises:
         RuntimeError: shapes, dtypes or values do not fit; the messages are torch's.
-        ValueError: unknown activation.
+        ValueError: unknown activation or padding_mode.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"conv2d: expected activation to be one of {ACTIVATIONS}, got {activation!r}")
-    tensors = input, weight, bias, residual = autocast(input, weight, bias, residual)
-    tf32 = input.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    geometry = _geometry(weight, stride, padding, dilation, groups, tf32)
-    batched = input.dim() != 3
-    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    wants_grad = tracing or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-    save_pre = activation in FROM_INPUT and wants_grad
-    y = call(Conv2d, input if batched else input.unsqueeze(0), weight, bias, residual, geometry, activation, save_pre)[
-        0
-    ]
-    return y if batched else y.squeeze(0)
+    check_activation("conv2d", activation)
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"conv2d: expected padding_mode to be one of {PADDING_MODES}, got {padding_mode!r}")
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    stride, dilation = pair(stride), pair(dilation)
+    geometry = Geometry(
+        stride,
+        _padding(weight, stride, padding, dilation),
+        dilation,
+        groups,
+        PADDING_MODES.index(padding_mode),
+        input.is_cuda and torch.get_float32_matmul_precision() != "highest",
+    )
+    return convolve(Conv2d, input, weight, bias, residual, geometry, activation)

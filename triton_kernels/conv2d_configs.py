@@ -1,0 +1,116 @@
+"""Tiles of conv2d's kernels for each architecture and class of shape: committed, so that no first call is a search.
+
+Chosen by the resources that the compilers report (registers, shared memory); no GPU has measured them yet. A tile
+depends on the shape of a sample and the dtype, never on the batch: the order of a sum would change with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import triton
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Pixels, channels (or columns of the weight gradient) and length of a step, and how a program is run."""
+
+    pixels: int
+    channels: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# architecture -> kind of product -> tiles of at most so many channels, narrowest first
+_PRODUCTS = {
+    "sm_80": {
+        "half": (Tile(128, 32, 32, 4, 4), Tile(128, 64, 32, 4, 4), Tile(128, 128, 32, 8, 4)),
+        "tf32": (Tile(128, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)),
+        "fp32": (Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
+        "fp64": (Tile(64, 32, 16, 4, 3),),
+    },
+    "sm_90": {
+        "half": (Tile(128, 32, 64, 4, 3), Tile(128, 64, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+        "tf32": (Tile(128, 32, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
+        "fp32": (Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
+        "fp64": (Tile(64, 32, 16, 4, 3),),
+    },
+    "sm_120": {
+        "half": (Tile(128, 32, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
+        "tf32": (Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+        "fp32": (Tile(64, 32, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
+        "fp64": (Tile(32, 32, 16, 4, 2),),
+    },
+    "gfx942": {
+        "half": (Tile(128, 32, 32, 4, 2), Tile(128, 64, 32, 4, 2), Tile(128, 128, 32, 8, 2)),
+        "tf32": (Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+        "fp32": (Tile(64, 32, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
+        "fp64": (Tile(64, 32, 16, 4, 2),),
+    },
+    # The interpreter pays per program and operation, not per element.
+    "interpret": {
+        "half": (Tile(128, 16, 32, 1, 1), Tile(256, 64, 64, 1, 1)),
+        "tf32": (Tile(256, 64, 32, 1, 1),),
+        "fp32": (Tile(128, 16, 16, 1, 1), Tile(256, 64, 16, 1, 1)),
+        "fp64": (Tile(128, 16, 16, 1, 1), Tile(256, 64, 64, 1, 1)),
+    },
+}
+
+PROGRAMS = 132 * 4  # so many programs keep a large GPU busy; the same for all, the number of splits decides the bits
+SPLIT_STEPS = 4  # a split has no fewer steps
+
+
+def architecture() -> str:
+    if triton.knobs.runtime.interpret:
+        return "interpret"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    return "sm_80" if target.arch < 90 else "sm_90" if target.arch < 120 else "sm_120"
+
+
+def product_tile(kind: str, channels: int) -> Tile:
+    """For the matrix products of the forward, the input gradient and the weight gradient.
+
+    Args:
+        kind: half, tf32, fp32 or fp64.
+        channels: output channels of a group.
+    """
+    tiles = _PRODUCTS[architecture()][kind]
+    return next((tile for tile in tiles if channels <= tile.channels), tiles[-1])
+
+
+def weight_tile(kind: str, channels: int) -> tuple[Tile, int]:
+    """`pixels` is the length of a step here; and the columns of a block."""
+    tile = product_tile(kind, min(channels, 64))
+    if triton.knobs.runtime.interpret:
+        return dataclasses.replace(tile, pixels=tile.step), 128
+    return dataclasses.replace(tile, pixels=tile.step), 64 if kind in ("half", "tf32") else 32
+
+
+def direct_tile(channels: int, last: bool, elements: int = 1024) -> Tile:
+    """A block of pixels and channels of the kernels without a matrix product, the inner dimension of memory long.
+
+    Args:
+        channels: output channels of all groups.
+        last: channels are the innermost dimension.
+    """
+    if triton.knobs.runtime.interpret:
+        elements = 4096
+    most = triton.next_power_of_2(channels)
+    width = min(most, 64) if last else min(most, max(1, elements // 256))
+    return Tile(elements // width, width, 1, 1 if triton.knobs.runtime.interpret else 4, 2)
+
+
+def reduce_tile(channels: int, outputs: int, last: bool) -> Tile:
+    """`step` counts the input channels of a block; together about 2048 sums."""
+    most = triton.next_power_of_2(channels)
+    width = min(most, 32) if last else min(most, 8)
+    interpreted = triton.knobs.runtime.interpret
+    pixels = max(1, (8192 if interpreted else 2048) // (width * outputs))
+    return Tile(pixels, outputs, width, 1 if interpreted else 4, 2)
