@@ -19,7 +19,7 @@ import torch
 import pynn
 from bench import _gpu, harness
 from pynn import backends, choices
-from pynn.ops import _conv2d_library as conv2d
+from pynn.ops import _conv2d_cases as cases
 
 CONTENDERS = {"cpu": ("cpu", "library"), "cuda": ("library", "cuda", "triton")}  # the default first
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
@@ -84,11 +84,7 @@ def calls(point: Point, dtype: torch.dtype, device: str) -> dict[str, tuple]:
     }
 
 
-CASES = {
-    "conv2d_fwd": conv2d.fwd_case,
-    "conv2d_bwd_input": conv2d.bwd_input_case,
-    "conv2d_bwd_weight": conv2d.bwd_weight_case,
-}
+OPS = ("conv2d_fwd", "conv2d_bwd_input", "conv2d_bwd_weight")
 
 
 def _run(backend: str, name: str, operands: tuple) -> Callable[[], object]:
@@ -118,7 +114,7 @@ def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_
     default, best = next(iter(providers)), min(medians, key=medians.__getitem__)
     if medians[default] / medians[best] < WORTH_IT:
         best = default
-    case = CASES[name](*operands)
+    case = getattr(cases, name)(*operands)
     ratio = round(medians[default] / medians[best], 2)
     sizes = " ".join(map(str, case.sizes))
     return choices.Row(name, str(dtype).removeprefix("torch."), case.category, sizes, best, ratio)

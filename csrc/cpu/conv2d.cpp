@@ -1,9 +1,11 @@
 // conv2d forward, input gradient and activation gradient for the CPU. Forward is one correlation (conv2d_engine.h)
 // whose finished blocks of sums get bias, residual and activation before they are rounded once and stored, in either
 // layout; the input gradient is several (conv2d_input_gradient.h).
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_input_gradient.h"
+#include "conv2d_narrow.h"
 
 namespace pynn::cpu {
 
@@ -17,10 +19,12 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
                     const Conv2dEpilogue<T>& e, const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   const WeightView view{window.out_channels * w_strides.n, w_strides.n, w_strides.c, w_strides.h, w_strides.w};
-  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   const Bias<T> bias(e, d.out_channels);
   const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
                              y_strides,  e.pre,      e.activation,       d.out_width};
+  if (window.depthwise()) return correlate_depthwise(x, x_strides, window, w, view, epilogue);
+  if (is_narrow(window) && !window.bordered()) return NarrowCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
+  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   Correlation<T>(x, x_strides, window, weights).run(epilogue);
 }
 

@@ -4,9 +4,12 @@
 #pragma once
 #include <list>
 #include <numeric>
+#include <optional>
 
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
+#include "conv2d_narrow.h"
 #include "conv2d_padding.h"
 
 namespace pynn::cpu {
@@ -53,7 +56,8 @@ class InputGradient {
                             {d.out_height, v.count, reached ? v.taps : 0, 1, v.step, v.pad},
                             {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
         const WeightView view{out * s.n, s.c, s.n, -v.tap_step * s.h, -h.tap_step * s.w};
-        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view);
+        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view,
+                             window_.depthwise());
       }
   }
 
@@ -74,10 +78,14 @@ class InputGradient {
   struct Piece {
     int64_t row, column;  // the first input pixel of the phase
     Window window;
-    PackedWeights<A> weights;
+    const T* w;
+    WeightView view;
+    std::optional<PackedWeights<A>> weights;  // depthwise and narrow correlations pack their own
 
-    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view)
-        : row(row), column(column), window(window), weights(w, view, window) {}
+    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
+        : row(row), column(column), window(window), w(w), view(view) {
+      if (!depthwise && !is_narrow(window)) weights.emplace(w, view, window);
+    }
   };
 
   static int64_t pixel_size(const Window& window) { return round_up(window.groups * window.in_channels, kLanes<A>); }
@@ -102,7 +110,12 @@ class InputGradient {
           every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
       Window window = piece.window;
       window.batch = images;
-      Correlation<T>(dy, dy_strides, window, piece.weights).run(epilogue);
+      if (window_.depthwise())
+        correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (piece.weights)
+        Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
+      else
+        NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
     }
   }
 

@@ -1,14 +1,14 @@
 // group_norm on the CPU.
 //
-// Statistics take two passes over a group: the mean, then the second moment around it, so a large mean costs no digits.
+// Statistics take one pass over a group, the moments around a guess of the mean from a few of its elements, so a large
+// mean costs no digits; a second pass around the mean follows where the guess turns out far from it.
 // Sums run in fp32 lanes for at most kFlush steps and move to double. The normalised value is (x - center) * scale +
 // shift in fp32; center is the rounded mean when the mean is large (then the difference is exact) and 0 otherwise, and
 // shift, computed in double, carries what center leaves of the mean.
 //
 // (N, C, pixels): one task is one group, a contiguous run; coefficients are broadcast per channel.
-// (N, pixels, C): one task is a block of whole groups of one sample, about kColumns channels wide; lanes are channels,
-//                 coefficients are vectors held in registers over all pixels. A group wider than kColumns is a block of
-//                 its own, walked in chunks of kColumns channels.
+// (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds; lanes are
+//                 channels. A group wider than kColumns is a block of its own, walked in chunks of kColumns channels.
 // A task owns its groups' statistics and its part of y or dx; the backward leaves per-sample channel sums in scratch,
 // which a last step adds over samples in order. So no result depends on the number of threads.
 #include "group_norm.h"
@@ -23,6 +23,24 @@ using namespace group_norm;
 
 constexpr int64_t kTaskElements = 16384;  // elements that are worth another thread
 
+// Statistics from the moments around a guess.
+GroupStats stats_around(double guess, const Sums& moments, double count, double eps) {
+  const double delta = (guess * count + moments.first) / count - guess;  // exact for small integers
+  const double variance = (moments.second - moments.first * delta) / count;
+  return {delta, 1 / sqrt((variance < 0 ? 0 : variance) + eps), guess};
+}
+// Whether the guess is so far from the mean that the variance lost digits.
+bool is_poor(const Sums& moments, double count) { return moments.first * moments.first > 0.5 * count * moments.second; }
+
+template <class A>
+void set_affine(const GroupStats& stats, const A* weight, const A* bias, int64_t first, int64_t channels, A* scales,
+                A* shifts) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const Affine values = affine(stats, weight, bias, first + c);
+    scales[c] = A(values.scale), shifts[c] = A(values.shift);
+  }
+}
+
 // ---------------------------------------------------------------- (N, C, pixels)
 
 template <bool kSilu, class T>
@@ -35,16 +53,32 @@ struct Contiguous {
   int64_t tasks() const { return shape.batch * shape.groups; }
   int64_t task_elements() const { return shape.group_size(); }
 
+  // Calls body(offset, channel, channels, scales, shifts) for the channels of a group, kColumns at a time.
+  template <class Body>
+  void each_chunk(const GroupStats& stats, int64_t first_channel, const Body& body) const {
+    for (int64_t c = 0; c < shape.width; c += kColumns<T>) {
+      const int64_t channels = std::min(kColumns<T>, shape.width - c);
+      A scales[kColumns<T>], shifts[kColumns<T>];
+      set_affine(stats, weight, bias, first_channel + c, channels, scales, shifts);
+      body(c * shape.pixels, c, channels, scales, shifts);
+    }
+  }
+
   void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd) const {
     const int64_t count = shape.group_size(), first_channel = task % shape.groups * shape.width;
     x += task * count, y += task * count;
-    const A center = A(run_moments<false>(x, count, A(0)).first / double(count));
-    const GroupStats stats = finish(center, run_moments<true>(x, count, center), double(count), eps);
+    A center = run_center(x, count);
+    Sums moments = run_moments<true>(x, count, center);
+    if (is_poor(moments, double(count))) {
+      center = A(center + moments.first / double(count));
+      moments = run_moments<true>(x, count, center);
+    }
+    const GroupStats stats = stats_around(center, moments, double(count), eps);
     mean[task] = A(stats.center + stats.delta), rstd[task] = A(stats.rstd);
     const GroupStats s = recenter<A>(stats);
-    for (int64_t c = 0; c < shape.width; ++c)
-      run_forward<kSilu>(x + c * shape.pixels, y + c * shape.pixels, shape.pixels, s.center,
-                         affine(s, weight, bias, first_channel + c));
+    each_chunk(s, first_channel, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
+      run_forward<kSilu>(x + at, y + at, channels, shape.pixels, A(s.center), scales, shifts);
+    });
   }
 
   void backward(int64_t task, const T* dy, const T* x, const A* mean, const A* rstd, T* dx, double* sum_dz,
@@ -57,20 +91,20 @@ struct Contiguous {
       s.delta = run_moments<false>(x, count, A(s.center)).first / double(count);
     }
     Sums weighted;
-    for (int64_t c = 0; c < shape.width; ++c) {
-      const int64_t at = c * shape.pixels, channel = first_channel + c, out = task * shape.width + c;
-      const Sums sums = run_backward_sums<kSilu, kKeep>(dy + at, x + at, dx + at, shape.pixels, s.center,
-                                                        affine(s, weight, bias, channel));
-      sum_dz[out] = sums.first, sum_dzx[out] = (sums.second - s.delta * sums.first) * s.rstd;
-      const double w = weight ? weight[channel] : A(1);
-      weighted.first += w * sum_dz[out], weighted.second += w * sum_dzx[out];
-    }
+    each_chunk(s, first_channel, [&](int64_t at, int64_t c, int64_t channels, const A* scales, const A* shifts) {
+      double *to_dz = sum_dz + task * shape.width + c, *to_dzx = sum_dzx + task * shape.width + c;
+      run_backward_sums<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(s.center), scales, shifts,
+                                      to_dz, to_dzx);
+      for (int64_t i = 0; i < channels; ++i) {
+        const double w = weight ? weight[first_channel + c + i] : A(1);
+        to_dzx[i] = (to_dzx[i] - s.delta * to_dz[i]) * s.rstd;
+        weighted.first += w * to_dz[i], weighted.second += w * to_dzx[i];
+      }
+    });
     const Affine back = backward_affine(s, weighted, double(count));
-    for (int64_t c = 0; c < shape.width; ++c) {
-      const int64_t at = c * shape.pixels;
-      const Affine forward = affine(s, weight, bias, first_channel + c);
-      run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, shape.pixels, s.center, forward, back);
-    }
+    each_chunk(s, first_channel, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
+      run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(s.center), scales, shifts, back);
+    });
   }
 };
 
@@ -82,11 +116,23 @@ struct ChannelsLast {
   static constexpr bool kKeep = kSilu && std::is_same_v<T, A>;
   const GroupNormShape& shape;
   const A *weight, *bias;
+  int64_t block;  // groups of a task
 
-  int64_t groups_per_block() const { return std::max<int64_t>(1, kColumns<T> / shape.width); }
-  int64_t blocks() const { return (shape.groups + groups_per_block() - 1) / groups_per_block(); }
+  // Groups that one task takes: x and dx of a task fit the second-level cache; fewer where threads would be idle. Every
+  // group is summed on its own, so this shows in no result.
+  int64_t groups_per_block() const {
+    constexpr int64_t kBytes = 256 << 10, kLeast = 64;
+    const int64_t group_bytes = shape.group_size() * int64_t(sizeof(T));
+    const int64_t wanted = (torch::stable::get_num_threads() + shape.batch - 1) / shape.batch;
+    const int64_t groups = std::min({kBytes / group_bytes, kColumns<T> / shape.width, shape.groups / wanted});
+    return std::clamp<int64_t>(groups, std::min(shape.groups, (kLeast - 1) / shape.width + 1), shape.groups);
+  }
+  int64_t blocks() const { return (shape.groups + block - 1) / block; }
   int64_t tasks() const { return shape.batch * blocks(); }
-  int64_t task_elements() const { return std::min(shape.groups, groups_per_block()) * shape.group_size(); }
+  int64_t task_elements() const { return block * shape.group_size(); }
+
+  ChannelsLast(const GroupNormShape& shape, const A* weight, const A* bias)
+      : shape(shape), weight(weight), bias(bias), block(groups_per_block()) {}
 
   // The groups of one task, and their channels in chunks.
   struct Part {
@@ -97,35 +143,58 @@ struct ChannelsLast {
     }
   };
   Part part(int64_t task) const {
-    const int64_t sample = task / blocks(), first = task % blocks() * groups_per_block();
-    const int64_t groups = std::min(groups_per_block(), shape.groups - first);
+    const int64_t sample = task / blocks(), first = task % blocks() * block;
+    const int64_t groups = std::min(block, shape.groups - first);
     return {sample, first, groups, first * shape.width, groups * shape.width};
   }
-  // Calls body(c, g) for the columns of a chunk, c counted from its first column and g from the part's first group.
+  // Calls body(g, begin, end) for the groups of a chunk: g counted from the part's first group, columns from the
+  // chunk's first.
   template <class Body>
-  void each_column(int64_t first, int64_t count, const Body& body) const {
-    int64_t g = first / shape.width, left = (g + 1) * shape.width - first;
-    for (int64_t c = 0; c < count; ++c) {
-      body(c, g);
-      if (--left == 0) ++g, left = shape.width;
-    }
+  void each_group(int64_t first, int64_t count, const Body& body) const {
+    for (int64_t g = first / shape.width; g * shape.width < first + count; ++g)
+      body(g, std::max<int64_t>(g * shape.width - first, 0), std::min((g + 1) * shape.width - first, count));
   }
   int64_t offset(const Part& p) const { return p.sample * shape.pixels * shape.channels() + p.first_channel; }
 
   // Each group's sums of x - center and its square (kSecond), with the centers of `stats`.
   template <bool kSecond>
-  void moments(const Part& p, const T* x, const GroupStats* stats, Sums* group_sums) const {
-    std::fill(group_sums, group_sums + p.groups, Sums{});
+  void moments(const Part& p, const T* x, const GroupStats* stats, ColumnSums<T>& group_sums) const {
+    group_sums.reset(p.groups);
     p.each_chunk([&](int64_t first, int64_t count) {
-      Columns<T> columns(count);
-      ColumnSums<T> sums;
-      each_column(first, count, [&](int64_t c, int64_t g) { columns.center[c] = A(stats[g].center); });
-      with_vectors<T>(count, [&](auto vectors) {
-        Block<T, vectors>(shape, count).template moments<kSecond>(x + first, columns, sums);
+      A centers[kColumns<T>];
+      store(centers + (count - 1) / kComputeLanes<T> * kComputeLanes<T>, Vec<A>{});
+      each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+        std::fill(centers + begin, centers + end, A(stats[g].center));
       });
-      each_column(first, count, [&](int64_t c, int64_t g) {
-        group_sums[g].first += sums.first[c], group_sums[g].second += sums.second[c];
+      ColumnSums<T> sums(count);
+      Block<T>(shape, count).template moments<kSecond>(x + first, centers, sums);
+      each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+        Sums total;
+        for (int64_t c = begin; c < end; ++c) total.first += sums.first[c], total.second += sums.second[c];
+        group_sums.add(g, total);
       });
+    });
+  }
+
+  // Centers near the means; the sample is four pixels.
+  void guess_centers(const Part& p, const T* x, GroupStats* stats) const {
+    const int64_t step = (shape.pixels - 1) / 3 * shape.channels();
+    for (int64_t g = 0; g < p.groups; ++g) {
+      double first = 0, second = 0;
+      for (int64_t c = g * shape.width; c < (g + 1) * shape.width; ++c)
+        for (int64_t i = 0; i < 4; ++i) {
+          const double v = to_float(x[c + i * step]);
+          first += v, second += v * v;
+        }
+      stats[g].center = guess_center<A>(first / double(4 * shape.width), second / double(4 * shape.width));
+    }
+  }
+
+  void set_forward(const Part& p, const GroupStats* stats, int64_t first, int64_t count, Columns<T>& columns) const {
+    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+      std::fill(columns.center + begin, columns.center + end, A(stats[g].center));
+      set_affine(stats[g], weight, bias, p.first_channel + first + begin, end - begin, columns.scale + begin,
+                 columns.shift + begin);
     });
   }
 
@@ -134,25 +203,23 @@ struct ChannelsLast {
     const double count = double(shape.group_size());
     x += offset(p), y += offset(p);
     GroupStats stats[kColumns<T>];
-    std::fill(stats, stats + p.groups, GroupStats{});
-    Sums sums[kColumns<T>];
-    moments<false>(p, x, stats, sums);
-    for (int64_t g = 0; g < p.groups; ++g) stats[g].center = A(sums[g].first / count);
+    ColumnSums<T> sums(p.groups);
+    guess_centers(p, x, stats);
     moments<true>(p, x, stats, sums);
+    bool again = false;
+    for (int64_t g = 0; g < p.groups; ++g)
+      if (is_poor(sums[g], count)) again = true, stats[g].center = A(stats[g].center + sums.first[g] / count);
+    if (again) moments<true>(p, x, stats, sums);
     for (int64_t g = 0; g < p.groups; ++g) {
-      stats[g] = finish(stats[g].center, sums[g], count, eps);
+      stats[g] = stats_around(stats[g].center, sums[g], count, eps);
       const int64_t at = p.sample * shape.groups + p.first_group + g;
       mean[at] = A(stats[g].center + stats[g].delta), rstd[at] = A(stats[g].rstd);
       stats[g] = recenter<A>(stats[g]);
     }
     p.each_chunk([&](int64_t first, int64_t chunk) {
       Columns<T> columns(chunk);
-      each_column(first, chunk, [&](int64_t c, int64_t g) {
-        columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
-      });
-      with_vectors<T>(chunk, [&](auto vectors) {
-        Block<T, vectors>(shape, chunk).template forward<kSilu>(x + first, y + first, columns);
-      });
+      set_forward(p, stats, first, chunk, columns);
+      Block<T>(shape, chunk).template forward<kSilu>(x + first, y + first, columns);
     });
   }
 
@@ -162,8 +229,7 @@ struct ChannelsLast {
     const double count = double(shape.group_size());
     dy += offset(p), x += offset(p), dx += offset(p);
     GroupStats stats[kColumns<T>];
-    std::fill(stats, stats + p.groups, GroupStats{});
-    Sums sums[kColumns<T>];
+    ColumnSums<T> sums(p.groups);
     bool centered = false;
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t at = p.sample * shape.groups + p.first_group + g;
@@ -173,38 +239,37 @@ struct ChannelsLast {
     if (centered) {
       moments<false>(p, x, stats, sums);
       for (int64_t g = 0; g < p.groups; ++g)
-        if (stats[g].center != 0) stats[g].delta = sums[g].first / count;
+        if (stats[g].center != 0) stats[g].delta = sums.first[g] / count;
     }
-    std::fill(sums, sums + p.groups, Sums{});
+    sums.reset(p.groups);
     p.each_chunk([&](int64_t first, int64_t chunk) {
       Columns<T> columns(chunk);
-      ColumnSums<T> channel_sums;
-      each_column(first, chunk, [&](int64_t c, int64_t g) {
-        columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
-      });
-      with_vectors<T>(chunk, [&](auto vectors) {
-        Block<T, vectors>(shape, chunk)
-            .template backward_sums<kSilu, kKeep>(dy + first, x + first, dx + first, columns, channel_sums);
-      });
-      each_column(first, chunk, [&](int64_t c, int64_t g) {
-        const int64_t channel = p.first_channel + first + c, out = p.sample * shape.channels() + channel;
-        const double w = weight ? weight[channel] : A(1);
-        sum_dz[out] = channel_sums.first[c];
-        sum_dzx[out] = (channel_sums.second[c] - stats[g].delta * channel_sums.first[c]) * stats[g].rstd;
-        sums[g].first += w * sum_dz[out], sums[g].second += w * sum_dzx[out];
+      ColumnSums<T> channel_sums(chunk);
+      set_forward(p, stats, first, chunk, columns);
+      Block<T>(shape, chunk)
+          .template backward_sums<kSilu, kKeep>(dy + first, x + first, dx + first, columns, channel_sums);
+      const int64_t first_channel = p.first_channel + first, out = p.sample * shape.channels() + first_channel;
+      each_group(first, chunk, [&](int64_t g, int64_t begin, int64_t end) {
+        const GroupStats s = stats[g];
+        Sums total;
+        for (int64_t c = begin; c < end; ++c) {
+          const double dz = channel_sums.first[c], dzx = (channel_sums.second[c] - s.delta * dz) * s.rstd;
+          const double w = weight ? weight[first_channel + c] : A(1);
+          sum_dz[out + c] = dz, sum_dzx[out + c] = dzx;
+          total.first += w * dz, total.second += w * dzx;
+        }
+        sums.add(g, total);
       });
     });
-    Affine back[kColumns<T>];
-    for (int64_t g = 0; g < p.groups; ++g) back[g] = backward_affine(stats[g], sums[g], count);
     p.each_chunk([&](int64_t first, int64_t chunk) {
       Columns<T> columns(chunk);
-      each_column(first, chunk, [&](int64_t c, int64_t g) {
-        columns.forward(c, stats[g], affine(stats[g], weight, bias, p.first_channel + first + c));
-        columns.backward(c, back[g]);
+      set_forward(p, stats, first, chunk, columns);
+      each_group(first, chunk, [&](int64_t g, int64_t begin, int64_t end) {
+        const Affine back = backward_affine(stats[g], sums[g], count);
+        std::fill(columns.slope + begin, columns.slope + end, A(back.scale));
+        std::fill(columns.constant + begin, columns.constant + end, A(back.shift));
       });
-      with_vectors<T>(chunk, [&](auto vectors) {
-        Block<T, vectors>(shape, chunk).template backward<kSilu, kKeep>(dy + first, x + first, dx + first, columns);
-      });
+      Block<T>(shape, chunk).template backward<kSilu, kKeep>(dy + first, x + first, dx + first, columns);
     });
   }
 };

@@ -3,72 +3,21 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <iterator>
+#include <limits>
 #include <type_traits>
 
 #include "group_norm.h"
 #include "group_norm_math.h"
+#include "silu.h"
 #include "vec_load.h"
-#include "vec_math.h"
 
 namespace pynn::cpu::group_norm {
 
 using namespace pynn::group_norm;
 
 inline constexpr int kFlush = 16;
-inline constexpr int kMaxVectors = 4;  // vectors in a row of columns
 template <class T>
-inline constexpr int64_t kColumns = kMaxVectors * kComputeLanes<T>;
-
-// sigmoid(z) and sigmoid(-z), both with a small relative error: neither is taken as 1 minus the other.
-template <class V>
-struct Sigmoid {
-  V plus, minus;
-  explicit PYNN_HD Sigmoid(V z) {
-    const V e = exp(V(z < 0 ? z : -z)), r = 1 / (e + 1), er = e * r;
-    plus = z < 0 ? er : r;
-    minus = z < 0 ? r : er;
-  }
-};
-#if defined(__AVX512F__)
-// With e = exp(-|z|) = 2^(n / 16) e^r from a table of 16 powers and a cubic in |r| <= ln 2 / 32; 1 / (1 + e) by one
-// Newton step. About half the instructions of the general form.
-template <>
-PYNN_HD Sigmoid<VecFloat>::Sigmoid(VecFloat z) {
-  const VecFloat powers = {0x1p0f,        0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f,  0x1.3dea64p0f,
-                           0x1.4bfdaep0f, 0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
-                           0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f};
-  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(z));
-  const VecFloat x = _mm512_max_ps(broadcast(-104.5f), _mm512_or_ps(z, broadcast(-0.0f)));  // NaN stays NaN
-  const float magic = 0x1.8p19f;  // adding it leaves the nearest multiple of 1/16
-  const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic));
-  const VecFloat n = shifted - magic;
-  const VecFloat r = fma(n, broadcast(0x1.e8082ep-16f), fma(n, broadcast(-0x1.62e8p-1f), x));
-  const VecFloat p = fma(r * r, fma(r, broadcast(0x1.555556p-3f), broadcast(0.5f)), r);
-  const VecFloat power = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), powers);
-  const VecFloat e = _mm512_maskz_scalef_ps(__mmask16(-1), fma(power, p, power), n);  // takes the floor of n
-  const VecFloat d = e + 1.0f, guess = _mm512_maskz_rcp14_ps(__mmask16(-1), d);
-  const VecFloat inverse = fma(guess, fma(-d, guess, broadcast(1.0f)), guess);
-  plus = _mm512_mask_mul_ps(inverse, negative, e, inverse);
-  minus = _mm512_mask_mul_ps(inverse, __mmask16(~negative), e, inverse);
-}
-#endif
-template <bool kSilu, class V>
-PYNN_HD V activate(V z) {
-  if constexpr (!kSilu) return z;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, VecFloat>) return z * Sigmoid<V>(z).plus;
-#endif
-  const V e = exp(V(z < 0 ? z : -z));
-  return (z < 0 ? z * e : z) / (1 + e);  // a division, but one rounding fewer
-}
-// grad * act'(z)
-template <bool kSilu, class V>
-PYNN_HD V activate_grad(V grad, V z) {
-  if constexpr (!kSilu) return grad;
-  const Sigmoid<V> s(z);
-  return grad * (s.plus * fma(z, s.minus, V{} + 1));
-}
+inline constexpr int64_t kColumns = 32 * kComputeLanes<T>;  // channels whose coefficients are laid out at a time
 
 // ---------------------------------------------------------------- contiguous runs: (channel, pixels)
 
@@ -78,6 +27,30 @@ PYNN_HD void each_vector(int64_t count, const Body& body) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) body(i, std::true_type{});
   if (i < count) body(i, std::false_type{});
+}
+
+// A value near the mean of the data, from the mean and the mean square of a sample: 0 unless the mean is large, and of
+// 5 bits, so that differences and squares of small integers are exact.
+template <class A>
+A guess_center(double mean, double square) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  if (16 * mean * mean < square) return 0;
+  return bit_cast<A>(bit_cast<Bits>(A(mean)) & (~Bits(0) << (std::numeric_limits<A>::digits - 5)));
+}
+
+// The same for a run; the sample is four vectors spread over it.
+template <class T>
+accumulate_t<T> run_center(const T* x, int64_t count) {
+  using A = accumulate_t<T>;
+  constexpr int64_t kStep = kComputeLanes<T>;
+  if (count < 4 * kStep) return A(to_float(x[count / 2]));
+  Vec<A> sum = {}, square = {};
+  for (int64_t i = 0; i < 4; ++i) {
+    const Vec<A> v = load_compute(x + (count - kStep) * i / 3);
+    sum += v;
+    square = fma(v, v, square);
+  }
+  return guess_center<A>(add_lanes(sum) / double(4 * kStep), add_lanes(square) / double(4 * kStep));
 }
 
 // Sums of x - center and, for kSecond, of its square.
@@ -109,75 +82,88 @@ Sums run_moments(const T* x, int64_t count, accumulate_t<T> center) {
   return total;
 }
 
-template <bool kSilu, class T>
-void run_forward(const T* x, T* y, int64_t count, double center, const Affine& affine) {
-  using A = accumulate_t<T>;
-  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(affine.scale)), shift = broadcast(A(affine.shift));
-  each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
-    const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(0));
-    const Vec<A> out = activate<kSilu>(fma(Vec<A>(v - center_v), scale, shift));
-    whole ? store_compute(y + i, out) : store_part(y + i, count - i, out);
-  });
-}
-
-// Sums of dz and dz * (x - center) over one channel. With kKeep, dz stays in dx for the second pass.
-template <bool kSilu, bool kKeep, class T>
-Sums run_backward_sums(const T* dy, const T* x, T* dx, int64_t count, double center, const Affine& affine) {
-  using A = accumulate_t<T>;
-  constexpr int kStep = kComputeLanes<T>;
-  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(affine.scale)), shift = broadcast(A(affine.shift));
-  const auto add = [&](int64_t i, auto whole, Vec<A>& first, Vec<A>& second) {
-    const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(center));
-    const Vec<A> grad = whole ? load_compute(dy + i) : load_part(dy + i, count - i, A(0));
-    const Vec<A> d = v - center_v, dz = activate_grad<kSilu>(grad, fma(d, scale, shift));
-    if constexpr (kKeep) whole ? store_compute(dx + i, dz) : store_part(dx + i, count - i, dz);
-    first += dz;
-    second = fma(dz, d, second);
-  };
-  Sums total;
-  for (int64_t i = 0; i < count;) {
-    Vec<A> first0 = {}, first1 = {}, second0 = {}, second1 = {};
-    const int64_t end = std::min<int64_t>(count, i + 2 * kFlush * kStep);
-    for (; i + 2 * kStep <= end; i += 2 * kStep) {
-      add(i, std::true_type{}, first0, second0);
-      add(i + kStep, std::true_type{}, first1, second1);
-    }
-    if (i + kStep <= end) {
-      add(i, std::true_type{}, first0, second0);
-      i += kStep;
-    }
-    if (i < end) {
-      add(i, std::false_type{}, first1, second1);
-      i = end;
-    }
-    total.first += add_lanes(first0 + first1);
-    total.second += add_lanes(second0 + second1);
+// A run of one channel of `pixels` elements after the other, with a scale and a shift for each.
+template <bool kSilu, class T, class A = accumulate_t<T>>
+void run_forward(const T* x, T* y, int64_t channels, int64_t pixels, A center, const A* scales, const A* shifts) {
+  const Vec<A> center_v = broadcast(center);
+  for (int64_t c = 0; c < channels; ++c, x += pixels, y += pixels) {
+    const Vec<A> scale = broadcast(scales[c]), shift = broadcast(shifts[c]);
+    each_vector<kComputeLanes<T>>(pixels, [&](int64_t i, auto whole) {
+      const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, pixels - i, A(0));
+      const Vec<A> out = activate<kSilu>(fma(Vec<A>(v - center_v), scale, shift));
+      whole ? store_compute(y + i, out) : store_part(y + i, pixels - i, out);
+    });
   }
-  return total;
 }
 
-template <bool kSilu, bool kKeep, class T>
-void run_backward(const T* dy, const T* x, T* dx, int64_t count, double center, const Affine& forward,
-                  const Affine& backward) {
-  using A = accumulate_t<T>;
-  const Vec<A> center_v = broadcast(A(center)), scale = broadcast(A(forward.scale)),
-               shift = broadcast(A(forward.shift));
-  const Vec<A> b = broadcast(A(backward.scale)), k = broadcast(A(backward.shift));
+// Sums of dz and dz * (x - center) of each channel. With kKeep, dz stays in dx for the second pass. Lanes are added up
+// for several channels at a time: one after the other, they would wait for each other.
+template <bool kSilu, bool kKeep, class T, class A = accumulate_t<T>>
+void run_backward_sums(const T* dy, const T* x, T* dx, int64_t channels, int64_t pixels, A center, const A* scales,
+                       const A* shifts, double* sum_dz, double* sum_dzx) {
+  constexpr int64_t kStep = kComputeLanes<T>, kTogether = 16;
+  const Vec<A> center_v = broadcast(center);
+  for (int64_t block = 0; block < channels; block += kTogether) {
+    const int64_t count = std::min(kTogether, channels - block);
+    VecDouble lanes[kTogether][2];
+    for (int64_t c = 0; c < count; ++c, dy += pixels, x += pixels, dx += pixels) {
+      const Vec<A> scale = broadcast(scales[block + c]), shift = broadcast(shifts[block + c]);
+      const auto add = [&](int64_t i, auto whole, Vec<A>& first, Vec<A>& second) {
+        const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, pixels - i, center);
+        const Vec<A> grad = whole ? load_compute(dy + i) : load_part(dy + i, pixels - i, A(0));
+        const Vec<A> d = v - center_v, dz = activate_grad<kSilu>(grad, fma(d, scale, shift));
+        if constexpr (kKeep) whole ? store_compute(dx + i, dz) : store_part(dx + i, pixels - i, dz);
+        first += dz;
+        second = fma(dz, d, second);
+      };
+      VecDouble total[2] = {};
+      for (int64_t i = 0; i < pixels;) {
+        Vec<A> first0 = {}, first1 = {}, second0 = {}, second1 = {};
+        const int64_t end = std::min<int64_t>(pixels, i + 2 * kFlush * kStep);
+        for (; i + 2 * kStep <= end; i += 2 * kStep) {
+          add(i, std::true_type{}, first0, second0);
+          add(i + kStep, std::true_type{}, first1, second1);
+        }
+        if (i + kStep <= end) {
+          add(i, std::true_type{}, first0, second0);
+          i += kStep;
+        }
+        if (i < end) {
+          add(i, std::false_type{}, first1, second1);
+          i = end;
+        }
+        total[0] += fold(Vec<A>(first0 + first1)), total[1] += fold(Vec<A>(second0 + second1));
+      }
+      lanes[c][0] = total[0], lanes[c][1] = total[1];
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      sum_dz[block + c] = add_lanes(lanes[c][0]);
+      sum_dzx[block + c] = add_lanes(lanes[c][1]);
+    }
+  }
+}
+
+template <bool kSilu, bool kKeep, class T, class A = accumulate_t<T>>
+void run_backward(const T* dy, const T* x, T* dx, int64_t channels, int64_t pixels, A center, const A* scales,
+                  const A* shifts, const Affine& back) {
+  const Vec<A> center_v = broadcast(center), slope = broadcast(A(back.scale)), constant = broadcast(A(back.shift));
   const T* from = kKeep ? dx : dy;
-  each_vector<kComputeLanes<T>>(count, [&](int64_t i, auto whole) {
-    const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, count - i, A(0));
-    Vec<A> dz = whole ? load_compute(from + i) : load_part(from + i, count - i, A(0));
-    const Vec<A> d = v - center_v;
-    if constexpr (!kKeep) dz = activate_grad<kSilu>(dz, fma(d, scale, shift));
-    const Vec<A> out = fma(scale, dz, fma(b, d, k));
-    whole ? store_compute(dx + i, out) : store_part(dx + i, count - i, out);
-  });
+  for (int64_t c = 0; c < channels; ++c, from += pixels, x += pixels, dx += pixels) {
+    const Vec<A> scale = broadcast(scales[c]), shift = broadcast(shifts[c]);
+    each_vector<kComputeLanes<T>>(pixels, [&](int64_t i, auto whole) {
+      const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, pixels - i, A(0));
+      Vec<A> dz = whole ? load_compute(from + i) : load_part(from + i, pixels - i, A(0));
+      const Vec<A> d = v - center_v;
+      if constexpr (!kKeep) dz = activate_grad<kSilu>(dz, fma(d, scale, shift));
+      const Vec<A> out = fma(scale, dz, fma(slope, d, constant));
+      whole ? store_compute(dx + i, out) : store_part(dx + i, pixels - i, out);
+    });
+  }
 }
 
-// ---------------------------------------------------------------- channels-last blocks: rows of `count` <= kColumns
-// channels
+// ---------------------------------------------------------------- channels-last blocks
 
-// Coefficients of each column, as the vector loops read them. Lanes past the last column stay 0.
+// Coefficients of up to kColumns channels, as the vector loops read them. Lanes past the last channel stay 0.
 template <class T>
 struct Columns {
   using A = accumulate_t<T>;
@@ -187,33 +173,23 @@ struct Columns {
     const int64_t last = (count - 1) / kComputeLanes<T> * kComputeLanes<T>;
     for (A* values : {center, scale, shift, slope, constant}) store(values + last, Vec<A>{});
   }
-  void forward(int64_t c, const GroupStats& s, const Affine& affine) {
-    center[c] = A(s.center), scale[c] = A(affine.scale), shift[c] = A(affine.shift);
-  }
-  void backward(int64_t c, const Affine& affine) { slope[c] = A(affine.scale), constant[c] = A(affine.shift); }
 };
 
+// Two sums for each of up to kColumns channels, or groups.
 template <class T>
 struct ColumnSums {
-  double first[kColumns<T>] = {}, second[kColumns<T>] = {};
+  double first[kColumns<T>], second[kColumns<T>];
+
+  explicit ColumnSums(int64_t count) { reset(count); }
+  void reset(int64_t count) {
+    const int64_t whole = (count + kComputeLanes<T> - 1) / kComputeLanes<T> * kComputeLanes<T>;
+    for (double* values : {first, second}) std::fill_n(values, whole, 0.0);
+  }
+  Sums operator[](int64_t i) const { return {first[i], second[i]}; }
+  void add(int64_t i, const Sums& s) { first[i] += s.first, second[i] += s.second; }
 };
 
-// Calls body(std::integral_constant<int, vectors>) for the number of vectors that hold `count` columns.
-template <class T, class Body>
-PYNN_HD void with_vectors(int64_t count, const Body& body) {
-  switch ((count + kComputeLanes<T> - 1) / kComputeLanes<T>) {
-    case 1:
-      return body(std::integral_constant<int, 1>{});
-    case 2:
-      return body(std::integral_constant<int, 2>{});
-    case 3:
-      return body(std::integral_constant<int, 3>{});
-    default:
-      return body(std::integral_constant<int, 4>{});
-  }
-}
-
-// One row of columns in registers.
+// A strip of channels in registers: up to kVectors vectors, the last of which may be partial.
 template <class T, int kVectors>
 struct Row {
   using A = accumulate_t<T>;
@@ -240,106 +216,152 @@ struct Row {
     T* last = to + (kVectors - 1) * kStep;
     tail == kStep ? store_compute(last, v[kVectors - 1]) : store_part(last, tail, v[kVectors - 1]);
   }
+  static PYNN_HD void prefetch(const T* from) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(from + j * kStep);
+  }
 };
 
 template <class V>
 PYNN_HD void add_to(double* sums, V v) {
-  std::remove_reference_t<decltype(v[0])> lanes[sizeof(v) / sizeof(v[0])];
-  store(lanes, v);
-  for (size_t i = 0; i < std::size(lanes); ++i) sums[i] += lanes[i];
+  constexpr int kCount = sizeof(v) / sizeof(v[0]);
+  typedef double Wide __attribute__((vector_size(8 * kCount)));
+  Wide total;
+  memcpy(&total, sums, sizeof(total));
+  total += __builtin_convertvector(v, Wide);
+  memcpy(sums, &total, sizeof(total));
 }
 
-// Walks the rows in pieces of 2 * kFlush; each(row, first, second) adds to two rows of running sums in registers.
-template <class T, int kVectors, class Each>
-void sum_rows(int64_t rows, ColumnSums<T>& sums, const Each& each) {
+// Up to kColumns channels of a (pixels, channels) sample, walked in tiles of kTile rows by a strip of kStrip vectors:
+// a tile stays in the first-level cache, memory is read nearly in order, and running sums stay in registers.
+template <class T>
+struct Block {
   using A = accumulate_t<T>;
-  constexpr int kStep = kComputeLanes<T>, kUnroll = kVectors < 3 ? 2 : 1;
-  for (int64_t start = 0; start < rows; start += kUnroll * kFlush) {
-    const int64_t end = std::min<int64_t>(rows, start + kUnroll * kFlush);
+  static constexpr int kStep = kComputeLanes<T>, kTile = 2 * kFlush;
+  int64_t rows, stride, columns;
+
+  Block(const GroupNormShape& shape, int64_t count) : rows(shape.pixels), stride(shape.channels()), columns(count) {}
+
+  // Calls body(std::integral_constant<int, vectors>, column, tail, first row, last row) for each strip of each tile.
+  template <int kStrip, class Body>
+  void each_strip(const Body& body) const {
+    for (int64_t row = 0; row < rows; row += kTile) {
+      const int64_t end = std::min<int64_t>(rows, row + kTile);
+      int64_t c = 0;
+      for (; c + kStrip * kStep <= columns; c += kStrip * kStep)
+        body(std::integral_constant<int, kStrip>{}, c, kStep, row, end);
+      if (c == columns) continue;
+      const int64_t vectors = (columns - c + kStep - 1) / kStep, tail = columns - c - (vectors - 1) * kStep;
+      if (kStrip > 2 && vectors == 4) body(std::integral_constant<int, std::min(kStrip, 4)>{}, c, tail, row, end);
+      if (kStrip > 2 && vectors == 3) body(std::integral_constant<int, std::min(kStrip, 3)>{}, c, tail, row, end);
+      if (vectors == 2) body(std::integral_constant<int, 2>{}, c, tail, row, end);
+      if (vectors == 1) body(std::integral_constant<int, 1>{}, c, tail, row, end);
+    }
+  }
+
+  // each(r, first, second) adds row r of a strip to running sums.
+  template <int kVectors, class Each>
+  static void sum_rows(int64_t begin, int64_t end, double* first_sums, double* second_sums, const Each& each) {
+    constexpr int kUnroll = 2;  // of kFlush rows each
     Vec<A> first[kUnroll][kVectors] = {}, second[kUnroll][kVectors] = {};
-    int64_t r = start;
+    int64_t r = begin;
     for (; r + kUnroll <= end; r += kUnroll)
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) each(r + u, first[u], second[u]);
     for (; r < end; ++r) each(r, first[0], second[0]);
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      if constexpr (kUnroll == 2) first[0][j] += first[1][j], second[0][j] += second[1][j];
-      add_to(sums.first + j * kStep, first[0][j]);
-      add_to(sums.second + j * kStep, second[0][j]);
+      add_to(first_sums + j * kStep, first[0][j] + first[1][j]);
+      add_to(second_sums + j * kStep, second[0][j] + second[1][j]);
     }
   }
-}
 
-// A block of columns in a (pixels, channels) sample.
-template <class T, int kVectors>
-struct Block {
-  using A = accumulate_t<T>;
-  using R = Row<T, kVectors>;
-  int64_t rows, stride, tail;
-
-  Block(const GroupNormShape& shape, int64_t columns)
-      : rows(shape.pixels), stride(shape.channels()), tail(columns - (kVectors - 1) * kComputeLanes<T>) {}
-
+  // Sums of x - center and, for kSecond, of its square.
   template <bool kSecond>
-  void moments(const T* x, const Columns<T>& c, ColumnSums<T>& sums) const {
-    const R center = R::coefficients(c.center);
-    sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
-      const R row = R::read(x + r * stride, tail);
+  void moments(const T* x, const A* centers, ColumnSums<T>& sums) const {
+    each_strip<4>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+      constexpr int V = vectors;
+      using R = Row<T, V>;
+      const R center = R::coefficients(centers + c);
+      sum_rows<V>(begin, end, sums.first + c, sums.second + c, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
+        const T* from = x + r * stride + c;
+        R::prefetch(from + kTile * stride);
+        const R row = R::read(from, tail);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec<A> d = row.v[j] - center.v[j];
-        first[j] += d;
-        if constexpr (kSecond) second[j] = fma(d, d, second[j]);
-      }
+        for (int j = 0; j < V; ++j) {
+          const Vec<A> d = row.v[j] - center.v[j];
+          first[j] += d;
+          if constexpr (kSecond) second[j] = fma(d, d, second[j]);
+        }
+      });
     });
   }
 
   template <bool kSilu>
-  void forward(const T* x, T* y, const Columns<T>& c) const {
-    const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
-    for (int64_t r = 0; r < rows; ++r) {
-      R row = R::read(x + r * stride, tail);
+  void forward(const T* x, T* y, const Columns<T>& k) const {
+    each_strip<kSilu ? 2 : 4>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+      constexpr int V = vectors;
+      using R = Row<T, V>;
+      const R center = R::coefficients(k.center + c), scale = R::coefficients(k.scale + c),
+              shift = R::coefficients(k.shift + c);
+      for (int64_t r = begin; r < end; ++r) {
+        R row = R::read(x + r * stride + c, tail);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j)
-        row.v[j] = activate<kSilu>(fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]));
-      row.write(y + r * stride, tail);
-    }
+        for (int j = 0; j < V; ++j)
+          row.v[j] = activate<kSilu>(fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]));
+        row.write(y + r * stride + c, tail);
+      }
+    });
   }
 
+  // Sums of dz and dz * (x - center). With kKeep, dz stays in dx for the second pass.
   template <bool kSilu, bool kKeep>
-  void backward_sums(const T* dy, const T* x, T* dx, const Columns<T>& c, ColumnSums<T>& sums) const {
-    const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
-    sum_rows<T, kVectors>(rows, sums, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
-      const R row = R::read(x + r * stride, tail);
-      R dz = R::read(dy + r * stride, tail);
+  void backward_sums(const T* dy, const T* x, T* dx, const Columns<T>& k, ColumnSums<T>& sums) const {
+    each_strip<2>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+      constexpr int V = vectors;
+      using R = Row<T, V>;
+      const R center = R::coefficients(k.center + c), scale = R::coefficients(k.scale + c),
+              shift = R::coefficients(k.shift + c);
+      sum_rows<V>(begin, end, sums.first + c, sums.second + c, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
+        const int64_t at = r * stride + c;
+        R::prefetch(x + at + kTile * stride);
+        R::prefetch(dy + at + kTile * stride);
+        const R row = R::read(x + at, tail);
+        R dz = R::read(dy + at, tail);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec<A> d = row.v[j] - center.v[j];
-        dz.v[j] = activate_grad<kSilu>(dz.v[j], fma(d, scale.v[j], shift.v[j]));
-        first[j] += dz.v[j];
-        second[j] = fma(dz.v[j], d, second[j]);
-      }
-      if constexpr (kKeep) dz.write(dx + r * stride, tail);
+        for (int j = 0; j < V; ++j) {
+          const Vec<A> d = row.v[j] - center.v[j];
+          if constexpr (kSilu) dz.v[j] = activate_grad<kSilu>(dz.v[j], fma(d, scale.v[j], shift.v[j]));
+          first[j] += dz.v[j];
+          second[j] = fma(dz.v[j], d, second[j]);
+        }
+        if constexpr (kKeep) dz.write(dx + at, tail);
+      });
     });
   }
 
   template <bool kSilu, bool kKeep>
-  void backward(const T* dy, const T* x, T* dx, const Columns<T>& c) const {
-    const R center = R::coefficients(c.center), scale = R::coefficients(c.scale), shift = R::coefficients(c.shift);
-    const R b = R::coefficients(c.slope), k = R::coefficients(c.constant);
-    for (int64_t r = 0; r < rows; ++r) {
-      R row = R::read(x + r * stride, tail);
-      const R dz = R::read((kKeep ? dx : dy) + r * stride, tail);
+  void backward(const T* dy, const T* x, T* dx, const Columns<T>& k) const {
+    each_strip<2>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+      constexpr int V = vectors;
+      using R = Row<T, V>;
+      const R center = R::coefficients(k.center + c), scale = R::coefficients(k.scale + c),
+              shift = R::coefficients(k.shift + c), slope = R::coefficients(k.slope + c),
+              constant = R::coefficients(k.constant + c);
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = r * stride + c;
+        R row = R::read(x + at, tail);
+        const R dz = R::read((kKeep ? dx : dy) + at, tail);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec<A> d = row.v[j] - center.v[j];
-        Vec<A> grad = dz.v[j];
-        if constexpr (!kKeep) grad = activate_grad<kSilu>(grad, fma(d, scale.v[j], shift.v[j]));
-        row.v[j] = fma(scale.v[j], grad, fma(b.v[j], d, k.v[j]));
+        for (int j = 0; j < V; ++j) {
+          const Vec<A> d = row.v[j] - center.v[j];
+          Vec<A> grad = dz.v[j];
+          if constexpr (!kKeep) grad = activate_grad<kSilu>(grad, fma(d, scale.v[j], shift.v[j]));
+          row.v[j] = fma(scale.v[j], grad, fma(slope.v[j], d, constant.v[j]));
+        }
+        row.write(dx + at, tail);
       }
-      row.write(dx + r * stride, tail);
-    }
+    });
   }
 };
 

@@ -19,11 +19,16 @@ void run(Tensor sum, std::optional<Tensor> bias, std::optional<Tensor> residual,
     check_same_dtype(kOp, "bias", *bias, "sum", sum);
     check_same_device(kOp, "bias", *bias, "sum", sum);
   }
-  const auto strides = [](const Tensor& t) { return Strides4{t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; };
-  int64_t dense = 1;  // no two elements may share memory
-  for (int d = 0; d < 4; ++d) dense += (sum.size(d) - 1) * sum.stride(d);
-  PYNN_CHECK(sum.numel() == 0 || dense == sum.numel(), kOp, ": expected sum without gaps or overlaps, got strides ",
-             to_string(sum.strides()));
+  const auto packed = [&](std::initializer_list<int> order) {  // no gaps, the first dimension fastest
+    int64_t expected = 1;
+    for (const int d : order) {
+      if (sum.size(d) > 1 && sum.stride(d) != expected) return false;
+      expected *= sum.size(d);
+    }
+    return true;
+  };
+  PYNN_CHECK(sum.numel() == 0 || packed({3, 2, 1, 0}) || packed({1, 3, 2, 0}), kOp,
+             ": expected sum to be contiguous or channels last, got strides ", to_string(sum.strides()));
   if (output) {
     check_same_shape(kOp, "output", *output, "sum", sum);
     check_same_dtype(kOp, "output", *output, "sum", sum);
@@ -33,6 +38,9 @@ void run(Tensor sum, std::optional<Tensor> bias, std::optional<Tensor> residual,
     PYNN_CHECK(same, kOp, ": expected output with the strides of sum ", to_string(sum.strides()), ", got ",
                to_string(output->strides()));
   }
+  const int64_t channels = sum.size(1), height = sum.size(2), width = sum.size(3);
+  const Strides4 strides = packed({3, 2, 1, 0}) ? Strides4{channels * height * width, height * width, width, 1}
+                                                : Strides4{channels * height * width, 1, width * channels, channels};
   Strides4 residual_strides{};
   if (residual) {
     check_rank(kOp, "residual", *residual, 4);
@@ -53,8 +61,8 @@ void run(Tensor sum, std::optional<Tensor> bias, std::optional<Tensor> residual,
                                      residual_strides,
                                      output ? values : nullptr,
                                      Activation(activation)};
-    launch::Conv2dEpiloguePass<T>::run(values, output ? mutable_pointer<T>(*output) : values, strides(sum), epilogue,
-                                       sum.size(0), sum.size(1), sum.size(2), sum.size(3), current_stream(sum));
+    launch::Conv2dEpiloguePass<T>::run(values, output ? mutable_pointer<T>(*output) : values, strides, epilogue,
+                                       sum.size(0), channels, height, width, current_stream(sum));
   });
 }
 

@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends
-from . import (
-    _conv2d_schemas,  # noqa: F401  defines the ops
-    _conv2d_vmap,
-)
+from . import _conv2d_schemas, _conv2d_vmap  # noqa: F401  the first defines the ops
 from ._conv2d_activation import ACTIVATIONS, FROM_INPUT, ActivationGradient
 from ._conv2d_layout import is_channels_last
 from ._conv2d_vmap import batch_first, merge_channels, split_channels

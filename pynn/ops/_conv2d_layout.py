@@ -1,8 +1,10 @@
-"""Memory layouts of images."""
+"""Memory layouts and paddings of images."""
 
 from __future__ import annotations
 
 import torch
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # csrc/include/conv2d.h
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

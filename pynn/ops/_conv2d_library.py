@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 import torch.nn.functional as F
 
-from ..choices import Case
-from ._conv2d_layout import is_channels_last
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # csrc/include/conv2d.h
+from ._conv2d_layout import PADDING_MODES, is_channels_last
 
 
 def conv2d_fwd(
@@ -28,18 +24,39 @@ def conv2d_fwd(
     activation,
     save_pre,
 ):
-    bare = activation == 0 and residual is None
     last = is_channels_last(input) or is_channels_last(weight)
-    fuse_bias = bias is not None and input.is_cuda  # there the convolution would add it in a pass of its own
     if any(padding[d] != padding[d + 2] for d in (0, 1)) or padding_mode:
         input, padding = _pad(input, padding, padding_mode), (0, 0)
+    geometry = stride, padding[:2], dilation, False, (0, 0), groups
+    return _finished(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre, last)
+
+
+def conv_transpose2d_fwd(
+    input,
+    weight,
+    bias,
+    residual,
+    stride,
+    padding,
+    output_padding,
+    dilation,
+    groups,
+    allow_tf32,
+    activation,
+    save_pre,
+):
+    last = is_channels_last(input) or is_channels_last(weight)
+    geometry = stride, padding, dilation, True, output_padding, groups
+    return _finished(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre, last)
+
+
+def _finished(input, weight, bias, residual, geometry, allow_tf32: bool, activation: int, save_pre: bool, last: bool):
+    fuse_bias = bias is not None and input.is_cuda  # there the convolution would add it in a pass of its own
     with _precision(input, allow_tf32):
-        sum = torch.ops.aten.convolution.default(
-            input, weight, None if fuse_bias else bias, stride, padding[:2], dilation, False, (0, 0), groups
-        )
+        sum = torch.ops.aten.convolution.default(input, weight, None if fuse_bias else bias, *geometry)
     sum = sum.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     output = torch.empty_like(sum) if save_pre else None
-    if not bare or fuse_bias:
+    if fuse_bias or activation or residual is not None:
         added = None if residual is None else residual.expand(sum.shape)
         remaining = bias if fuse_bias else None
         torch.ops.pynn.conv2d_epilogue.default(sum, remaining, added, activation, output)
@@ -156,34 +173,3 @@ def _precision(tensor: torch.Tensor, allow_tf32: bool):
         deterministic=cudnn.deterministic,
         allow_tf32=allow_tf32,
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def _case(shape, outputs: int, kernel, stride, padding, dilation, groups: int, padding_mode: int, last: bool):
-    if len(shape) != 4 or tuple(map(len, (kernel, stride, padding, dilation))) != (2, 2, 4, 2) or groups < 1:
-        return None  # the op's validation will say what is wrong
-    if padding_mode or padding[:2] != padding[2:] or min(stride) < 1:
-        return None  # the library would copy the image first
-    batch, channels, *size = shape
-    kind = "dense" if groups == 1 else "depthwise" if groups == channels else "grouped"
-    pixels = batch
-    for extent, k, s, p, d in zip(size, kernel, stride, padding[:2], dilation, strict=True):
-        pixels *= (extent + 2 * p - d * (k - 1) - 1) // s + 1
-    text = [f"{name}{h}x{w}" for name, (h, w) in (("k", kernel), ("s", stride), ("d", dilation))]
-    category = " ".join((kind, *text, "NHWC" if last else "NCHW"))
-    return Case(category, (groups if kind == "depthwise" else channels // groups, outputs // groups, pixels))
-
-
-def fwd_case(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
-    geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
-    return _case(input.shape, weight.shape[0], weight.shape[2:], *geometry, is_channels_last(input))
-
-
-def bwd_input_case(grad, weight, input_shape, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
-    geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
-    return _case(tuple(input_shape), weight.shape[0], weight.shape[2:], *geometry, is_channels_last(grad))
-
-
-def bwd_weight_case(grad, input, kernel, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
-    geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
-    return _case(input.shape, grad.shape[1], tuple(kernel), *geometry, is_channels_last(input))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _conv2d_cases as cases
 from . import _conv2d_library as library
 from ._conv2d_layout import is_channels_last
 from ._registry import define
@@ -21,7 +22,7 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
     "bool save_pre) -> (Tensor, Tensor)",
     triton="conv2d",
     library=library.conv2d_fwd,
-    case=library.fwd_case,
+    case=cases.conv2d_fwd,
 )
 def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
@@ -40,7 +41,7 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_
     "-> Tensor",
     triton="conv2d",
     library=library.conv2d_bwd_input,
-    case=library.bwd_input_case,
+    case=cases.conv2d_bwd_input,
 )
 def _(grad_output, weight, input_shape, stride, padding, dilation, groups, padding_mode, allow_tf32, channels_last):
     return _empty(grad_output, input_shape, channels_last)
@@ -51,7 +52,7 @@ def _(grad_output, weight, input_shape, stride, padding, dilation, groups, paddi
     "-> (Tensor, Tensor)",
     triton="conv2d",
     library=library.conv2d_bwd_weight,
-    case=library.bwd_weight_case,
+    case=cases.conv2d_bwd_weight,
 )
 def _(grad_output, input, kernel_size, stride, padding, dilation, groups, padding_mode, allow_tf32, with_bias):
     shape = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
@@ -77,6 +78,8 @@ def _(sum, bias, residual, activation, output):
     "SymInt[] padding, SymInt[] output_padding, SymInt[] dilation, SymInt groups, bool allow_tf32, int activation, "
     "bool save_pre) -> (Tensor, Tensor)",
     triton="conv2d",
+    library=library.conv_transpose2d_fwd,
+    case=cases.conv_transpose2d_fwd,
 )
 def _(
     input, weight, bias, residual, stride, padding, output_padding, dilation, groups, allow_tf32, activation, save_pre

@@ -15,11 +15,10 @@ import torch
 
 from ._conv2d_activation import ACTIVATIONS, check_activation
 from ._conv2d_functions import Conv2d, Geometry, convolve
+from ._conv2d_layout import PADDING_MODES
 from ._function import autocast
 
 __all__ = ["ACTIVATIONS", "PADDING_MODES", "conv2d"]
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # csrc/include/conv2d.h
 
 
 def pair(value) -> tuple[int, ...]:

@@ -1,0 +1,116 @@
+// Forward pass and input gradient as an implicit GEMM. A block computes kRows pixels times kColumns output channels of
+// one group and one stride phase. The sum runs over filter taps (outer) and channels (inner) as one sequence of 16-byte
+// packs, so that few channels leave no part of a block of the sum idle; every thread copies one pack of each of its
+// rows per block of the sum and keeps that pack's tap, from which the rows' addresses follow whenever the tap changes.
+#pragma once
+#include "conv2d_gemm_output.cuh"
+
+namespace pynn::cuda {
+namespace {
+namespace gemm {
+
+// What one thread copies for each block of the sum.
+template <class Tile>
+struct CorrelationLoader {
+  using T = typename Tile::Element;
+  static constexpr int kPack = 16 / sizeof(T), kStep = Tile::kThreads / kRowPacks;
+  static constexpr int kLeft = Tile::kRows / kStep, kRight = Tile::kColumns / kStep;
+
+  const Correlation<T>& p;
+  const Phase &h, &w;
+  const T* image[kLeft];  // of the row's sample; null beyond the last row
+  int first_h[kLeft], first_w[kLeft];
+  const T* left[kLeft];  // at the current tap; null outside of the image
+  const T* filter[kRight];
+  int tap, row = threadIdx.x / kRowPacks, pack = threadIdx.x % kRowPacks;
+  int i, j, c;  // tap and channel of this thread's pack
+
+  __device__ __forceinline__ CorrelationLoader(const Correlation<T>& p, const Phase& h, const Phase& w, uint32_t rows,
+                                               uint32_t first_row, int first_column, int group, int first_block)
+      : p(p), h(h), w(w) {
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) {
+      const uint32_t at = first_row + row + r * kStep;
+      image[r] = nullptr, first_h[r] = first_w[r] = 0;
+      if (at < rows) {
+        const Pixel pixel = pixel_of(p, h, w, at);
+        image[r] = p.image.data + pixel.n * p.image.n + int64_t(group) * p.image.group;
+        first_h[r] = pixel.h * p.h.stride + h.origin, first_w[r] = pixel.w * p.w.stride + w.origin;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRight; ++r) {
+      const int column = first_column + row + r * kStep;
+      filter[r] = column < p.columns ? p.filter.data + group * p.filter.group + column * p.filter.row : nullptr;
+    }
+    const int element = first_block * Tile::kDepth + pack * kPack, taps = element / p.image.channels;
+    c = element - taps * p.image.channels;
+    i = w.taps ? taps / w.taps : h.taps, j = w.taps ? taps - i * w.taps : 0;
+    locate();
+  }
+
+  // The addresses of the current tap.
+  __device__ __forceinline__ void locate() {
+    const bool exists = i < h.taps;
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) {
+      int at_h = first_h[r] + i * p.h.step, at_w = first_w[r] + j * p.w.step;
+      if (p.padding_mode != PaddingMode::zeros) {
+        at_h = int(source_of(at_h, p.h.size, p.padding_mode)), at_w = int(source_of(at_w, p.w.size, p.padding_mode));
+      }
+      const bool inside = unsigned(at_h) < unsigned(p.h.size) && unsigned(at_w) < unsigned(p.w.size);
+      left[r] = image[r] && exists && inside ? image[r] + at_h * p.image.h + at_w * p.image.w : nullptr;
+    }
+    tap = exists ? (h.first_tap + i * p.h.tap_step) * p.filter.tap_h + (w.first_tap + j * p.w.tap_step) * p.filter.tap_w
+                 : -1;
+  }
+
+  // Starts the copies of the next block of the sum to a stage.
+  __device__ __forceinline__ void copy(unsigned char* stage) {
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r)
+      cp_async<16>(stage + offset_of(row + r * kStep, pack), left[r] ? left[r] + c : p.image.data, left[r] ? 16 : 0);
+    stage += Tile::kRows * kRowBytes;
+#pragma unroll
+    for (int r = 0; r < kRight; ++r) {
+      const bool exists = filter[r] && tap >= 0;
+      cp_async<16>(stage + offset_of(row + r * kStep, pack), exists ? filter[r] + tap + c : p.filter.data,
+                   exists ? 16 : 0);
+    }
+    c += Tile::kDepth;
+    if (c < p.image.channels) return;
+    do {
+      c -= p.image.channels;
+      if (++j == w.taps) j = 0, ++i;
+    } while (c >= p.image.channels);
+    locate();
+  }
+};
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
+    correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
+                     const __grid_constant__ Target<typename Tile::Element> to) {
+  DYNAMIC_SHARED(unsigned char, shared);
+  const int phase = blockIdx.y / p.groups, group = blockIdx.y % p.groups;
+  const Phase &h = p.h.phase[phase / p.w.phases], &w = p.w.phase[phase % p.w.phases];
+  const uint32_t rows = p.batch * h.count.divisor * w.count.divisor;
+  const uint32_t row_tile = blockIdx.x / p.column_tiles, first_row = row_tile * Tile::kRows;
+  const int first_column = int(blockIdx.x - row_tile * p.column_tiles) * Tile::kColumns;
+  if (first_row >= rows) return;
+
+  Tile tile(p.chunk);
+  const int sum = h.taps * w.taps * p.image.channels, all_blocks = (sum + Tile::kDepth - 1) / Tile::kDepth;
+  const int first_block = int(blockIdx.z) * p.split, blocks = min(p.split, all_blocks - first_block);
+  CorrelationLoader<Tile> loader(p, h, w, rows, first_row, first_column, group, first_block);
+  run_pipeline(tile, loader, blocks, shared, Tile::kRows * kRowBytes);
+  store_tile(tile, to, shared, int64_t(rows) - first_row, group * p.columns + first_column, p.columns - first_column,
+             [&](int r) {
+               const Pixel pixel = pixel_of(p, h, w, first_row + r);
+               return Pixel{pixel.n, h.first + pixel.h * p.h.out_stride, w.first + pixel.w * p.w.out_stride};
+             });
+}
+
+}  // namespace gemm
+}  // namespace
+}  // namespace pynn::cuda
