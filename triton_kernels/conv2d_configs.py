@@ -100,11 +100,17 @@ def direct_tile(channels: int, last: bool, elements: int = 1024) -> Tile:
         channels: output channels of all groups.
         last: channels are the innermost dimension.
     """
-    if triton.knobs.runtime.interpret:
-        elements = 4096
+    interpreted = triton.knobs.runtime.interpret
+    elements = 4096 if interpreted else elements
     most = triton.next_power_of_2(channels)
     width = min(most, 64) if last else min(most, max(1, elements // 256))
-    return Tile(elements // width, width, 1, 1 if triton.knobs.runtime.interpret else 4, 2)
+    return Tile(elements // width, width, 1, 1 if interpreted else 4, 2)
+
+
+def row_tile(channels: int) -> Tile:
+    """One pixel of many channels, for elementwise passes over tensors of one layout."""
+    interpreted = triton.knobs.runtime.interpret
+    return Tile(1, min(triton.next_power_of_2(channels), 4096 if interpreted else 2048), 1, 1 if interpreted else 4, 2)
 
 
 def reduce_tile(channels: int, outputs: int, last: bool) -> Tile:
