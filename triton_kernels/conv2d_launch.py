@@ -138,7 +138,9 @@ def correlate(
     kind = kind_of(x, allow_tf32)
     in_pack, out_pack = pack_of(x, reduced), pack_of(x, outputs * groups if direct else outputs)
     if direct:
-        tile = configs.direct_tile(outputs * groups, last)
+        many_taps = last and reduced == 1 and x.element_size() == 2 and h.kernel * w.kernel > 25
+        # two pixels of a thread share the weights that it reads
+        tile = configs.direct_tile(outputs * groups, last, 2048 if many_taps else 1024, reduced == 1)
     elif few_outputs:
         tile = configs.reduce_tile(reduced, triton.next_power_of_2(outputs), last)
     else:
@@ -214,7 +216,7 @@ def weight_gradient(dw, dy, x, h: Axis, w: Axis, groups, reduced, outputs, paddi
     if direct:
         channels = outputs * groups
         block_w = min(triton.next_power_of_2(w.kernel), 8)
-        tile = configs.direct_tile(channels, x_layout.unit == 1, 2048 // block_w)
+        tile = configs.direct_tile(channels, x_layout.unit == 1, 2048 // block_w, reduced == 1)
         step = tile.pixels
         w_blocks = triton.cdiv(w.kernel, block_w)
         programs = triton.cdiv(channels, tile.channels) * reduced * h.kernel * w_blocks
@@ -222,9 +224,8 @@ def weight_gradient(dw, dy, x, h: Axis, w: Axis, groups, reduced, outputs, paddi
         constants = {"DEPTHWISE": outputs == reduced == 1, "BLOCK_W": block_w}
     else:
         channels = outputs
-        tile, columns = configs.weight_tile(kind, outputs)
+        tile, columns, by_tap = configs.weight_tile(kind, outputs, reduced)
         step = tile.pixels
-        by_tap = reduced >= columns // 2
         in_blocks = taps * triton.cdiv(reduced, columns) if by_tap else triton.cdiv(taps * reduced, columns)
         programs = groups * triton.cdiv(outputs, tile.channels) * in_blocks
         sizes, in_pack, out_pack = (), pack_of(x, reduced), pack_of(x, outputs)
