@@ -1,7 +1,7 @@
 // Depthwise correlations: forward and input gradient. A unit is one plane or one vector of channels of a band of rows;
 // its padded rows are packed once. A tile computes two output rows together, so that each packed vector is loaded once
 // for both, times a few vectors of pixels. Every kernel row is summed on its own, tap after tap, and the rows are added
-// in order.
+// in order; kernels of so few taps per row that this would only add roundings are one sum.
 #include "conv2d_depthwise.h"
 
 #include "conv2d_depthwise_pack.h"
@@ -19,6 +19,7 @@ struct Filter {
   const int64_t* columns;  // of the kernel, in a packed row
   int64_t members, height, width, dilation;
   int64_t member_rows;  // packed rows of one member
+  bool chained;         // one sum for all kernel rows
 };
 
 // total[r] += packed row x kernel row (row of `weights` - r), for r in [kFirst, kLast).
@@ -27,6 +28,9 @@ PYNN_HD void add_kernel_rows(const A* row, const A* weights, const Filter<A>& f,
                              Vec<A> (&total)[R][J]) {
   constexpr int kTap = kPlanes ? 1 : kLanes<A>, N = kLast - kFirst;
   Vec<A> sum[N][J] = {};
+  if (f.chained)
+    for (int r = 0; r < N; ++r)
+      for (int j = 0; j < J; ++j) sum[r][j] = total[kFirst + r][j];
   const A* filter[N];
   for (int r = 0; r < N; ++r) filter[r] = weights - (kFirst + r) * f.width * kTap;
   for (int64_t b = 0; b < f.width; ++b) {
@@ -49,7 +53,7 @@ PYNN_HD void add_kernel_rows(const A* row, const A* weights, const Filter<A>& f,
 #pragma GCC unroll 2
   for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) total[kFirst + r][j] += sum[r][j];
+    for (int j = 0; j < J; ++j) total[kFirst + r][j] = f.chained ? sum[r][j] : total[kFirst + r][j] + sum[r][j];
 }
 
 // R output rows x J vectors. rows: the packed rows of the first output row; at: the vectors in a packed row; places:
@@ -197,7 +201,8 @@ class DepthwiseCorrelation {
                            window_.h.kernel,
                            window_.w.kernel,
                            window_.h.dilation,
-                           needed};
+                           needed,
+                           window_.w.kernel == 1 || (window_.w.kernel == 2 && window_.h.kernel <= 2)};
     const int64_t vectors = int64_t(at_.size()), tiles = ceil_div(vectors, kMostVectors);
     const int64_t pitch = (kPlanes ? round_up(window_.w.out, L) : window_.w.out * L);
     const Strides4& s = epilogue_.s;
