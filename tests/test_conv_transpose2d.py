@@ -55,6 +55,7 @@ def output_like(x, w, **geometry):
 # (x shape, weight shape, geometry): decoders, a head, a stem, groups, depthwise, dilation
 LAYERS = [
     ((4, 64, 8, 8), (64, 32, 4, 4), {"stride": 2, "padding": 1}),
+    ((2, 128, 13, 12), (128, 40, 4, 4), {"stride": 2, "padding": 1}),
     ((4, 64, 8, 8), (64, 32, 2, 2), {"stride": 2}),
     ((2, 32, 9, 7), (32, 48, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     ((2, 32, 12, 12), (32, 3, 4, 4), {"stride": 2, "padding": 1}),
@@ -65,6 +66,7 @@ LAYERS = [
 ]
 SMALL_LAYERS = [
     ((2, 32, 5, 5), (32, 24, 4, 4), {"stride": 2, "padding": 1}),
+    ((1, 48, 5, 4), (48, 24, 4, 4), {"stride": 2, "padding": 1}),
     ((2, 32, 5, 5), (32, 24, 2, 2), {"stride": 2}),
     ((1, 16, 6, 5), (16, 40, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     ((1, 32, 8, 8), (32, 3, 4, 4), {"stride": 2, "padding": 1}),
@@ -284,9 +286,11 @@ def test_nothing_else_written(backend):
         assert_bitwise(a, e, "inside guards")
 
 
+@pytest.mark.parametrize("channels", [5, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nonfinite(backend, dtype):
-    x, w, b = operands((3, 5, 5, 5), (5, 20, 4, 4), dtype)
+def test_nonfinite(backend, dtype, channels):
+    size = 5 if channels == 5 or backend.name in EMULATED else 12
+    x, w, b = operands((4, channels, size, size), (channels, 20, 4, 4), dtype)
     x[0, 0, 3, 3], x[1, 1, 0, 0], x[2, 0, 4, 4] = float("nan"), float("inf"), float("-inf")
     y0, _ = truth_of(lambda *t: reference(*t, stride=2, padding=1), x, w, b)
     y, _ = run_on(backend, lambda *t: ours(*t, stride=2, padding=1), x, w, b)

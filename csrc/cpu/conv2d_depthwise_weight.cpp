@@ -36,70 +36,68 @@ struct Chunk {
   VecMask mask;
 };
 
+// sum[r][b] += one vector of x shifted by kernel column b, times that of output row i - r, for kernel rows r in
+// [kFirst, kLast); dy is output row i's.
+template <int kFirst, int kLast, bool kMasked, int R, int B, class A>
+PYNN_HD void add_vector(const Chunk<A>& chunk, const A* x, const A* dy, const int64_t (&shift)[B],
+                        Vec<A> (&sum)[R][B]) {
+  constexpr int N = kLast - kFirst;
+  Vec<A> gradient[N];
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r) gradient[r] = load(dy - (kFirst + r) * chunk.dy_pitch);
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    Vec<A> value = load(x + shift[b]);
+    if (kMasked) value = (Vec<A>)((VecMask)value & chunk.mask);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) sum[kFirst + r][b] = fma(value, gradient[r], sum[kFirst + r][b]);
+  }
+}
+
+// A row of x, null where it is all zeros, with the output rows that meet it.
+template <int kFirst, int kLast, int R, int B, class A>
+PYNN_HD void add_row(const Chunk<A>& chunk, const A* x, const A* dy, const int64_t (&shift)[B], Vec<A> (&sum)[R][B]) {
+  if (!x) return;
+  for (int64_t t = 0; t < chunk.vectors - chunk.masked; ++t, x += chunk.x_step, dy += chunk.dy_step)
+    add_vector<kFirst, kLast, false>(chunk, x, dy, shift, sum);
+  if (chunk.masked) add_vector<kFirst, kLast, true>(chunk, x, dy, shift, sum);
+}
+
 // sums[a][b] += x shifted by kernel row a and column b, times dy, for R kernel rows from a on and B columns.
 template <int R, int B, class A>
 [[gnu::noinline]] void add_taps(const Chunk<A>& chunk, int64_t a, const int64_t* columns, A* sums, int64_t row_size,
                                 int64_t tap_size) {
   Vec<A> sum[R][B] = {};
   int64_t shift[B];
-  for (int b = 0; b < B; ++b) shift[b] = columns[b];
-  // The kernel rows a + [first, last) of one row of x; row r meets output row i - r.
-  const auto add = [&]<int first, int last>(const A* x, const A* dy) {
-    const auto vector = [&]<bool masked>(int64_t t) {
-      Vec<A> gradient[R];
-#pragma GCC unroll 2
-      for (int r = first; r < last; ++r) gradient[r] = load(dy - r * chunk.dy_pitch + t * chunk.dy_step);
 #pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) {
-        Vec<A> value = load(x + shift[b] + t * chunk.x_step);
-        if (masked) value = (Vec<A>)((VecMask)value & chunk.mask);
-#pragma GCC unroll 2
-        for (int r = first; r < last; ++r) sum[r][b] = fma(value, gradient[r], sum[r][b]);
-      }
-    };
-    const int64_t whole = chunk.vectors - chunk.masked;
-    for (int64_t t = 0; t < whole; ++t) vector.template operator()<false>(t);
-    if (chunk.masked) vector.template operator()<true>(whole);
-  };
+  for (int b = 0; b < B; ++b) shift[b] = columns[b];
   const A* const* rows = chunk.x + a * chunk.dilation;
-  if constexpr (R == 1) {
-    for (int64_t i = 0; i < chunk.rows; ++i)
-      if (const A* x = rows[i * chunk.stride]) add.template operator()<0, 1>(x, chunk.dy + i * chunk.dy_pitch);
-  } else {
-    if (rows[0]) add.template operator()<0, 1>(rows[0], chunk.dy);
-    for (int64_t i = 1; i < chunk.rows; ++i)
-      if (rows[i]) add.template operator()<0, 2>(rows[i], chunk.dy + i * chunk.dy_pitch);
-    if (rows[chunk.rows]) add.template operator()<1, 2>(rows[chunk.rows], chunk.dy + chunk.rows * chunk.dy_pitch);
-  }
+  const int64_t step = R == 1 ? chunk.stride : 1;
+  const A* dy = chunk.dy;
+  int64_t i = R - 1;
+  if constexpr (R == 2) add_row<0, 1>(chunk, rows[0], dy, shift, sum);
+  for (; i < chunk.rows; ++i) add_row<0, R>(chunk, rows[i * step], dy + i * chunk.dy_pitch, shift, sum);
+  if constexpr (R == 2) add_row<1, R>(chunk, rows[i], dy + i * chunk.dy_pitch, shift, sum);
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
       A* to = sums + r * row_size + b * tap_size;
       store(to, load(to) + sum[r][b]);
     }
 }
 
-template <int R, class A>
-void add_taps(int64_t count, const Chunk<A>& chunk, int64_t a, const int64_t* columns, A* sums, int64_t row_size,
-              int64_t tap_size) {
-  const auto with = [&]<int B>() { add_taps<R, B>(chunk, a, columns, sums, row_size, tap_size); };
-  switch (count) {
-    case 1:
-      return with.template operator()<1>();
-    case 2:
-      return with.template operator()<2>();
-    case 3:
-      return with.template operator()<3>();
-    case 4:
-      return with.template operator()<4>();
-    case 5:
-      return with.template operator()<5>();
-    case 6:
-      return with.template operator()<6>();
-    case 7:
-      return with.template operator()<7>();
-    default:
-      return with.template operator()<8>();
-  }
+// add_taps for `rows` kernel rows and `taps` columns.
+template <class A>
+void add_taps(int64_t rows, int64_t taps, const Chunk<A>& chunk, int64_t a, const int64_t* columns, A* sums,
+              int64_t row_size, int64_t tap_size) {
+  const auto of_height = [&]<int R, int... B>(std::integer_sequence<int, B...>) {
+    ((taps == B + 1 ? add_taps<R, B + 1>(chunk, a, columns, sums, row_size, tap_size) : void()), ...);
+  };
+  [&]<int... R>(std::integer_sequence<int, R...>) {
+    ((rows == R + 1 ? of_height.template operator()<R + 1>(std::make_integer_sequence<int, kMostTaps>()) : void()),
+     ...);
+  }(std::make_integer_sequence<int, kTogether>());
 }
 
 template <class T, bool kPlanes>
@@ -226,16 +224,14 @@ class DepthwiseWeightGradient {
     chunk.dy += l * L;
     int64_t columns[kMostTaps];
     const int64_t pieces = ceil_div(kw, kMostTaps);
-    const int64_t together = window_.h.stride == 1 && window_.h.dilation == 1 ? kTogether : 1;
+    const bool sliding = window_.h.stride == 1 && window_.h.dilation == 1;
+    const int64_t steps = ceil_div(kh, sliding ? std::min<int64_t>(kTogether, rows) : 1);
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t b = kw * piece / pieces, count = kw * (piece + 1) / pieces - b;
       for (int64_t i = 0; i < count; ++i) columns[i] = columns_[b + i] + l * x_.step();
-      for (int64_t a = 0; a < kh; a += together) {
-        A* to = sums + (a * kw + b) * L;
-        if (kTogether == 2 && together == 2 && a + 1 < kh)
-          add_taps<kTogether>(count, chunk, a, columns, to, kw * L, L);
-        else
-          add_taps<1>(count, chunk, a, columns, to, kw * L, L);
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t a = kh * step / steps, together = kh * (step + 1) / steps - a;
+        add_taps(together, count, chunk, a, columns, sums + (a * kw + b) * L, kw * L, L);
       }
     }
     if (!with_bias) return;

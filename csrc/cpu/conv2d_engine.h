@@ -72,11 +72,26 @@ class Correlation {
     in_place_ = sizeof(T) == sizeof(A) && !window.patches() && !window.bordered() && (s.c == 1 || channels_ == 1) &&
                 (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
-    packed_ =
-        in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
+    read_with(
+        in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_});
+  }
+
+  // The strides of the input that sum_unit reads.
+  void read_with(const Strides4& packed) {
+    packed_ = packed;
+    chunks_.clear();
     for (const Span& rows : rows_)
       for (const Span& columns : columns_)
-        chunks_.push_back(chunks_of(weights.form(), core_, rows, columns, packed_.h, packed_.w));
+        chunks_.push_back(chunks_of(weights_.form(), core_, rows, columns, packed_.h, packed_.w));
+  }
+
+  // The sums of one group over a unit, whose first input row is at base: sums[panel][pixel][lane].
+  void sum_unit(const Unit& unit, const A* base, int64_t group, const Layout& layout, int64_t pixels, int64_t* lists,
+                A* sums) const {
+    int64_t *offsets = lists, *places = lists + unit.images * unit.rows * core_.w.out + kDotRows;
+    const std::vector<int64_t> classes = sort_pixels(unit, layout, offsets, places);
+    for (int64_t o = 0; o < core_.out_channels; o += W)
+      sum_panel(classes, base, offsets, places, group, o, sums + o * pixels);
   }
 
   // finish(panel) is called once for every unit and panel.
@@ -115,20 +130,28 @@ class Correlation {
       for (int64_t n = 0; n < unit.images; ++n)
         pack_part<T, A>(x_ + (unit.image + n) * s_.n, s_, window_, part, input + n * packed_.n);
     }
-    const std::vector<int64_t> classes = sort_pixels(unit, offsets, places);
-    const A* group = weights_.group(split);
+    const int64_t width = core_.w.out;
+    const std::vector<int64_t> classes =
+        sort_pixels(unit, {unit.rows * width, width, 1, -unit.row * width}, offsets, places);
     for (int64_t o = 0; o < core_.out_channels; o += W) {
-      const int64_t channels = std::min<int64_t>(W, core_.out_channels - o), width = round_up(channels, L);
-      for (size_t k = 0; k + 1 < classes.size(); ++k)
-        dense_class(chunks_[k], base, offsets, places, classes[k], classes[k + 1], group + o * core_.depth(), channels,
-                    width, sums);
-      finish(Panel<A>{unit, split * core_.out_channels + o, channels, sums, width});
+      const int64_t channels = sum_panel(classes, base, offsets, places, split, o, sums);
+      finish(Panel<A>{unit, split * core_.out_channels + o, channels, sums, round_up(channels, L)});
     }
   }
 
-  // Lists the pixels of a unit class by class: where their first tap is, and their place in raster order. Returns the
+  // The panel of output channels from o on; returns their number.
+  int64_t sum_panel(const std::vector<int64_t>& classes, const A* base, const int64_t* offsets, const int64_t* places,
+                    int64_t group, int64_t o, A* sums) const {
+    const int64_t channels = std::min<int64_t>(W, core_.out_channels - o), width = round_up(channels, L);
+    for (size_t k = 0; k + 1 < classes.size(); ++k)
+      dense_class(chunks_[k], base, offsets, places, classes[k], classes[k + 1],
+                  weights_.group(group) + o * core_.depth(), channels, width, sums);
+    return channels;
+  }
+
+  // Lists the pixels of a unit class by class: where their first tap is, and their place in the layout. Returns the
   // class boundaries, one class for each pair of spans.
-  std::vector<int64_t> sort_pixels(const Unit& unit, int64_t* offsets, int64_t* places) const {
+  std::vector<int64_t> sort_pixels(const Unit& unit, const Layout& layout, int64_t* offsets, int64_t* places) const {
     std::vector<int64_t> boundaries{0};
     int64_t p = 0;
     for (const Span& rows : rows_)
@@ -137,10 +160,10 @@ class Correlation {
         for (int64_t n = 0; n < unit.images; ++n)
           for (int64_t i = begin; i < end; ++i) {
             const int64_t at = n * packed_.n + (core_.h.input(i, rows.tap) - unit.in_row) * packed_.h;
-            const int64_t place = (n * unit.rows + i - unit.row) * core_.w.out;
+            const int64_t place = layout(n, i, 0);
             for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
               offsets[p] = at + core_.w.input(j, columns.tap) * packed_.w;
-              places[p] = place + j;
+              places[p] = place + j * layout.column;
             }
           }
         boundaries.push_back(p);

@@ -38,17 +38,18 @@ struct PlaneAxis {
   }
 };
 
-// Planes of a band of `rows` output rows.
+// Planes of a band of `rows` output rows, with a pitch of at least `pitch`.
 class Planes {
  public:
-  Planes(const Window& window, int64_t rows) : h_(window.h), w_(window.w), rows_(window.h), columns_(window.w) {
+  Planes(const Window& window, int64_t rows, int64_t pitch = 0)
+      : h_(window.h), w_(window.w), rows_(window.h), columns_(window.w) {
     width_ = w_.out + columns_.extra;
     int64_t shared = columns_.extra;  // zeros that end a row and begin the next
     for (int64_t p = 0; p < columns_.phases(); ++p) {
       const auto [begin, end] = columns_.inside(w_, p, width_);
       shared = std::min({shared, begin, width_ - end});
     }
-    pitch_ = width_ - shared;
+    pitch_ = std::max(width_ - shared, pitch);
     plane_ = round_up((rows + rows_.extra) * pitch_ + shared, 16);
     if (plane_ % 256 == 0) plane_ += 16;  // planes 1 KiB apart would compete for the same cache lines
     channel_ = plane_ * std::max<int64_t>(rows_.phases() * columns_.phases(), 1);
