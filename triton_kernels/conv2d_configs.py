@@ -99,12 +99,13 @@ def weight_tile(kind: str, outputs: int, inputs: int) -> tuple[Tile, int, bool]:
     return tile, columns if by_tap else 32, by_tap
 
 
-def direct_tile(channels: int, last: bool, elements: int = 1024, one_channel: bool = True) -> Tile:
+def direct_tile(channels: int, last: bool, itemsize: int, elements: int = 1024, one_channel: bool = True) -> Tile:
     """A block of pixels and channels of the kernels without a matrix product, the inner dimension of memory long.
 
     Args:
         channels: output channels of all groups.
         last: channels are the innermost dimension.
+        itemsize: bytes of an element; a lane takes 16 at once.
         one_channel: each result reads one input channel, as in a depthwise convolution; otherwise every element may
             have a mask of its own, and a wave of 64 lanes takes fewer of them.
     """
@@ -112,7 +113,7 @@ def direct_tile(channels: int, last: bool, elements: int = 1024, one_channel: bo
     if triton.knobs.runtime.interpret:
         elements, warps = 4096, 1
     elif architecture() == "gfx942":
-        elements, warps = (elements, 2) if one_channel else (elements // 2, 4)
+        elements, warps = (elements, max(1, min(elements * itemsize // 1024, 4))) if one_channel else (elements // 2, 4)
     most = triton.next_power_of_2(channels)
     width = min(most, 64) if last else min(most, max(1, elements // 256))
     return Tile(elements // width, width, 1, warps, 2)

@@ -140,7 +140,7 @@ def correlate(
     if direct:
         many_taps = last and reduced == 1 and x.element_size() == 2 and h.kernel * w.kernel > 25
         # two pixels of a thread share the weights that it reads
-        tile = configs.direct_tile(outputs * groups, last, 2048 if many_taps else 1024, reduced == 1)
+        tile = configs.direct_tile(outputs * groups, last, x.element_size(), 2048 if many_taps else 1024, reduced == 1)
     elif few_outputs:
         tile = configs.reduce_tile(reduced, triton.next_power_of_2(outputs), last)
     else:
@@ -216,7 +216,7 @@ def weight_gradient(dw, dy, x, h: Axis, w: Axis, groups, reduced, outputs, paddi
     if direct:
         channels = outputs * groups
         block_w = min(triton.next_power_of_2(w.kernel), 8)
-        tile = configs.direct_tile(channels, x_layout.unit == 1, 2048 // block_w, reduced == 1)
+        tile = configs.direct_tile(channels, x_layout.unit == 1, x.element_size(), 2048 // block_w, reduced == 1)
         step = tile.pixels
         w_blocks = triton.cdiv(w.kernel, block_w)
         programs = triton.cdiv(channels, tile.channels) * reduced * h.kernel * w_blocks
