@@ -142,7 +142,7 @@ class DepthwiseWeightGradient {
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         A* at = scratch.get() + slot * size;
-        if (channels_ % kBlock) std::fill_n(at, x_size + dy_size, A(0));  // lanes without a channel stay 0
+        std::fill_n(at, x_size + dy_size, A(0));
         for (int64_t i = slot; i < work; i += slots)
           sum_part(i / parts_ * kBlock, i % parts_, at, at + x_size, at + x_size + dy_size,
                    lists.get() + slot * (x_rows + band_rows_), results.get() + i * result, dbias != nullptr);
