@@ -11,6 +11,7 @@
 #include "conv2d_epilogue.h"
 #include "conv2d_narrow.h"
 #include "conv2d_padding.h"
+#include "conv2d_winograd.h"
 
 namespace pynn::cpu {
 
@@ -80,11 +81,16 @@ class InputGradient {
     Window window;
     const T* w;
     WeightView view;
+    std::optional<WinogradWeights<A>> winograd;
     std::optional<PackedWeights<A>> weights;  // depthwise and narrow correlations pack their own
 
     Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
         : row(row), column(column), window(window), w(w), view(view) {
-      if (!depthwise && !is_narrow(window)) weights.emplace(w, view, window);
+      if (depthwise || is_narrow(window)) return;
+      if constexpr (std::is_same_v<T, A>) {
+        if (is_winograd<T>(window)) winograd.emplace(w, view, window);
+      }
+      if (!winograd || !winograd->finite()) winograd.reset(), weights.emplace(w, view, window);
     }
   };
 
@@ -112,6 +118,8 @@ class InputGradient {
       window.batch = images;
       if (window_.depthwise())
         correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (piece.winograd)
+        correlate_winograd(dy, dy_strides, window, *piece.winograd, epilogue);
       else if (piece.weights)
         Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
       else
