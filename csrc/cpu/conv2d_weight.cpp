@@ -235,7 +235,7 @@ void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides
   const Window window = window_of(d);
   if (window.depthwise())
     DepthwiseWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias);
-  else if (!is_narrow(window) || !NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
+  else if (!has_narrow_weights(window) || !NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
     WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 
