@@ -1,6 +1,7 @@
 // conv2d forward, input gradient and activation gradient for the CPU. Forward is one correlation (conv2d_engine.h)
 // whose finished blocks of sums get bias, residual and activation before they are rounded once and stored, in either
 // layout; the input gradient is several (conv2d_input_gradient.h).
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_input_gradient.h"
@@ -21,6 +22,7 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
   const Bias<T> bias(e, d.out_channels);
   const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
                              y_strides,  e.pre,      e.activation,       d.out_width};
+  if (window.depthwise()) return correlate_depthwise(x, x_strides, window, w, view, epilogue);
   if (is_narrow(window)) return NarrowCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
   const PackedWeights<accumulate_t<T>> weights(w, view, window);
   Correlation<T>(x, x_strides, window, weights).run(epilogue);

@@ -6,10 +6,12 @@
 #include <numeric>
 #include <optional>
 
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_narrow.h"
 #include "conv2d_padding.h"
+#include "conv2d_phased.h"
 
 namespace pynn::cpu {
 
@@ -55,7 +57,8 @@ class InputGradient {
                             {d.out_height, v.count, reached ? v.taps : 0, 1, v.step, v.pad},
                             {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
         const WeightView view{out * s.n, s.c, s.n, -v.tap_step * s.h, -h.tap_step * s.w};
-        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view);
+        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view,
+                             window_.depthwise());
       }
   }
 
@@ -78,11 +81,15 @@ class InputGradient {
     Window window;
     const T* w;
     WeightView view;
-    std::optional<PackedWeights<A>> weights;
+    std::optional<PackedWeights<A>> weights;  // depthwise and narrow correlations pack their own
+    std::optional<Winograd2x2<A>> winograd;
 
-    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view)
+    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
         : row(row), column(column), window(window), w(w), view(view) {
-      if (!is_narrow(window)) weights.emplace(w, view, window);
+      if (depthwise || is_narrow(window)) return;
+      weights.emplace(w, view, window);
+      if (weights->form() == Form::panels && Winograd2x2<A>::template fits<T>(window))
+        winograd.emplace(*weights, window);
     }
   };
 
@@ -93,9 +100,27 @@ class InputGradient {
     return std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(window.batch, 1));
   }
 
+  // Whether a unit of all phases is worth it and fits: it has as many rows as the stride at least.
+  bool phased() const {
+    bool plain = true, fast = pieces_.size() > 1;
+    for (const Piece& piece : pieces_) {
+      plain = plain && piece.weights && !piece.window.patches();
+      fast = fast || piece.winograd;
+    }
+    return plain && fast &&
+           stride_height_ * window_.w.in * round_up(window_.in_channels, kLanes<A>) <= kChunkBytes / int64_t(sizeof(A));
+  }
+
   // E is what the result is stored as.
   template <class E>
   void correlate(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole) const {
+    if (phased()) {
+      Epilogue<E> epilogue = whole;
+      epilogue.width = window_.w.in;
+      return PhasedCorrelation<T, std::list<Piece>>(dy, dy_strides, images, window_.h.in, window_.w.in, stride_height_,
+                                                    stride_width_, pieces_)
+          .run(epilogue);
+    }
     for (const Piece& piece : pieces_) {
       const auto every = [&](const Strides4& s) {
         return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_};
@@ -108,7 +133,9 @@ class InputGradient {
           every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
       Window window = piece.window;
       window.batch = images;
-      if (piece.weights)
+      if (window_.depthwise())
+        correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (piece.weights)
         Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
       else
         NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
@@ -133,7 +160,7 @@ class InputGradient {
           fold_border(h, w, values, pixel, round_up(count, kLanes<A>));
           values += h.border.before * pitch + w.border.before * pixel;
           for (int64_t row = 0; row < h.border.size; ++row, values += pitch)
-            epilogue(Panel<A>{Unit(n + i / blocks, row), channel, count, values, pixel});
+            epilogue(Panel<A>{Unit(n + i / blocks, 1, row, 1), channel, count, values, pixel});
         }
       });
     }

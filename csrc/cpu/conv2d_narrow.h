@@ -97,7 +97,7 @@ class NarrowCorrelation {
     const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt((depth_ <= 32 ? 2.0 : 4.0) * double(depth_))), 4, 64);
     const int64_t pieces = ceil_div(depth_, limit), taps = window_.taps();
     for (int64_t i = 0; i <= pieces; ++i) ends_.push_back(pieces ? depth_ * i / pieces : 0);
-    const int64_t fit = std::max<int64_t>(1, kBytes / int64_t(sizeof(A)) / planes_.channel());
+    const int64_t fit = std::max<int64_t>(1, 2 * kBytes / int64_t(sizeof(A)) / planes_.channel());
     const bool whole = bundle_ > 1 || out_ > kPanel || out_ >= kPixelWidth || in_ <= fit;
     for (int64_t begin = 0; begin < pieces;) {
       const int64_t channel = ends_[begin] / taps;

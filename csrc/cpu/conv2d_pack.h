@@ -110,10 +110,10 @@ void transpose_out(const A* from, int64_t from_stride, int64_t count, int64_t ch
     for (int64_t p = 0; p < count; ++p) to[c * stride + p] = from[p * from_stride + c];
 }
 
-// The part of an image that a copy takes: rows [row, row + rows) of `width` pixels; channel c of the copy is channel
-// (first + c) / repeat of the image; a pixel of the copy takes `pixel` elements.
+// The part of an image that a copy takes: rows [row, row + rows) of `width` pixels, channels [first, first + channels);
+// a pixel of the copy takes `pixel` elements.
 struct Part {
-  int64_t row, rows, width, first, channels, repeat, pixel;
+  int64_t row, rows, width, first, channels, pixel;
 };
 
 // Copies a part of an image into to[row][column][channel].
@@ -121,15 +121,7 @@ template <class T, class A>
 void pack_image(const T* image, const Strides4& s, const Part& part, A* to) {
   const int64_t rows = part.rows, columns = part.width, count = part.channels, pixel = part.pixel;
   const int64_t row_size = columns * pixel;
-  const T* from = image + part.row * s.h;
-  if (part.repeat != 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t q = 0; q < columns; ++q)
-        for (int64_t c = 0; c < count; ++c)
-          to[r * row_size + q * pixel + c] = to_float(from[(part.first + c) / part.repeat * s.c + r * s.h + q * s.w]);
-    return;
-  }
-  from += part.first * s.c;
+  const T* from = image + part.row * s.h + part.first * s.c;
   if (s.c == 1) {
     const bool dense = s.w == count && pixel == count;  // pixels follow each other in memory
     const int64_t runs = dense ? 1 : columns, length = dense ? columns * count : count;

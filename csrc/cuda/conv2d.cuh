@@ -1,7 +1,11 @@
 // conv2d on a GPU: which kernel computes what. The choice, like the order of every sum, depends on the shape alone (the
 // layout only decides how a kernel reads and writes), so a result has the same bits in any layout.
 #pragma once
+#include <type_traits>
+
 #include "conv2d_bias.cuh"
+#include "conv2d_depthwise.cuh"
+#include "conv2d_depthwise_weight.cuh"
 #include "conv2d_direct.cuh"
 #include "conv2d_fold.cuh"
 #include "conv2d_gemm_weight.cuh"
@@ -17,6 +21,9 @@ void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_stri
     if (gemm::suits_input_gradient<T>(s))
       return gemm::input_gradient(out, dy, dy_strides, w, w_strides, s, scratch, stream);
   }
+  if constexpr (std::is_same_v<T, Out>) {
+    if (is_depthwise_gradient<T>(s)) return depthwise_gradient(out, dy, dy_strides, w, w_strides, s, stream);
+  }
   direct_input_gradient<T, Out>(out, dy, dy_strides, w, w_strides, s, stream);
 }
 
@@ -24,6 +31,23 @@ void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_stri
 template <class T>
 int64_t input_gradient_scratch(const Conv2dShape& s) {
   return gemm::suits_input_gradient<T>(s) ? gemm::input_gradient_scratch<T>(s) : 0;
+}
+
+template <class T>
+void weight_gradient(T* dw, const T* dy, const Strides4& dy_strides, const T* x, const Strides4& x_strides,
+                     const Conv2dShape& s, void* scratch, void* stream) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (gemm::suits_weight_gradient<T>(s))
+      return gemm::weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  }
+  if (is_depthwise_weight(s)) return depthwise_weight(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  direct_weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+}
+
+template <class T>
+int64_t weight_gradient_scratch(const Conv2dShape& s) {
+  if (gemm::suits_weight_gradient<T>(s)) return gemm::weight_gradient_scratch<T>(s);
+  return is_depthwise_weight(s) ? depthwise_weight_scratch<T>(s) : direct_weight_gradient_scratch<T>(s);
 }
 
 }  // namespace
@@ -39,6 +63,11 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
   const Output<T> out{y, y_strides, epilogue};
   if constexpr (!std::is_same_v<T, double>) {
     if (gemm::suits_forward<T>(s)) return gemm::forward(out, x, x_strides, w, w_strides, s, scratch, stream);
+  }
+  if (is_depthwise<T>(s)) {
+    depthwise(DepthwiseCall<T>{out, x, x_strides, w, w_strides, rows_of(s), columns_of(s), s.batch, s.out_channels,
+                               s.out_channels / s.groups, s.padding_mode, stream});
+    return;
   }
   direct_forward(out, x, x_strides, w, w_strides, s, stream);
 }
@@ -70,22 +99,13 @@ void Conv2d<T>::bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4
 
 template <class T>
 int64_t Conv2d<T>::bwd_weight_scratch(const Conv2dShape& s) {
-  const int64_t weight =
-      gemm::suits_weight_gradient<T>(s) ? gemm::weight_gradient_scratch<T>(s) : direct_weight_gradient_scratch<T>(s);
-  return std::max(weight, bias_gradient_scratch(s));
+  return std::max(weight_gradient_scratch<T>(s), bias_gradient_scratch(s));
 }
 
 template <class T>
 void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
                            const Conv2dShape& s, void* scratch, void* stream) {
-  bool done = s.in_channels == 0;
-  if constexpr (!std::is_same_v<T, double>) {
-    if (gemm::suits_weight_gradient<T>(s)) {
-      gemm::weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
-      done = true;
-    }
-  }
-  if (!done) direct_weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  if (s.in_channels > 0) weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
   if (dbias) bias_gradient(dbias, dy, dy_strides, s, scratch, stream);
 }
 

@@ -87,8 +87,7 @@ void bias_gradient(T* dbias, const T* dy, const Strides4& strides, const Conv2dS
   auto* const partial = static_cast<double*>(scratch);
   LAUNCH(bias_gradient_kernel<T>, unsigned(spans.channel_blocks * spans.count), kThreads, 0, stream, partial, dy,
          strides, s, spans);
-  LAUNCH((add_partials_kernel<T, double>), blocks_of(spans.channels), kThreads, 0, stream, dbias, partial,
-         spans.channels, spans.count);
+  add_partials(dbias, partial, spans.channels, spans.count, stream);
 }
 
 }  // namespace

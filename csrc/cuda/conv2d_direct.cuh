@@ -141,8 +141,7 @@ void direct_weight_gradient(T* dw, const T* dy, Strides4 dy_strides, const T* x,
   auto* const partial = static_cast<accumulate_t<T>*>(scratch);
   LAUNCH(direct_weight_gradient_kernel<T>, blocks_of(spans.weights * spans.count), kThreads, 0, stream, partial, dy,
          dy_strides, x, x_strides, s, spans);
-  LAUNCH((add_partials_kernel<T, accumulate_t<T>>), blocks_of(spans.weights), kThreads, 0, stream, dw, partial,
-         spans.weights, spans.count);
+  add_partials(dw, partial, spans.weights, spans.count, stream);
 }
 
 }  // namespace

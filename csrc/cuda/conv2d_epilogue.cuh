@@ -3,7 +3,7 @@
 #pragma once
 #include "conv2d_activation.cuh"
 #include "conv2d_geometry.cuh"
-#include "pack.cuh"
+#include "conv2d_vectors.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -21,11 +21,12 @@ struct Output {
     store_channels(values, e, 1, false);
   }
 
-  // Stores `valid` sums of channels e.c, e.c + 1, ... of one pixel. aligned: 16-byte accesses are possible, that is,
-  // allows_packs() for packs of `count` channels, and e.c is a multiple of `count`.
+  // Stores `valid` sums of channels e.c, e.c + 1, ... of one pixel. vectors: has_vectors<count>(), and e.c is a
+  // multiple of `count`.
   template <int count>
-  __device__ void store_channels(A (&sums)[count], const Element& e, int valid, bool aligned) const {
+  __device__ void store_channels(A (&sums)[count], const Element& e, int valid, bool vectors) const {
     const Conv2dEpilogue<T>& p = epilogue;
+    vectors = vectors && valid == count;
     if (p.bias) {
 #pragma unroll
       for (int k = 0; k < count; ++k)
@@ -33,53 +34,37 @@ struct Output {
     }
     if (p.residual) {
       const T* const from = p.residual + e.at(p.residual_strides);
-      T values[count];
-      load_run(values, from, p.residual_strides.c, valid, aligned);
+      A values[count];
+      load_channels(values, from, p.residual_strides.c, valid, vectors);
 #pragma unroll
-      for (int k = 0; k < count; ++k) sums[k] += to_float(values[k]);
+      for (int k = 0; k < count; ++k) sums[k] += values[k];
     }
     const int64_t at = e.at(strides);
-    if (p.pre) store_run(p.pre + at, sums, valid, aligned);
+    if (p.pre) store_run(p.pre + at, sums, valid, vectors);
     with_activation(p.activation, [&]<Activation kind>() {
 #pragma unroll
       for (int k = 0; k < count; ++k) sums[k] = activated<T, kind>(sums[k]);
     });
-    store_run(y + at, sums, valid, aligned);
+    store_run(y + at, sums, valid, vectors);
   }
 
-  // Whether packs of `count` channels can be stored (and the residual's loaded) in 16-byte accesses.
-  bool allows_packs(int count) const {
-    const auto fits = [&](const T* t, const Strides4& s) {
-      return s.c == 1 && s.n % count == 0 && s.h % count == 0 && s.w % count == 0 && is_aligned({t});
-    };
+  // Whether vectors of `count` channels can be stored (and the residual's loaded).
+  template <int count>
+  bool has_vectors() const {
     const Conv2dEpilogue<T>& p = epilogue;
-    return count * sizeof(T) % 16 == 0 && fits(y, strides) && (!p.pre || is_aligned({p.pre})) &&
-           (!p.residual || fits(p.residual, p.residual_strides));
+    return cuda::has_vectors<T, count>(y, strides) && (!p.pre || cuda::has_vectors<T, count>(p.pre, strides)) &&
+           (!p.residual || cuda::has_vectors<T, count>(p.residual, p.residual_strides));
   }
 
  private:
   template <int count>
-  static __device__ void load_run(T (&values)[count], const T* from, int64_t stride, int valid, bool aligned) {
-    if constexpr (count * sizeof(T) % 16 == 0) {
-      if (aligned && valid == count) {
-        PackOf<T, count> pack;
-        load_pack(pack, from, count, true);
+  __device__ void store_run(T* to, const A (&sums)[count], int valid, bool vectors) const {
+    if constexpr (kHasAccess<T, count>) {
+      if (vectors) {
+        T values[count];
 #pragma unroll
-        for (int k = 0; k < count; ++k) values[k] = pack.element[k];
-        return;
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < count; ++k) values[k] = k < valid ? from[k * stride] : T{};
-  }
-  template <int count>
-  __device__ void store_run(T* to, const A (&sums)[count], int valid, bool aligned) const {
-    if constexpr (count * sizeof(T) % 16 == 0) {
-      if (aligned && valid == count) {
-        PackOf<T, count> pack;
-#pragma unroll
-        for (int k = 0; k < count; ++k) pack.element[k] = from_float<T>(sums[k]);
-        store_pack(to, pack, count, true);
+        for (int k = 0; k < count; ++k) values[k] = from_float<T>(sums[k]);
+        store_vector(to, values);
         return;
       }
     }

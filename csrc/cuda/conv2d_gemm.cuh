@@ -27,6 +27,10 @@ constexpr int64_t kCopyBytes = int64_t(32) << 20, kSumsBytes = int64_t(32) << 20
 constexpr int64_t kMostRows = int64_t(1) << 30, kMostImages = 32768;
 constexpr int64_t kEnoughBlocks = 2 * 132;  // two for each processor of a large GPU
 
+// The chunk of an fp32 sum, in steps: the square root of the length of the sum balances the rounding errors of chunks
+// and total.
+inline int64_t short_chunk(int64_t sum) { return std::clamp<int64_t>(std::llround(std::sqrt(double(sum)) / 4), 1, 16); }
+
 // A correlation in numbers: everything that follows from the shape.
 template <class T>
 struct Plan {
@@ -60,12 +64,7 @@ struct Plan {
     parts = height * width <= 256 && sum >= 1024 ? std::min<int64_t>(sum / 512, 8) : 1;
     split = ceil_div(blocks, parts);
     chunk = split;
-    if (!tensor_cores) {
-      // Products that are added to one fp32 sum: about the square root of all of them.
-      const double balanced = std::sqrt(8.0 * double(sum)) / double(kDepth);
-      chunk = std::clamp<int64_t>(int64_t(balanced), 1, 4);
-      split = round_up(split, chunk);
-    }
+    if (!tensor_cores) chunk = short_chunk(std::min(sum, split * kDepth));
     parts = ceil_div(blocks, split);
   }
 
@@ -194,7 +193,7 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
     Target<T> to{{}, false, int(p.height), int(p.width), int(channels), nullptr, 0};
     if constexpr (std::is_same_v<T, Out>) {
       to.out = finished;
-      to.packs = finished.allows_packs(kPackOf<T>) && (p.groups == 1 || p.columns % kPackOf<T> == 0);
+      to.packs = finished.template has_vectors<kPackOf<T>>() && (p.groups == 1 || p.columns % kPackOf<T> == 0);
     } else {
       to.sums = finished.y;
     }

@@ -106,7 +106,7 @@ struct Correlation {
   Filter<T> filter;
   int batch, groups, columns;  // columns: output channels of a group
   int column_tiles;
-  int chunk, split;  // blocks of the sum after which it goes to the total, and blocks for each blockIdx.z
+  int chunk, split;  // steps of the sum that make a chunk, and its blocks for each blockIdx.z
   PaddingMode padding_mode;
 };
 

@@ -4,6 +4,7 @@
 #include "conv2d_epilogue.cuh"
 #include "conv2d_gemm_geometry.cuh"
 #include "conv2d_gemm_tiles.cuh"
+#include "pack.cuh"
 
 namespace pynn::cuda {
 namespace {

@@ -17,7 +17,7 @@ struct WeightGradient {
   PaddingMode padding_mode;
   int rows, columns, column_tiles;  // of one group: output channels, and taps times channels of `right`
   int first, end, span;             // pixels
-  int chunk;                        // blocks of the sum after which it goes to the total
+  int chunk;                        // steps of the sum that make a chunk
 };
 
 template <class Tile>
@@ -93,10 +93,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   const int first_column = (int(blockIdx.x) - row_tile * p.column_tiles) * Tile::kColumns;
   const int begin = p.first + int(blockIdx.z) * p.span, end = min(begin + p.span, p.end);
 
-  Tile tile;
+  Tile tile(p.chunk);
   WeightLoader<Tile> loader(p, first_row, first_column, group, begin, end);
-  run_pipeline(tile, loader, (end - begin + Tile::kDepth - 1) / Tile::kDepth, p.chunk, shared,
-               WeightLoader<Tile>::kLeftBytes);
+  run_pipeline(tile, loader, (end - begin + Tile::kDepth - 1) / Tile::kDepth, shared, WeightLoader<Tile>::kLeftBytes);
   store_tile(tile, to, shared, p.rows - first_row, first_column, p.columns - first_column,
              [&](int r) { return Pixel{group * p.rows + first_row + r, 0, 0}; });
 }
@@ -135,10 +134,12 @@ struct WeightPlan {
         large(rows > 64 && (sizeof(T) == 4 ? !s.allow_tf32 : columns > 64)) {
     const int64_t tile_rows = large ? 128 : 64, tile_columns = large && sizeof(T) == 2 ? 128 : 64;
     const int64_t tiles = ceil_div(rows, tile_rows) * ceil_div(columns, tile_columns) * s.groups;
-    // Enough blocks for a large GPU, but at least 256 pixels each; at most 8192, for the sums' accuracy.
-    constexpr int64_t kLeast = 256, kMost = 8192;
-    int64_t count = std::min(ceil_div(2 * kEnoughBlocks, tiles), ceil_div(pixels, kLeast));
-    count = std::max(count, ceil_div(pixels, kMost));
+    // Enough blocks for a large GPU, but spans that are worth a block; short enough for the accuracy of their fp32
+    // sums.
+    const bool fma = sizeof(T) == 4 && !s.allow_tf32;
+    const int64_t least = fma ? 16 : 256, most = fma ? 1024 : 8192;
+    int64_t count = std::min(ceil_div(2 * kEnoughBlocks, tiles), ceil_div(pixels, least));
+    count = std::max(count, ceil_div(pixels, most));
     count = std::min(count, kMostSums / (s.out_channels * columns * int64_t(sizeof(float))));
     count = std::max({count, int64_t(1), ceil_div(pixels, kMostRows / 2)});
     span = round_up(ceil_div(pixels, count), kDepth);
@@ -205,7 +206,7 @@ void weight_gradient(T* dw, const T* dy, const Strides4& dy_strides, const T* x,
                         int(begin - n * image),
                         int(end - n * image),
                         int(p.span),
-                        sizeof(T) == 4 && !s.allow_tf32 ? 4 : 1 << 30};
+                        sizeof(T) == 4 && !s.allow_tf32 ? int(short_chunk(p.span)) : 1 << 30};
     if (copy_left) {
       copy_images(image_copy(left_copy, g.left.data, left, p.rows, p.padded_rows, s.groups, s.out_height, s.out_width),
                   touched, stream);

@@ -155,15 +155,30 @@ constexpr int kThreads = 256;
 inline unsigned blocks_of(int64_t threads) { return unsigned(ceil_div(threads, kThreads)); }
 __device__ __forceinline__ int64_t thread_index() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
 
-// to[i] = the sum of partial[k * count + i] over k < partials.
+// to[i] = the sum of partial[k * count + i] over k < partials, added in fp64. A block adds 32 results, kAddLanes
+// threads to each, whose sums are added in their order.
+constexpr int kAddColumns = 32, kAddLanes = kThreads / kAddColumns;
 template <class T, class Partial>
 __global__ void __launch_bounds__(kThreads)
     add_partials_kernel(T* to, const Partial* partial, int64_t count, int64_t partials) {
-  const int64_t index = thread_index();
-  if (index >= count) return;
+  SHARED_ARRAY(double, sums, kThreads);
+  const int64_t index = int64_t(blockIdx.x) * kAddColumns + threadIdx.x % kAddColumns;
   double sum = 0;
-  for (int64_t k = 0; k < partials; ++k) sum += partial[k * count + index];
+  if (index < count) {
+#pragma unroll 4
+    for (int64_t k = threadIdx.x / kAddColumns; k < partials; k += kAddLanes) sum += partial[k * count + index];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (int(threadIdx.x) >= kAddColumns || index >= count) return;
+#pragma unroll
+  for (int lane = 1; lane < kAddLanes; ++lane) sum += sums[lane * kAddColumns + threadIdx.x];
   to[index] = from_float<T>(accumulate_t<T>(sum));
+}
+template <class T, class Partial>
+void add_partials(T* to, const Partial* partial, int64_t count, int64_t partials, void* stream) {
+  LAUNCH((add_partials_kernel<T, Partial>), unsigned(ceil_div(count, kAddColumns)), kThreads, 0, stream, to, partial,
+         count, partials);
 }
 
 }  // namespace
