@@ -77,14 +77,16 @@ PYNN_HD void transform_out(const V& m0, const V& m1, const V& m2, const V& m3, V
 
 }  // namespace winograd
 
-// Where it pays and is accurate, from the shape of one image only.
+// Where it pays and is accurate, from the shape of one image only: enough channels, and enough tiles for the transform
+// of the filters and the reading of 16 / 9 of their size.
 template <class T>
 bool is_winograd(const Window& window) {
   const Axis &h = window.h, &w = window.w;
   for (const Axis* axis : {&h, &w})
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) return false;
-  return std::is_same_v<T, float> && window.groups == 1 && window.in_channels >= 24 && window.out_channels >= 16 &&
-         ceil_div(h.out, 2) * ceil_div(w.out, 2) >= 16;
+  const int64_t tiles = ceil_div(h.out, 2) * ceil_div(w.out, 2), in = window.in_channels, out = window.out_channels;
+  return std::is_same_v<T, float> && window.groups == 1 && in >= 24 && out >= 16 && tiles >= 16 &&
+         in * out <= 8192 * tiles;
 }
 
 // G w G^T of every filter, as [panel][place][in channel][lane].
@@ -121,14 +123,7 @@ class WinogradWeights {
     for (int64_t c = 0; c < in_; ++c)
       for (int64_t first = 0; first < width; first += L) {
         double g[3][3][L], t[4][3][L], u[4][4][L];
-        const int64_t lanes = std::min<int64_t>(L, count - first);
-        const A* from = w_ + (o + first) * view_.o + c * view_.c;
-        for (int a = 0; a < 3; ++a)
-          for (int b = 0; b < 3; ++b) {
-            const A* tap = from + a * view_.a + b * view_.b;
-            for (int64_t l = 0; l < lanes; ++l) g[a][b][l] = tap[l * view_.o];
-            for (int64_t l = lanes; l < L; ++l) g[a][b][l] = 0;
-          }
+        read_taps(w_ + (o + first) * view_.o + c * view_.c, std::min<int64_t>(L, count - first), g);
         for (int b = 0; b < 3; ++b) transform(g[0][b], g[1][b], g[2][b], t[0][b], t[1][b], t[2][b], t[3][b]);
         for (int i = 0; i < 4; ++i) transform(t[i][0], t[i][1], t[i][2], u[i][0], u[i][1], u[i][2], u[i][3]);
         for (int i = 0; i < 4; ++i)
@@ -139,6 +134,29 @@ class WinogradWeights {
         for (int l = 0; l < L; ++l) sum += A(u[1][1][l]) - A(u[1][1][l]);
       }
     return sum == 0;
+  }
+  // The taps of one in channel and up to L out channels, the others 0.
+  void read_taps(const A* from, int64_t lanes, double (&taps)[3][3][L]) const {
+    if constexpr (L >= 9) {
+      if (std::abs(view_.b) == 1 && view_.a == 3 * view_.b && lanes == L) {  // filters are runs of memory
+        const int64_t lowest = view_.b < 0 ? 8 * view_.b : 0;
+        Vec<A> rows[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) rows[l] = load_part(from + l * view_.o + lowest, 9, A(0));
+        transpose<A>(rows);
+        for (int t = 0; t < 9; ++t) {
+          A values[L];
+          store(values, rows[view_.b < 0 ? 8 - t : t]);
+          for (int l = 0; l < L; ++l) taps[t / 3][t % 3][l] = values[l];
+        }
+        return;
+      }
+    }
+    for (int a = 0; a < 3; ++a)
+      for (int b = 0; b < 3; ++b) {
+        const A* tap = from + a * view_.a + b * view_.b;
+        for (int64_t l = 0; l < L; ++l) taps[a][b][l] = l < lanes ? tap[l * view_.o] : A(0);
+      }
   }
   static void transform(const double* g0, const double* g1, const double* g2, double* u0, double* u1, double* u2,
                         double* u3) {
