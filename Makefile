@@ -22,7 +22,7 @@ demo: $(STAMP)
 # The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
 # has to be chosen when a process starts. With a GPU the first run takes its kernels along.
 INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
-	tests/test_random.py
+	tests/test_conv_transpose2d.py tests/test_conv2d_triton.py tests/test_random.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "[interpret" $(INTERPRETED)
@@ -30,7 +30,7 @@ test: build
 # The same kernels for older CPUs: the op tests again on the other instruction sets. The baseline has no fused
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
 # per element and the exact tests hold as they are).
-ISA_TESTS := tests/test_conv2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
+ISA_TESTS := tests/test_conv2d.py tests/test_conv_transpose2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py
 test-isa: build
 	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim" $(ISA_TESTS)

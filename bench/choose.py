@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     # A category in which the default always wins needs no rows.
     others = [row for row in rows.values() if row.backend != CONTENDERS[options.device][0]]
     telling = {row[:3] for row in others}
+    options.out.mkdir(parents=True, exist_ok=True)
     path = choices.write([row for row in rows.values() if row[:3] in telling], architecture, options.out)
     print(f"{len(rows)} calls measured, {len(others)} are faster on another backend than the default: {path}")
     return 0

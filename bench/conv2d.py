@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import pynn
+from bench._conv2d_gpu import cases as gpu_cases  # noqa: F401  python -m bench --device cuda
 from bench.harness import Case, assert_agrees
 
 # batch, in channels, out channels, height and width, kernel, stride

@@ -9,6 +9,8 @@ import statistics
 import pytest
 import torch
 
+import bench._conv2d_gpu
+import bench.conv2d
 import bench.diffusion
 import bench.group_norm
 from bench import __main__ as command
@@ -202,6 +204,31 @@ def test_gpu_cases_of_group_norm(monkeypatch):
             assert all(result.isfinite().all() for result in (results if isinstance(results, tuple) else (results,)))
     kinds = "forward", "forward+backward"
     assert modes == [f"{dtype} {mode}" for dtype in ("float32", "bfloat16") for mode in kinds]
+    torch.compiler.reset()
+
+
+def test_gpu_cases_of_conv2d(monkeypatch):
+    """As above."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(_gpu, "BACKENDS", ("cpu",))
+    monkeypatch.setattr(bench._conv2d_gpu, "GPU", "cpu")
+    small = bench._conv2d_gpu.Layer(2, 8, 16, 6, 3, activation="silu", residual=True)
+    monkeypatch.setattr(bench._conv2d_gpu, "FUSED", (small, small._replace(groups=8, residual=False)))
+    monkeypatch.setattr(bench._conv2d_gpu, "BARE", (small._replace(stride=2, activation=None, residual=False),))
+    names = []
+    for made in bench.conv2d.gpu_cases():
+        names.append(f"{made.op} | {made.mode} | {', '.join(made.providers)}")
+        made.check()
+        for provider in made.providers.values():
+            results = provider()
+            assert all(result.isfinite().all() for result in (results if isinstance(results, tuple) else (results,)))
+    plain = "pynn cpu, pynn library, torch"
+    fused = ("conv2d fused silu + residual", "conv2d fused silu")
+    assert names == [
+        *(f"{op} | forward | {plain}, torch compile" for op in fused),
+        f"conv2d | forward | {plain}",
+        *(f"{op} | forward+backward | {plain}" for op in (*fused, "conv2d")),
+    ]
     torch.compiler.reset()
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,11 +34,81 @@ def test_partial_gradients(wanted):
     assert [c.op for c in ran] == expected + ["conv2d_bwd_input"] * wanted[0] + ["conv2d_bwd_weight"] * wanted[1]
 
 
+def _ops(ran):
+    return [call.op for call in ran]
+
+
+def test_double_backward_is_made_of_the_same_ops():
+    """Image and filter never swap roles: a filter as large as an image is what made this slow elsewhere."""
+    x, w, _ = (t if t is None else t.requires_grad_() for t in operands((2, 4, 6, 6), (6, 4, 3, 3), bias=False))
+    first = torch.autograd.grad(ours(x, w, padding=1).square().sum(), (x, w), create_graph=True)
+    with pynn.explain() as ran:
+        torch.autograd.grad(sum(g.square().sum() for g in first), (x, w))
+    assert sorted(_ops(ran)) == ["conv2d_bwd_input"] * 2 + ["conv2d_bwd_weight"] * 2 + ["conv2d_fwd"] * 2
+    assert {call.shape for call in ran} == {(2, 4, 6, 6), (2, 6, 6, 6)}
+
+
+def test_double_backward_is_fast():
+    """Depthwise: six passes like the forward, no loop over the groups."""
+    x, w, _ = (t if t is None else t.requires_grad_() for t in operands((2, 64, 24, 24), (64, 1, 3, 3), bias=False))
+
+    def seconds(fn):
+        times = []
+        for _ in range(7):
+            start = time.thread_time()
+            fn()
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    first = torch.autograd.grad(ours(x, w, padding=1, groups=64).square().sum(), (x, w), create_graph=True)
+    loss = sum(g.square().sum() for g in first)
+    forward = seconds(lambda: ours(x, w, padding=1, groups=64))
+    ratio = seconds(lambda: torch.autograd.grad(loss, (x, w), retain_graph=True)) / forward
+    assert ratio < 40, f"the double backward takes {ratio:.0f} forward passes"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_vmap_makes_one_call(groups):
+    x, w, b = operands((2, 4, 5, 5), (6, 4 // groups, 3, 3), torch.float64)
+    r = torch.randn(2, 6, 1, 1, dtype=torch.float64)
+    operands_ = x, w, b, r
+    stacks = [torch.stack((t, 2 * t, -t)) for t in operands_]
+
+    def fn(*t):
+        return ours(*t, "silu", padding=1, groups=groups)
+
+    for batched in itertools.product((False, True), repeat=4):
+        if not any(batched):
+            continue
+        tensors = [s if wanted else t for s, t, wanted in zip(stacks, operands_, batched, strict=True)]
+        with pynn.explain() as ran:
+            got = torch.vmap(fn, in_dims=tuple(0 if wanted else None for wanted in batched))(*tensors)
+        expected = [fn(*(t[i] if wanted else t for t, wanted in zip(tensors, batched, strict=True))) for i in range(3)]
+        torch.testing.assert_close(got, torch.stack(expected))
+        assert _ops(ran) == ["conv2d_fwd"]
+
+
+def test_per_sample_gradients_make_one_call_each():
+    x, w, b = operands((3, 4, 5, 5), (6, 4, 3, 3), torch.float64)
+    loss = lambda w, b, x: ours(x.unsqueeze(0), w, b, padding=1).square().sum()  # noqa: E731
+    with pynn.explain() as ran:
+        got = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, None, 0))(w, b, x)
+    assert _ops(ran) == ["conv2d_fwd", "conv2d_bwd_weight"]
+    for i, g in enumerate(zip(*got, strict=True)):
+        torch.testing.assert_close(g, torch.func.grad(loss, argnums=(0, 1))(w, b, x[i]))
+
+
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"padding": 1, "groups": 2, "padding_mode": "circular"}])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_transforms(activation):
-    x, w, b = operands((2, 4, 5, 5), (6, 4, 3, 3), torch.float64)
+def test_transforms(activation, geometry):
+    x, w, b = operands((2, 4, 5, 5), (6, 4 // geometry.get("groups", 1), 3, 3), torch.float64)
     r = torch.randn(2, 6, 5, 5, dtype=torch.float64)
-    assert_all(lambda x, w, b, r: ours(x, w, b, r, activation, padding=1), x, w, b, r)
+    assert_all(lambda x, w, b, r: ours(x, w, b, r, activation, **geometry), x, w, b, r)
+
+
+def test_transforms_of_one_image():
+    x, w, b = operands((4, 5, 5), (6, 4, 4, 2), torch.float64)
+    assert_all(lambda x, w, b: ours(x, w, b, None, "tanh", padding="same"), x, w, b)
 
 
 def test_inductor():
@@ -64,6 +138,27 @@ def test_autocast():
     assert w.grad.dtype is torch.float32
 
 
+def test_more_than_two_to_the_31_elements():
+    """An image of 4.3 GB, of which only the pages that are written take memory, against a slice of it."""
+    available = int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0]) << 10
+    if available < 8 << 30:
+        pytest.skip(f"needs 8 GB of memory, {available >> 30} GB are available")
+    side, rows = 32800, 64  # the last `rows` begin at a multiple of the stride
+    x, w = torch.zeros(1, 2, side, side, dtype=torch.bfloat16), torch.randn(3, 2, 3, 3).bfloat16()
+    assert x.numel() > 2**31
+    x[:, :, -rows:] = torch.randn(1, 2, rows, side)
+    y, last = ours(x, w, stride=32), ours(x[:, :, -rows:], w, stride=32)
+    assert_bitwise(y[:, :, -last.shape[2] :], last, "output")
+    dy = torch.randn(y.shape).bfloat16()
+    dy[:, :, : -last.shape[2]] = 0
+    geometry = ((32, 32), (0,) * 4, (1, 1), 1, 0, False)
+    dw, _ = torch.ops.pynn.conv2d_bwd_weight(dy, x, (3, 3), *geometry, False)
+    expected, _ = torch.ops.pynn.conv2d_bwd_weight(
+        dy[:, :, -last.shape[2] :], x[:, :, -rows:], (3, 3), *geometry, False
+    )
+    torch.testing.assert_close(dw, expected)
+
+
 def test_memory_format():
     def formats(x, w):
         return [fn(x, w, padding=1).stride() for fn in (conv2d, F.conv2d)]
@@ -86,7 +181,7 @@ MESSAGES = [
     ),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"stride": 0}, "non-positive stride is not supported"),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"padding": -1}, "negative padding is not supported"),
-    (((2, 3, 8, 8), (4, 3, 3, 3)), {"dilation": 0}, r"dilation should be greater than zero, but got \[0, 0\]"),
+    (((2, 3, 8, 8), (4, 3, 3, 3)), {"dilation": 0}, "dilation should be greater than zero|non-positive dilation"),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"groups": 0}, "non-positive groups is not supported"),
     (((2, 6, 8, 8), (2, 2, 3, 3)), {"groups": 3}, "expected weight to be at least 3 at dimension 0"),
     (((2, 4, 8, 8), (3, 2, 3, 3)), {"groups": 2}, "expected weight to be divisible by 2 at dimension 0"),
@@ -94,14 +189,34 @@ MESSAGES = [
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"stride": (1, 1, 1)}, r"but got stride=\[1, 1, 1\]"),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"padding": "same", "stride": 2}, "padding='same' is not supported for strided"),
     (((2, 3, 8, 8), (4, 3, 3, 3)), {"padding": "foo"}, "Invalid padding string: 'foo'"),
+    (((2, 3, 8, 8), (4, 3, 3, 3)), {"padding": (1, 1, 1)}, r"but got padding=\[1, 1, 1\]"),
+    (((2, 3, 8, 8), (4, 3, 3, 3)), {"dilation": ()}, r"but got dilation=\[\]"),
+    (((2, 3, 8, 8), (0, 3, 3, 3)), {}, "expected weight to be at least 1 at dimension 0"),
+    (((2, 3, 0, 8), (4, 3, 1, 3)), {"padding": 1}, "Only zero batch or zero channel inputs are supported, but got inp"),
+    (((0, 3, 2, 2), (4, 3, 3, 3)), {}, "Kernel size can't be greater than actual input size"),
 ]
 
 
 @pytest.mark.parametrize("case", range(len(MESSAGES)))
 def test_messages(case):
     shapes, geometry, message = MESSAGES[case]
-    with pytest.raises(RuntimeError, match=message):
-        conv2d(*(torch.randn(s) for s in shapes), **geometry)
+    for fn in (conv2d, F.conv2d):
+        with pytest.raises(RuntimeError, match=message):
+            fn(*(torch.randn(s) for s in shapes), **geometry)
+
+
+BORDER_MESSAGES = [
+    ("reflect", (3, 1), r"padding_mode='reflect': Padding size should be less than the corresponding input dimension"),
+    ("reflect", (1, 4), r"but got: padding \(4, 4\) at dimension 3 of input \[2, 3, 3, 4\]"),
+    ("circular", (4, 1), "padding_mode='circular': Padding value causes wrapping around more than once"),
+    ("mirror", 1, r"conv2d: expected padding_mode to be one of \('zeros', 'reflect', 'replicate', 'circular'\)"),
+]
+
+
+@pytest.mark.parametrize(("mode", "padding", "message"), BORDER_MESSAGES)
+def test_messages_of_padding_modes(mode, padding, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        conv2d(torch.randn(2, 3, 3, 4), torch.randn(4, 3, 3, 3), padding=padding, padding_mode=mode)
 
 
 def test_other_messages():
@@ -124,9 +239,9 @@ def bad_call(rng: random.Random):
     dtype = rng.choice(DTYPES)
     x, w, dy = torch.randn(2, 4, 6, 6).to(dtype), torch.randn(6, 4, 3, 3).to(dtype), torch.randn(2, 6, 6, 6).to(dtype)
     b = torch.randn(6).to(dtype)
-    stride, padding, dilation, groups = [1, 1], [1, 1, 1, 1], [1, 1], 1
+    stride, padding, dilation, groups, mode = [1, 1], [1, 1, 1, 1], [1, 1], 1, rng.randrange(4)
     huge = rng.choice((-1, -(2**40), 2**31, 2**40, 2**62, 2**63 - 1))
-    ops, kind = torch.ops.pynn, rng.randrange(12)
+    ops, kind = torch.ops.pynn, rng.randrange(13)
     if kind == 0:
         x = torch.randn(sizes(rng.choice((0, 1, 2, 3, 5))))
     elif kind == 1:
@@ -148,6 +263,10 @@ def bad_call(rng: random.Random):
         w, dy, x = torch.randn(6, 4, 9, 9).to(dtype), dy[:, :, 1:], x
     elif kind == 9:
         x, dy, dtype = x.to(torch.complex64), dy.to(torch.complex64), torch.complex64
+    elif kind == 12:
+        mode, padding[rng.randrange(4)] = rng.choice(
+            ((-1, 1), (4, 1), (huge, 1), (1, 6), (1, 2**30), (3, 7), (3, 2**20))
+        )
     elif kind == 10:
         return "sparse", lambda: ops.conv2d_bwd_weight(
             dy.to_sparse(), x, [3, 3], stride, padding, dilation, 1, 0, False, True
@@ -174,8 +293,8 @@ def bad_call(rng: random.Random):
             )
         saved = torch.randn(rng.choice(((2, 6, 6, 5), (2, 6, 6), ()))).to(dtype)
         return "saved", lambda: ops.conv2d_bwd_activation(dy, saved, 3)
-    geometry = (stride, padding, dilation, groups, 0, False)
-    call = rng.choice((0, 1) if kind in (2, 4, 6) else (0, 1, 2, 3))
+    geometry = (stride, padding, dilation, groups, mode, False)
+    call = rng.choice((0, 1) if kind in (2, 4, 6) else (0, 1, 2) if kind == 12 else (0, 1, 2, 3))
     text = f"{kind}/{call}: {tuple(x.shape)} {x.dtype} {tuple(w.shape)} {w.dtype} {geometry}"
     if call == 0 or kind in (1, 8):
         return text, lambda: ops.conv2d_fwd(x, w, None, None, *geometry, 0, False)

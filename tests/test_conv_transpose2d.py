@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
 from adversary import Canary, constant, layouts
+from bad_input import assert_rejects
 from conv2d_reference import EMULATED, FUNCTIONS, LAST, on, run_on
 from generated import generated
 from hypothesis import strategies as st
@@ -51,6 +55,7 @@ def output_like(x, w, **geometry):
 # (x shape, weight shape, geometry): decoders, a head, a stem, groups, depthwise, dilation
 LAYERS = [
     ((4, 64, 8, 8), (64, 32, 4, 4), {"stride": 2, "padding": 1}),
+    ((2, 128, 13, 12), (128, 40, 4, 4), {"stride": 2, "padding": 1}),
     ((4, 64, 8, 8), (64, 32, 2, 2), {"stride": 2}),
     ((2, 32, 9, 7), (32, 48, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     ((2, 32, 12, 12), (32, 3, 4, 4), {"stride": 2, "padding": 1}),
@@ -61,6 +66,7 @@ LAYERS = [
 ]
 SMALL_LAYERS = [
     ((2, 32, 5, 5), (32, 24, 4, 4), {"stride": 2, "padding": 1}),
+    ((1, 48, 5, 4), (48, 24, 4, 4), {"stride": 2, "padding": 1}),
     ((2, 32, 5, 5), (32, 24, 2, 2), {"stride": 2}),
     ((1, 16, 6, 5), (16, 40, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     ((1, 32, 8, 8), (32, 3, 4, 4), {"stride": 2, "padding": 1}),
@@ -89,6 +95,7 @@ SAMPLES = [
     ((1, 2, 5, 5), (2, 4, 3, 3), {}),
     ((2, 3, 4, 4), (3, 2, 2, 2), {"stride": 2, "dilation": 5, "output_padding": 4}),
     ((2, 3, 4, 4), (3, 2, 2, 2), {"stride": 2, "dilation": 5, "output_padding": 4, "padding": 1}),
+    ((2, 3, 1, 4), (3, 2, 1, 2), {"dilation": 3, "output_padding": 2, "padding": 1}),
     ((2, 3, 3, 4), (3, 5, 1, 2), {"stride": (4, 3)}),
     ((1, 1, 1, 1), (1, 1, 1, 1), {}),
     ((2, 6, 1, 1), (6, 4, 4, 4), {"groups": 2}),
@@ -96,27 +103,33 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
-def test_accuracy(backend, layer, dtype):
-    shape, weight_shape, geometry = layers(backend)[layer]
-    torch.manual_seed(layer)
-    x, w, b = operands(shape, weight_shape, dtype, **geometry)
-    dy = torch.randn(output_like(x, w, **geometry).shape).to(dtype)
-    y0, g0 = truth_of(lambda *t: reference(*t, **geometry), x, w, b, grad_output=dy)
-    y1, g1 = run(lambda *t: reference(*t, **geometry), x, w, b, grad_output=dy)
-    y2, g2 = run(lambda *t: reference(*t, **geometry), x.to(memory_format=LAST), w, b, grad_output=dy)
-    y, g = run_on(backend, lambda *t: ours(*t, **geometry), x, w, b, grad_output=dy)
-    assert_relative(y, y0, [y1, y2], what="output")
-    for name, got, truth, *peers in zip(("input", "weight", "bias"), g, g0, g1, g2, strict=True):
-        assert_relative(got, truth, peers, kind="gradient", what=f"gradient of {name}")
+def test_accuracy(backend, dtype):
+    """Over all layers together: their short sums differ from torch's by chance only, which must not decide."""
+    columns = {"truth": [], "torch": [], "channels last": [], "ours": []}
+    for shape, weight_shape, geometry in layers(backend):
+        x, w, b = operands(shape, weight_shape, dtype, **geometry)
+        dy = torch.randn(output_like(x, w, **geometry).shape).to(dtype)
+        theirs, mine = functools.partial(reference, **geometry), functools.partial(ours, **geometry)
+        last = x.to(memory_format=LAST)
+        columns["truth"].append(truth_of(theirs, x, w, b, grad_output=dy))
+        columns["torch"].append(run(theirs, x, w, b, grad_output=dy))
+        columns["channels last"].append(run(theirs, last, w, b, grad_output=dy))
+        columns["ours"].append(run_on(backend, mine, x, w, b, grad_output=dy))
+    results = {
+        name: [torch.cat([t.reshape(-1) for t in part]) for part in zip(*((y, *g) for y, g in rows), strict=True)]
+        for name, rows in columns.items()
+    }
+    for i, what in enumerate(("output", "gradient of input", "gradient of weight", "gradient of bias")):
+        truth, *peers, got = (results[name][i] for name in columns)
+        assert_relative(got, truth, peers, kind="gradient" if i else "forward", what=what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_fused_accuracy(backend, activation, dtype):
-    x, w, b = operands((4, 24, 5, 4), (24, 20, 4, 4), dtype)
-    r = torch.randn(4, 20, 10, 8).to(dtype)
-    dy = torch.randn(4, 20, 10, 8).to(dtype)
+    x, w, b = operands((4, 64, 5, 4), (64, 40, 4, 4), dtype)
+    r = torch.randn(4, 40, 10, 8).to(dtype)
+    dy = torch.randn(4, 40, 10, 8).to(dtype)
 
     def fn(op):
         return lambda *t: op(*t, activation, stride=2, padding=1)
@@ -126,6 +139,8 @@ def test_fused_accuracy(backend, activation, dtype):
     for memory_format in (torch.contiguous_format, LAST):
         y, g = run_on(backend, fn(ours), x.to(memory_format=memory_format), w, b, r, grad_output=dy)
         assert_relative(y, y0, [y1], what="output")
+        # The residual's gradient is what the bias sums; beside torch's sum of torch's, its rounding would decide.
+        g0[2], g1[2] = g[3].double().sum((0, 2, 3)), g[3].sum((0, 2, 3))
         for i, (got, truth, peer) in enumerate(zip(g, g0, g1, strict=True)):
             assert_relative(got, truth, [peer], kind="gradient", what=f"gradient {i}")
 
@@ -271,9 +286,11 @@ def test_nothing_else_written(backend):
         assert_bitwise(a, e, "inside guards")
 
 
+@pytest.mark.parametrize("channels", [5, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nonfinite(backend, dtype):
-    x, w, b = operands((3, 5, 5, 5), (5, 20, 4, 4), dtype)
+def test_nonfinite(backend, dtype, channels):
+    size = 5 if channels == 5 or backend.name in EMULATED else 12
+    x, w, b = operands((4, channels, size, size), (channels, 20, 4, 4), dtype)
     x[0, 0, 3, 3], x[1, 1, 0, 0], x[2, 0, 4, 4] = float("nan"), float("inf"), float("-inf")
     y0, _ = truth_of(lambda *t: reference(*t, stride=2, padding=1), x, w, b)
     y, _ = run_on(backend, lambda *t: ours(*t, stride=2, padding=1), x, w, b)
@@ -369,3 +386,127 @@ def test_memory_format():
         for b in (w, w.to(memory_format=LAST)):
             for one, other in ((a, b), (a[:, :1], b[:1])):
                 assert ours(one, other).stride() == F.conv_transpose2d(one, other).stride()
+
+
+X, W = (2, 4, 5, 5), (4, 3, 3, 3)
+MESSAGES = [
+    ((2, 3, 5, 5), W, {}, "to have 4 channels, but got 3 channels instead"),
+    ((5, 5), W, {}, r"Expected 3D \(unbatched\) or 4D \(batched\) input to conv_transpose2d, but got input of size"),
+    (X, W, {"groups": 3}, "Given groups=3, expected weight to be divisible by 3 at dimension 0"),
+    (X, W, {"groups": 0}, "non-positive groups is not supported"),
+    (X, W, {"stride": 0}, "non-positive stride is not supported"),
+    (X, W, {"padding": -1}, "negative padding is not supported"),
+    (X, W, {"output_padding": -1}, "negative output_padding is not supported"),
+    (X, W, {"output_padding": 2, "stride": 2}, "output padding must be smaller than either stride or dilation, but"),
+    (X, W, {"output_padding": (1, 1, 1)}, r"expected output_padding to be a single integer value .*=\[1, 1, 1\]"),
+    (X, W, {"stride": (1, 1, 1)}, r"expected stride to be a single integer value .* stride=\[1, 1, 1\]"),
+    (X, W, {"padding": (1, 1, 1)}, r"expected padding to be a single integer value .* padding=\[1, 1, 1\]"),
+    ((2, 4, 0, 5), W, {}, "Only zero batch or zero channel inputs are supported, but got input shape: "),
+]
+OURS = [  # where torch's own message is about its library, or its argument parser
+    (X, W, {"dilation": 0}, r"dilation should be greater than zero, but got \[0, 0\]"),
+    ((2, 4, 1, 1), W, {"padding": 2}, r"Calculated output size per channel: \(-1 x -1\). Output size is too small"),
+    (X, (4, 3, 3), {}, "Expected 4-dimensional weight for 4-dimensional input"),
+    (X, (4, 3, 0, 3), {}, "expected a kernel of at least 1 x 1"),
+    (X, W, {"stride": 2**40}, "expected stride below 2[*][*]31"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(MESSAGES) + len(OURS)))
+def test_messages(case):
+    shape, weight_shape, geometry, message = (MESSAGES + OURS)[case]
+    for fn in (conv_transpose2d, F.conv_transpose2d)[: 2 if case < len(MESSAGES) else 1]:
+        with pytest.raises(RuntimeError, match=message):
+            fn(torch.randn(shape), torch.randn(weight_shape), **geometry)
+
+
+def test_other_messages():
+    x, w, b = operands(X, W)
+    for fn in (conv_transpose2d, F.conv_transpose2d):
+        with pytest.raises(RuntimeError, match="expected bias to be 1-dimensional with 3 elements, but got bias of si"):
+            fn(x, w, b[:2])
+        with pytest.raises(RuntimeError, match=r"Input type .* and bias type .* should be the same"):
+            fn(x, w, b.double())
+        with pytest.raises(RuntimeError, match=r"Input type .* and weight type .* should be the same"):
+            fn(x, w.double(), b)
+    with pytest.raises(RuntimeError, match="conv_transpose2d: expected residual that can be expanded to"):
+        conv_transpose2d(x, w, b, residual=torch.randn(2, 3, 5, 5))
+    with pytest.raises(RuntimeError, match="float64, float32, float16 or bfloat16"):
+        conv_transpose2d(x.int(), w.int())
+    with pytest.raises(ValueError, match="activation"):
+        conv_transpose2d(x, w, b, activation="elu")
+
+
+def bad_call(rng: random.Random):
+    """A call of the public function or of the op that must fail."""
+    dtype = rng.choice(DTYPES)
+    x, w, b = torch.randn(2, 4, 5, 5).to(dtype), torch.randn(4, 3, 3, 3).to(dtype), torch.randn(3).to(dtype)
+    values = {"stride": [2, 2], "padding": [1, 1], "output_padding": [1, 1], "dilation": [1, 1], "groups": 1}
+    huge = rng.choice((-1, -(2**40), 2**31, 2**40, 2**62, 2**63 - 1))
+    residual, activation = None, 0
+    kind = rng.choice(("input", "weight", "channels", "list", "groups", "dtype", "bias", "residual", "activation"))
+    sizes = [rng.choice((1, 2, 3, 5)) for _ in range(rng.choice((0, 1, 2, 5)))]
+    if kind == "input":
+        x = torch.randn(sizes).to(dtype) if rng.random() < 0.7 else x[:, :, : rng.choice((0, 0)), :]
+    elif kind == "weight":
+        w = torch.randn(sizes).to(dtype) if rng.random() < 0.7 else w[:, :, :, :0]
+    elif kind == "channels":
+        x = torch.randn(2, rng.choice((0, 1, 3, 5, 8)), 5, 5).to(dtype)
+    elif kind == "list":
+        name = rng.choice(("stride", "padding", "output_padding", "dilation"))
+        bad = [[-1, 1], [1, -1], [], [1, 1, 1], [huge | 1 << 40, 1], [1, huge | 1 << 40], [2**31, 1]]
+        extra = {"padding": [[99, 1], [1, 99]], "output_padding": [[2, 1], [1, 5]]}
+        values[name] = rng.choice(bad + extra.get(name, [[0, 1], [1, 0]]))
+        if name == "dilation" and values[name] == [2**31, 1]:
+            values["output_padding"] = [0, 0]
+    elif kind == "groups":
+        values["groups"] = rng.choice((0, -1, 3, 5, 8, huge))
+    elif kind == "dtype":
+        w = w.to(rng.choice([d for d in (*DTYPES, torch.int64, torch.bool, torch.complex64) if d is not dtype]))
+    elif kind == "bias":
+        b = rng.choice((b[:2], b[:, None], b.to(torch.float64 if dtype is not torch.float64 else torch.float16)))
+    elif kind == "residual":
+        residual = torch.randn(rng.choice(((2, 3, 5, 5), (1, 2, 3, 10, 10), (7,), (0,), (2, 4, 1, 1)))).to(dtype)
+    else:
+        activation = rng.choice((-1, 8, huge))
+    text = f"{kind}: {tuple(x.shape)} {tuple(w.shape)} {w.dtype} {tuple(b.shape)} {b.dtype} {values} {activation}"
+    if activation == 0 and rng.random() < 0.5:
+        return text, lambda: conv_transpose2d(x, w, b, residual=residual, **values)
+    geometry = [values[k] for k in ("stride", "padding", "output_padding", "dilation", "groups")]
+    op = torch.ops.pynn.conv_transpose2d_fwd
+    return text, lambda: op(x, w, b, residual, *geometry, False, activation, False)
+
+
+def test_bad_calls():
+    assert_rejects("test_conv_transpose2d", 500)
+
+
+def test_module():
+    arguments = {"stride": 2, "padding": (1, 0), "output_padding": (0, 1), "groups": 2, "dilation": (1, 2)}
+    torch.manual_seed(3)
+    theirs = torch.nn.ConvTranspose2d(4, 6, (3, 2), **arguments)
+    torch.manual_seed(3)
+    module = pynn.nn.ConvTranspose2d(4, 6, (3, 2), **arguments, activation="relu")
+    assert list(module.state_dict()) == list(theirs.state_dict())
+    for a, b in zip(module.parameters(), theirs.parameters(), strict=True):
+        assert_bitwise(a.detach(), b.detach(), "parameters")
+    assert repr(module) == repr(theirs)[:-1] + ", activation=relu)"
+    x = torch.randn(2, 4, 7, 8)
+    torch.testing.assert_close(module(x), theirs(x).relu())
+    torch.testing.assert_close(module(x[0]), theirs(x[0]).relu())
+    r = torch.randn_like(theirs(x))
+    torch.testing.assert_close(module(x, residual=r), (theirs(x) + r).relu())
+    for size in ([14, 17], [2, 6, 14, 18]):
+        torch.testing.assert_close(module(x, size), theirs(x, size).relu())
+        torch.testing.assert_close(module(x, output_size=size), theirs(x, size).relu())
+
+
+def test_module_errors():
+    for arguments in ({"groups": 3}, {"groups": 0}, {"padding_mode": "reflect"}, {"activation": "foo"}):
+        with pytest.raises(ValueError):  # noqa: PT011
+            pynn.nn.ConvTranspose2d(4, 6, 3, **arguments)
+    module = pynn.nn.ConvTranspose2d(4, 6, 3, stride=2)
+    with pytest.raises(ValueError, match="requested an output size of"):
+        module(torch.randn(2, 4, 5, 5), [20, 20])
+    with pytest.raises(ValueError, match="output_size must have 2 or 4 elements"):
+        module(torch.randn(2, 4, 5, 5), [11, 11, 11])

@@ -56,6 +56,13 @@ def calls() -> dict[str, Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor,
         y = ops.group_norm(leaves[0], 3, *leaves[1:], activation="silu")
         return y, *torch.autograd.grad(y, leaves, o["noise"])
 
+    def conv2d(o):
+        x, bias = (o[name].detach().requires_grad_() for name in ("x", "bias"))
+        channels = x.shape[1]
+        weight = o["weight"].detach().repeat(channels, 9).view(channels, channels, 3, 3).requires_grad_()
+        y = ops.conv2d(x, weight, bias, padding=1, activation="silu", residual=o["output"])
+        return y, *torch.autograd.grad(y, [x, weight, bias], o["noise"])
+
     return {
         "normal": lambda o: (pynn.backends.op("normal", o["x"])(o["x"], o["keys"]),),
         "forward_jump": lambda o: ops.forward_jump(o["x"], o["t"], forward, seed=o["key"], return_noise=True),
@@ -67,6 +74,7 @@ def calls() -> dict[str, Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor,
         "reverse_step_backward": reverse,
         "diffusion_loss_backward": loss,
         "group_norm_backward": group_norm,
+        "conv2d_backward": conv2d,
     }
 
 
@@ -79,15 +87,16 @@ NAMES = (
     "reverse_step_backward",
     "diffusion_loss_backward",
     "group_norm_backward",
+    "conv2d_backward",
 )
+KERNELS = {"group_norm_backward": "group_norm_fwd", "conv2d_backward": "conv2d_fwd"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_replay_equals_eager(backend, name, dtype):
-    kernel = "group_norm_fwd" if name.startswith("group_norm") else "forward_jump_fwd"
-    if reason := pynn.backends.why_not(kernel, backend):
+    if reason := pynn.backends.why_not(KERNELS.get(name, "forward_jump_fwd"), backend):
         pytest.skip(f"{backend}: {reason}")
     with pynn.backend(backend):
         assert_replay_equals_eager(calls()[name], dtype)

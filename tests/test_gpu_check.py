@@ -148,7 +148,7 @@ def test_sanitizer_judge(status, log, verdict):
 
 
 def test_the_parts_fit_their_time():
-    parts = gpu_main.parts_of("/tmp/out")
+    parts = gpu_main.parts_of("/tmp/out", "/tmp/out")
     assert sum(part.reserve_s for part in parts) <= gpu_main.TOTAL_S <= 480
     assert all(part.reserve_s <= part.limit_s for part in parts)
     assert len({part.name for part in parts}) == len(parts)

@@ -1,9 +1,12 @@
 // conv2d forward, input gradient and activation gradient for the CPU. Forward is one correlation (conv2d_engine.h)
 // whose finished blocks of sums get bias, residual and activation before they are rounded once and stored, in either
 // layout; the input gradient is several (conv2d_input_gradient.h).
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_input_gradient.h"
+#include "conv2d_narrow.h"
+#include "conv2d_winograd.h"
 
 namespace pynn::cpu {
 
@@ -17,10 +20,18 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
                     const Conv2dEpilogue<T>& e, const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   const WeightView view{window.out_channels * w_strides.n, w_strides.n, w_strides.c, w_strides.h, w_strides.w};
-  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   const Bias<T> bias(e, d.out_channels);
   const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
                              y_strides,  e.pre,      e.activation,       d.out_width};
+  if (window.depthwise()) return correlate_depthwise(x, x_strides, window, w, view, epilogue);
+  if (is_narrow(window)) return NarrowCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_winograd<T>(window)) {
+      const WinogradWeights<T> weights(w, view, window);
+      if (weights.finite()) return correlate_winograd(x, x_strides, window, weights, epilogue);
+    }
+  }
+  const PackedWeights<accumulate_t<T>> weights(w, view, window);
   Correlation<T>(x, x_strides, window, weights).run(epilogue);
 }
 

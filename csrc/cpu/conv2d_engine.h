@@ -56,7 +56,6 @@ template <class T>
 class Correlation {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>, W = kTileWidth<A>;
-  static constexpr int64_t kDepthwiseChannels = 4 * L;
   static constexpr int64_t kBlock = 8 * kTileRows;  // pixels that share a chunk of weights in the first-level cache
 
  public:
@@ -66,30 +65,43 @@ class Correlation {
         window_(window),
         core_(window.core()),
         weights_(weights),
-        depthwise_(window.depthwise()),
-        channels_(depthwise_ ? std::min(window.groups * window.out_channels, kDepthwiseChannels) : core_.in_channels),
+        channels_(core_.in_channels),
         units_(core_, channels_ * sizeof(A)),
         rows_(spans_of(core_.h)),
         columns_(spans_of(core_.w)) {
-    in_place_ = sizeof(T) == sizeof(A) && !depthwise_ && !window.patches() && !window.bordered() &&
-                (s.c == 1 || channels_ == 1) && (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
+    in_place_ = sizeof(T) == sizeof(A) && !window.patches() && !window.bordered() && (s.c == 1 || channels_ == 1) &&
+                (s.w == channels_ || !core_.joined() || core_.w.kernel == 1);
     const int64_t width = core_.w.in;
-    packed_ =
-        in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_};
+    read_with(
+        in_place_ ? s : Strides4{most_input_rows(core_, units_) * width * channels_, 1, width * channels_, channels_});
+  }
+
+  // The strides of the input that sum_unit reads.
+  void read_with(const Strides4& packed) {
+    packed_ = packed;
+    chunks_.clear();
     for (const Span& rows : rows_)
       for (const Span& columns : columns_)
-        chunks_.push_back(depthwise_ ? std::vector<Chunk>()
-                                     : chunks_of(weights.form(), core_, rows, columns, packed_.h, packed_.w));
+        chunks_.push_back(chunks_of(weights_.form(), core_, rows, columns, packed_.h, packed_.w));
+  }
+
+  // The sums of one group over a unit, whose first input row is at base: sums[panel][pixel][lane].
+  void sum_unit(const Unit& unit, const A* base, int64_t group, const Layout& layout, int64_t pixels, int64_t* lists,
+                A* sums) const {
+    int64_t *offsets = lists, *places = lists + unit.images * unit.rows * core_.w.out + kDotRows;
+    const std::vector<int64_t> classes = sort_pixels(unit, layout, offsets, places);
+    for (int64_t o = 0; o < core_.out_channels; o += W)
+      sum_panel(classes, base, offsets, places, group, o, sums + o * pixels);
   }
 
   // finish(panel) is called once for every unit and panel.
   template <class Finish>
   void run(const Finish& finish) const {
-    const int64_t splits = depthwise_ ? ceil_div(window_.groups * window_.out_channels, channels_) : window_.groups;
-    const int64_t work = units_.count * splits, slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t splits = window_.groups, work = units_.count * splits,
+                  slots = std::min<int64_t>(work, torch::stable::get_num_threads());
     const int64_t pixels = units_.images * units_.rows * core_.w.out;
     const int64_t input_size = in_place_ ? 0 : round_up(units_.images * packed_.n + 4 * L, 16);
-    const int64_t slot_size = input_size + pixels * (depthwise_ ? kDepthwiseChannels : W);
+    const int64_t slot_size = input_size + pixels * W;
     const Buffer<A> scratch(slots * slot_size);
     const Buffer<int64_t> lists(slots * 2 * (pixels + kDotRows));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
@@ -107,39 +119,39 @@ class Correlation {
   template <class Finish>
   void run_unit(const Unit& unit, int64_t split, A* input, A* sums, int64_t* offsets, int64_t* places,
                 const Finish& finish) const {
-    const int64_t first = split * channels_, outputs = window_.groups * window_.out_channels;
-    const int64_t here = depthwise_ ? std::min(channels_, outputs - first) : channels_;
+    const int64_t first = split * channels_;
     const A* base = input;
     if (in_place_) {
       if constexpr (sizeof(T) == sizeof(A)) base = x_ + unit.image * s_.n + first * s_.c + unit.in_row * s_.h;
     } else if (window_.patches()) {
       pack_any_patches<T, A>(x_ + split * window_.in_channels * s_.c, s_, window_, unit, input);
     } else {
-      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, here, depthwise_ ? window_.out_channels : 1,
-                      channels_};
+      const Part part{unit.in_row, unit.in_rows, core_.w.in, first, channels_, channels_};
       for (int64_t n = 0; n < unit.images; ++n)
         pack_part<T, A>(x_ + (unit.image + n) * s_.n, s_, window_, part, input + n * packed_.n);
     }
-    const std::vector<int64_t> classes = sort_pixels(unit, offsets, places);
-    if (depthwise_) {
-      for (size_t k = 0; k + 1 < classes.size(); ++k)
-        depthwise_class(k, base, offsets, places, classes[k], classes[k + 1], first, here, sums);
-      finish(Panel<A>{unit, first, here, sums, kDepthwiseChannels});
-      return;
-    }
-    const A* group = weights_.group(split);
+    const int64_t width = core_.w.out;
+    const std::vector<int64_t> classes =
+        sort_pixels(unit, {unit.rows * width, width, 1, -unit.row * width}, offsets, places);
     for (int64_t o = 0; o < core_.out_channels; o += W) {
-      const int64_t channels = std::min<int64_t>(W, core_.out_channels - o), width = round_up(channels, L);
-      for (size_t k = 0; k + 1 < classes.size(); ++k)
-        dense_class(chunks_[k], base, offsets, places, classes[k], classes[k + 1], group + o * core_.depth(), channels,
-                    width, sums);
-      finish(Panel<A>{unit, split * core_.out_channels + o, channels, sums, width});
+      const int64_t channels = sum_panel(classes, base, offsets, places, split, o, sums);
+      finish(Panel<A>{unit, split * core_.out_channels + o, channels, sums, round_up(channels, L)});
     }
   }
 
-  // Lists the pixels of a unit class by class: where their first tap is, and their place in raster order. Returns the
+  // The panel of output channels from o on; returns their number.
+  int64_t sum_panel(const std::vector<int64_t>& classes, const A* base, const int64_t* offsets, const int64_t* places,
+                    int64_t group, int64_t o, A* sums) const {
+    const int64_t channels = std::min<int64_t>(W, core_.out_channels - o), width = round_up(channels, L);
+    for (size_t k = 0; k + 1 < classes.size(); ++k)
+      dense_class(chunks_[k], base, offsets, places, classes[k], classes[k + 1],
+                  weights_.group(group) + o * core_.depth(), channels, width, sums);
+    return channels;
+  }
+
+  // Lists the pixels of a unit class by class: where their first tap is, and their place in the layout. Returns the
   // class boundaries, one class for each pair of spans.
-  std::vector<int64_t> sort_pixels(const Unit& unit, int64_t* offsets, int64_t* places) const {
+  std::vector<int64_t> sort_pixels(const Unit& unit, const Layout& layout, int64_t* offsets, int64_t* places) const {
     std::vector<int64_t> boundaries{0};
     int64_t p = 0;
     for (const Span& rows : rows_)
@@ -148,10 +160,10 @@ class Correlation {
         for (int64_t n = 0; n < unit.images; ++n)
           for (int64_t i = begin; i < end; ++i) {
             const int64_t at = n * packed_.n + (core_.h.input(i, rows.tap) - unit.in_row) * packed_.h;
-            const int64_t place = (n * unit.rows + i - unit.row) * core_.w.out;
+            const int64_t place = layout(n, i, 0);
             for (int64_t j = columns.first; j < columns.last; ++j, ++p) {
               offsets[p] = at + core_.w.input(j, columns.tap) * packed_.w;
-              places[p] = place + j;
+              places[p] = place + j * layout.column;
             }
           }
         boundaries.push_back(p);
@@ -195,38 +207,11 @@ class Correlation {
     }
   }
 
-  // Channels are the vector dimension; each kernel row is summed on its own.
-  void depthwise_class(size_t index, const A* base, const int64_t* offsets, const int64_t* places, int64_t first,
-                       int64_t last, int64_t channel, int64_t count, A* sums) const {
-    constexpr int R = 4;
-    const Span &rows = rows_[index / columns_.size()], &columns = columns_[index % columns_.size()];
-    const int64_t padded = round_up(window_.groups * window_.out_channels, L);
-    for (int64_t c = 0; c < count; c += L)
-      for (int64_t p = first; p < last; p += R) {
-        Vec<A> total[R] = {};
-        const A* pixel[R];
-        for (int i = 0; i < R; ++i) pixel[i] = base + offsets[std::min(p + i, last - 1)] + c;
-        for (int64_t a = 0; a < rows.taps; ++a) {
-          const A* filter = weights_.group(0) + ((rows.tap + a) * core_.w.kernel + columns.tap) * padded + channel + c;
-          int64_t from = a * core_.h.dilation * packed_.h;
-          Vec<A> sum[R] = {};
-          for (int64_t b = 0; b < columns.taps; ++b, filter += padded, from += core_.w.dilation * packed_.w) {
-            const Vec<A> weight = load(filter);
-#pragma GCC unroll 4
-            for (int i = 0; i < R; ++i) sum[i] = fma(load(pixel[i] + from), weight, sum[i]);
-          }
-#pragma GCC unroll 4
-          for (int i = 0; i < R; ++i) total[i] += sum[i];
-        }
-        for (int i = 0; i < R && p + i < last; ++i) store(sums + places[p + i] * kDepthwiseChannels + c, total[i]);
-      }
-  }
-
   const T* x_;
   Strides4 s_;
   Window window_, core_;
   const PackedWeights<A>& weights_;
-  bool depthwise_, in_place_;
+  bool in_place_;
   int64_t channels_;  // of a packed pixel
   Units units_;
   std::vector<Span> rows_, columns_;

@@ -26,9 +26,8 @@ void Conv2dEpiloguePass<T>::run(const T* sum, T* y, Strides4 s, const Conv2dEpil
       const auto at = [&](const Strides4& t) { return n * t.n + (last ? b * t.h + a * t.w : b * t.c + a * t.h); };
       for (int64_t first = 0; first < length; first += kLine) {
         const int64_t count = std::min(kLine, length - first), from = at(s) + first * step;
-        if (step == 1 && count >= kLanes<A>) {
-          for (int64_t j = 0; j + kLanes<A> <= count; j += kLanes<A>) store(values + j, load_converted(sum + from + j));
-          store(values + count - kLanes<A>, load_converted(sum + from + count - kLanes<A>));
+        if (step == 1) {
+          copy_converted(sum + from, count, values);
         } else {
           for (int64_t j = 0; j < count; ++j) values[j] = to_float(sum[from + j * step]);
         }

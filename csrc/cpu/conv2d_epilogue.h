@@ -10,7 +10,9 @@ namespace pynn::cpu {
 template <class T, class A>
 inline void add_row(A* values, const T* row, int64_t stride, int64_t count) {
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) values[i] += to_float(row[i]);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store(values + i, load(values + i) + load_compute(row + i));
+    for (; i < count; ++i) values[i] += to_float(row[i]);
   } else if (stride == 0) {
     const A value = to_float(*row);
     for (int64_t i = 0; i < count; ++i) values[i] += value;
@@ -22,7 +24,11 @@ inline void add_row(A* values, const T* row, int64_t stride, int64_t count) {
 template <class T, class A>
 inline void store_row(T* row, int64_t stride, const A* values, int64_t count) {
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) row[i] = from_float<T>(values[i]);
+    if (count < kLanes<A>) return store_part(row, count, load_part(values, count, A(0)));
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      const int64_t at = std::min(i, count - kLanes<A>);
+      store_compute(row + at, load(values + at));
+    }
   } else {
     for (int64_t i = 0; i < count; ++i) row[i * stride] = from_float<T>(values[i]);
   }
@@ -64,18 +70,23 @@ struct Epilogue {
   void line(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
             int64_t r_stride) const {
     constexpr int L = kLanes<A>;
-    const bool last_step = !pre && activation == Activation::none;
-    int64_t i = 0;
-    for (; i + L <= count && (!residual || r_stride == 1 || r_stride == 0); i += L) {
-      Vec<A> v = load(values + i);
-      if (biases) v += bias_step ? load(biases + i) : broadcast(*biases);
-      if (residual) v += r_stride ? load_converted(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
-      if constexpr (sizeof(T) == sizeof(A)) {
-        if (last_step && stride == 1) {
-          store(y + at + i, v);
-          continue;
-        }
+    const auto biased = [&](Vec<A> v, int64_t i) { return bias_step ? v + load(biases + i) : v + broadcast(*biases); };
+    const bool vectors = !residual || r_stride == 1 || r_stride == 0;
+    if (vectors && !pre && activation == Activation::none && stride == 1 && count >= L) {
+      for (int64_t block = 0; block < count; block += L) {  // the last vector overlaps the one before it
+        const int64_t i = std::min(block, count - L);
+        Vec<A> v = load(values + i);
+        if (biases) v = biased(v, i);
+        if (residual) v += r_stride ? load_compute(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
+        store_compute(y + at + i, v);
       }
+      return;
+    }
+    int64_t i = 0;
+    for (; i + L <= count && vectors; i += L) {
+      Vec<A> v = load(values + i);
+      if (biases) v = biased(v, i);
+      if (residual) v += r_stride ? load_compute(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
       store(values + i, v);
     }
     for (int64_t j = i; j < count; ++j) {
@@ -84,8 +95,7 @@ struct Epilogue {
     }
     if (pre) store_row(pre + at, stride, values, count);
     if (activation != Activation::none) activate(activation, values, count);
-    const int64_t stored = sizeof(T) == sizeof(A) && last_step && stride == 1 ? i : 0;
-    store_row(y + at + stored * stride, stride, values + stored, count - stored);
+    store_row(y + at, stride, values, count);
   }
 
   void operator()(const Panel<A>& p) const { s.c == 1 && p.channels > 1 ? channels_last(p) : channels_first(p); }

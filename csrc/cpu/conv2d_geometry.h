@@ -137,8 +137,17 @@ struct Unit {
     in_row = std::clamp<int64_t>(h.input(row, 0), 0, h.in);
     in_rows = std::clamp<int64_t>(h.input(row + rows - 1, h.kernel - 1) + 1, in_row, h.in) - in_row;
   }
-  // One row, for an epilogue.
-  Unit(int64_t image, int64_t row) : image(image), images(1), row(row), rows(1), in_row(0), in_rows(0) {}
+  Unit(int64_t image, int64_t row) : Unit(image, 1, row, 1) {}
+  Unit(int64_t image, int64_t images, int64_t row, int64_t rows, int64_t in_row = 0, int64_t in_rows = 0)
+      : image(image), images(images), row(row), rows(rows), in_row(in_row), in_rows(in_rows) {}
+};
+
+// Where the pixels of a correlation lie among those of a unit: (image, i, j) at image * of_image + i * row + j * column
+// + first.
+struct Layout {
+  int64_t image, row, column, first;
+
+  int64_t operator()(int64_t n, int64_t i, int64_t j) const { return n * image + i * row + j * column + first; }
 };
 
 // A finished panel: all pixels of a unit in raster order, channels [channel, channel + channels) of all groups.

@@ -4,10 +4,15 @@
 #pragma once
 #include <list>
 #include <numeric>
+#include <optional>
 
+#include "conv2d_depthwise.h"
 #include "conv2d_engine.h"
 #include "conv2d_epilogue.h"
+#include "conv2d_narrow.h"
 #include "conv2d_padding.h"
+#include "conv2d_phased.h"
+#include "conv2d_winograd.h"
 
 namespace pynn::cpu {
 
@@ -53,7 +58,8 @@ class InputGradient {
                             {d.out_height, v.count, reached ? v.taps : 0, 1, v.step, v.pad},
                             {d.out_width, h.count, reached ? h.taps : 0, 1, h.step, h.pad}};
         const WeightView view{out * s.n, s.c, s.n, -v.tap_step * s.h, -h.tap_step * s.w};
-        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view);
+        pieces_.emplace_back(v.first, h.first, window, w + v.last_tap * s.h + h.last_tap * s.w, view,
+                             window_.depthwise());
       }
   }
 
@@ -74,10 +80,25 @@ class InputGradient {
   struct Piece {
     int64_t row, column;  // the first input pixel of the phase
     Window window;
-    PackedWeights<A> weights;
+    const T* w;
+    WeightView view;
+    // Depthwise and narrow correlations pack their own.
+    std::optional<WinogradWeights<A>> winograd_3x3;
+    std::optional<PackedWeights<A>> weights;
+    std::optional<Winograd2x2<A>> winograd_2x2;  // beside weights
 
-    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view)
-        : row(row), column(column), window(window), weights(w, view, window) {}
+    Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
+        : row(row), column(column), window(window), w(w), view(view) {
+      if (depthwise || is_narrow(window)) return;
+      if constexpr (std::is_same_v<T, A>) {
+        if (is_winograd<T>(window)) winograd_3x3.emplace(w, view, window);
+        if (winograd_3x3 && winograd_3x3->finite()) return;
+        winograd_3x3.reset();
+      }
+      weights.emplace(w, view, window);
+      if (weights->form() == Form::panels && Winograd2x2<A>::template fits<T>(window))
+        winograd_2x2.emplace(*weights, window);
+    }
   };
 
   static int64_t pixel_size(const Window& window) { return round_up(window.groups * window.in_channels, kLanes<A>); }
@@ -87,9 +108,27 @@ class InputGradient {
     return std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(window.batch, 1));
   }
 
+  // Whether a unit of all phases is worth it and fits: it has as many rows as the stride at least.
+  bool phased() const {
+    bool plain = true, fast = pieces_.size() > 1;
+    for (const Piece& piece : pieces_) {
+      plain = plain && piece.weights && !piece.window.patches();
+      fast = fast || piece.winograd_2x2;
+    }
+    return plain && fast &&
+           stride_height_ * window_.w.in * round_up(window_.in_channels, kLanes<A>) <= kChunkBytes / int64_t(sizeof(A));
+  }
+
   // E is what the result is stored as.
   template <class E>
   void correlate(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole) const {
+    if (phased()) {
+      Epilogue<E> epilogue = whole;
+      epilogue.width = window_.w.in;
+      return PhasedCorrelation<T, std::list<Piece>>(dy, dy_strides, images, window_.h.in, window_.w.in, stride_height_,
+                                                    stride_width_, pieces_)
+          .run(epilogue);
+    }
     for (const Piece& piece : pieces_) {
       const auto every = [&](const Strides4& s) {
         return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_};
@@ -102,7 +141,14 @@ class InputGradient {
           every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
       Window window = piece.window;
       window.batch = images;
-      Correlation<T>(dy, dy_strides, window, piece.weights).run(epilogue);
+      if (window_.depthwise())
+        correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (piece.winograd_3x3)
+        correlate_winograd(dy, dy_strides, window, *piece.winograd_3x3, epilogue);
+      else if (piece.weights)
+        Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
+      else
+        NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
     }
   }
 
@@ -124,7 +170,7 @@ class InputGradient {
           fold_border(h, w, values, pixel, round_up(count, kLanes<A>));
           values += h.border.before * pitch + w.border.before * pixel;
           for (int64_t row = 0; row < h.border.size; ++row, values += pitch)
-            epilogue(Panel<A>{Unit(n + i / blocks, row), channel, count, values, pixel});
+            epilogue(Panel<A>{Unit(n + i / blocks, 1, row, 1), channel, count, values, pixel});
         }
       });
     }

@@ -6,7 +6,7 @@
 #include <new>
 
 #include "conv2d.h"
-#include "vec.h"
+#include "vec_load.h"
 
 namespace pynn::cpu {
 
@@ -30,16 +30,13 @@ class Buffer {
   E* data_;
 };
 
-// kLanes<A> elements in the compute type.
-template <class T>
-PYNN_HD Vec<accumulate_t<T>> load_converted(const T* from) {
-  using A = accumulate_t<T>;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    return load(from);
-  } else {
-    A values[kLanes<A>];
-    for (int i = 0; i < kLanes<A>; ++i) values[i] = to_float(from[i]);
-    return load(values);
+// to[0:count] = from[0:count], in the compute type. The last vector overlaps the one before it.
+template <class T, class A>
+PYNN_HD void copy_converted(const T* from, int64_t count, A* to) {
+  if (count < kLanes<A>) return store_part(to, count, load_part(from, count, A(0)));
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const int64_t at = std::min(i, count - kLanes<A>);
+    store(to + at, load_compute(from + at));
   }
 }
 
@@ -86,7 +83,7 @@ void transpose_in(const T* from, int64_t stride, int64_t count, int64_t channels
       const int64_t p = std::min(block, count - L);
       Vec<A> rows[L];
       for (int i = 0; i < L; ++i) {
-        rows[i] = load_converted(from + (c + i) * stride + p);
+        rows[i] = load_compute(from + (c + i) * stride + p);
         __builtin_prefetch(from + (c + i + L) * stride + p);  // sixteen short streams are too many for the hardware
       }
       transpose<A>(rows);
@@ -113,10 +110,10 @@ void transpose_out(const A* from, int64_t from_stride, int64_t count, int64_t ch
     for (int64_t p = 0; p < count; ++p) to[c * stride + p] = from[p * from_stride + c];
 }
 
-// The part of an image that a copy takes: rows [row, row + rows) of `width` pixels; channel c of the copy is channel
-// (first + c) / repeat of the image; a pixel of the copy takes `pixel` elements.
+// The part of an image that a copy takes: rows [row, row + rows) of `width` pixels, channels [first, first + channels);
+// a pixel of the copy takes `pixel` elements.
 struct Part {
-  int64_t row, rows, width, first, channels, repeat, pixel;
+  int64_t row, rows, width, first, channels, pixel;
 };
 
 // Copies a part of an image into to[row][column][channel].
@@ -124,24 +121,13 @@ template <class T, class A>
 void pack_image(const T* image, const Strides4& s, const Part& part, A* to) {
   const int64_t rows = part.rows, columns = part.width, count = part.channels, pixel = part.pixel;
   const int64_t row_size = columns * pixel;
-  const T* from = image + part.row * s.h;
-  if (part.repeat != 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t q = 0; q < columns; ++q)
-        for (int64_t c = 0; c < count; ++c)
-          to[r * row_size + q * pixel + c] = to_float(from[(part.first + c) / part.repeat * s.c + r * s.h + q * s.w]);
-    return;
-  }
-  from += part.first * s.c;
+  const T* from = image + part.row * s.h + part.first * s.c;
   if (s.c == 1) {
     const bool dense = s.w == count && pixel == count;  // pixels follow each other in memory
     const int64_t runs = dense ? 1 : columns, length = dense ? columns * count : count;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t q = 0; q < runs; ++q) {
-        const T* source = from + r * s.h + q * s.w;
-        A* target = to + r * row_size + q * pixel;
-        for (int64_t i = 0; i < length; ++i) target[i] = to_float(source[i]);
-      }
+      for (int64_t q = 0; q < runs; ++q)
+        copy_converted(from + r * s.h + q * s.w, length, to + r * row_size + q * pixel);
   } else if (s.w == 1 && s.h == columns) {  // rows touch: one run of pixels
     transpose_in(from, s.c, rows * columns, count, to, [=](int64_t p) { return p * pixel; });
   } else if (s.w == 1) {

@@ -18,7 +18,7 @@ void pack_bordered(const T* image, const Strides4& s, const Window& window, cons
     for (run = 1; r + run < part.rows && h.source(part.row + r + run) == source + run;) ++run;
     // Rows of the image come in one piece, to the end of their space, and are then spread.
     A* dense = to + run * (pitch - inner);
-    pack_image<T, A>(image, s, {source, run, w.border.size, part.first, part.channels, part.repeat, pixel}, dense);
+    pack_image<T, A>(image, s, {source, run, w.border.size, part.first, part.channels, pixel}, dense);
     for (int64_t i = 0; i < run; ++i) {
       A* row = to + i * pitch + w.border.before * pixel;
       std::memmove(row, dense + i * inner, size_t(inner) * sizeof(A));

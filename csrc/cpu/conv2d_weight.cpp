@@ -5,6 +5,7 @@
 // sums; the parts are added in order at the end, so the result does not depend on the number of threads.
 #include "conv2d_depthwise.h"
 #include "conv2d_geometry.h"
+#include "conv2d_narrow_weight.h"
 #include "conv2d_padding.h"
 #include "gemm_tile.h"
 #include "parallel.h"
@@ -109,7 +110,7 @@ class WeightGradient {
       pack_any_patches<T, A>(x_ + group * window_.in_channels * s_.c, s_, window_, unit, packed);
       return packed;
     }
-    const Part part{unit.in_row, unit.in_rows, core_.w.in, group * in_, in_, 1, in_};
+    const Part part{unit.in_row, unit.in_rows, core_.w.in, group * in_, in_, in_};
     for (int64_t n = 0; n < unit.images; ++n)
       pack_part<T, A>(x_ + (unit.image + n) * s_.n, s_, window_, part, packed + n * packed_.n);
     return packed;
@@ -122,7 +123,7 @@ class WeightGradient {
       if constexpr (sizeof(T) == sizeof(A)) return from + group * out_ + o + unit.row * g_.h;
     }
     const int64_t width = std::min<int64_t>(W, round_up(out_ - o, L));
-    const Part part{unit.row, unit.rows, core_.w.out, group * out_ + o, std::min<int64_t>(W, out_ - o), 1, width};
+    const Part part{unit.row, unit.rows, core_.w.out, group * out_ + o, std::min<int64_t>(W, out_ - o), width};
     for (int64_t n = 0; n < unit.images; ++n)
       pack_image<T, A>(from + n * g_.n, g_, part, packed + n * unit.rows * core_.w.out * width);
     return packed;
@@ -232,10 +233,10 @@ template <class T>
 void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
                            const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
-  if (window.depthwise())
-    DepthwiseWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias);
-  else
-    WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
+  if (window.depthwise()) return depthwise_weight_gradient(dy, dy_strides, x, x_strides, window, dw, dbias);
+  if (has_narrow_weights(window) && NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
+    return;
+  WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 
 #define INSTANTIATE(T)                                                \

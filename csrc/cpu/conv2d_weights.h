@@ -11,9 +11,8 @@ struct WeightView {
 };
 
 // panels: kTileWidth output channels each (the last may be one vector), as [kernel row][kernel column][in
-// channel][lane] dots: for few output channels, one row [kernel row][kernel column][in channel] per channel depthwise:
-// [kernel row][kernel column][channel of all groups]
-enum class Form { panels, dots, depthwise };
+// channel][lane] dots: for few output channels, one row [kernel row][kernel column][in channel] per channel
+enum class Form { panels, dots };
 
 // The filters of every group in compute dtype.
 template <class A>
@@ -23,11 +22,8 @@ class PackedWeights {
  public:
   template <class T>
   PackedWeights(const T* w, const WeightView& view, const Window& window)
-      : form_(form_of(window)),
-        group_size_(size_of(window)),
-        data_(group_size_ * (window.depthwise() ? 1 : window.groups)) {
-    if (form_ == Form::depthwise) pack_depthwise(w, view, window);
-    for (int64_t g = 0; form_ != Form::depthwise && g < window.groups; ++g) {
+      : form_(form_of(window)), group_size_(size_of(window)), data_(group_size_ * window.groups) {
+    for (int64_t g = 0; g < window.groups; ++g) {
       A* to = data_.get() + g * group_size_;
       for (int64_t o = 0; o < window.out_channels; o += W) {
         const T* from = w + g * view.group + o * view.o;
@@ -42,23 +38,11 @@ class PackedWeights {
 
  private:
   static Form form_of(const Window& window) {
-    if (window.depthwise()) return Form::depthwise;
     const Window core = window.core();
     return core.out_channels <= 4 && core.in_channels >= L ? Form::dots : Form::panels;
   }
   static int64_t size_of(const Window& window) {
-    if (window.depthwise()) return window.taps() * round_up(window.groups * window.out_channels, L);
     return window.depth() * (form_of(window) == Form::dots ? window.out_channels : round_up(window.out_channels, L));
-  }
-
-  template <class T>
-  void pack_depthwise(const T* w, const WeightView& view, const Window& window) {
-    const int64_t channels = window.groups * window.out_channels, padded = round_up(channels, L), kw = window.w.kernel;
-    std::fill_n(data_.get(), group_size_, A(0));
-    for (int64_t t = 0; t < window.taps(); ++t)
-      for (int64_t o = 0; o < channels; ++o)
-        data_.get()[t * padded + o] = to_float(w[o / window.out_channels * view.group +
-                                                 o % window.out_channels * view.o + t / kw * view.a + t % kw * view.b]);
   }
 
   template <class T>

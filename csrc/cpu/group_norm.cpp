@@ -6,8 +6,9 @@
 // shift in fp32; center is the rounded mean when the mean is large (then the difference is exact) and 0 otherwise, and
 // shift, computed in double, carries what center leaves of the mean.
 //
-// (N, C, pixels): one task is one group, a contiguous run; coefficients are broadcast per channel.
-// (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds; lanes are
+// (N, C, pixels): one task is one group, a contiguous run, or several small ones; coefficients are broadcast per
+// channel. (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds;
+// lanes are
 //                 channels. A group wider than kColumns is a block of its own, walked in chunks of kColumns channels.
 // A task owns its groups' statistics and its part of y or dx; the backward leaves per-sample channel sums in scratch,
 // which a last step adds over samples in order. So no result depends on the number of threads.
@@ -50,60 +51,90 @@ struct Contiguous {
   const GroupNormShape& shape;
   const A *weight, *bias;
 
-  int64_t tasks() const { return shape.batch * shape.groups; }
-  int64_t task_elements() const { return shape.group_size(); }
+  // A task takes several small groups, one step for all of them after the other: a group's few operations on scalars,
+  // each of which waits for the last, then run beside those of the next group.
+  static constexpr int64_t kTogether = 8;
+  int64_t block() const { return std::clamp<int64_t>(kTaskElements / 2 / shape.group_size(), 1, kTogether); }
+  int64_t groups() const { return shape.batch * shape.groups; }
+  int64_t tasks() const { return (groups() + block() - 1) / block(); }
+  int64_t task_elements() const { return block() * shape.group_size(); }
 
-  // Calls body(offset, channel, channels, scales, shifts) for the channels of a group, kColumns at a time.
+  // Calls body(i, group) for the groups of a task.
   template <class Body>
-  void each_chunk(const GroupStats& stats, int64_t first_channel, const Body& body) const {
+  void each_group(int64_t task, const Body& body) const {
+    const int64_t first = task * block(), count = std::min(block(), groups() - first);
+    for (int64_t i = 0; i < count; ++i) body(i, first + i);
+  }
+  // Calls body(offset, channel, channels, scales, shifts) for the channels of a group, kColumns at a time; the channel
+  // counts through the batch.
+  template <class Body>
+  void each_chunk(const GroupStats& stats, int64_t group, const Body& body) const {
     for (int64_t c = 0; c < shape.width; c += kColumns<T>) {
-      const int64_t channels = std::min(kColumns<T>, shape.width - c);
+      const int64_t channels = std::min(kColumns<T>, shape.width - c), channel = group * shape.width + c;
       A scales[kColumns<T>], shifts[kColumns<T>];
-      set_affine(stats, weight, bias, first_channel + c, channels, scales, shifts);
-      body(c * shape.pixels, c, channels, scales, shifts);
+      set_affine(stats, weight, bias, channel % shape.channels(), channels, scales, shifts);
+      body(channel * shape.pixels, channel, channels, scales, shifts);
     }
   }
 
   void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd) const {
-    const int64_t count = shape.group_size(), first_channel = task % shape.groups * shape.width;
-    x += task * count, y += task * count;
-    A center = run_center(x, count);
-    Sums moments = run_moments<true>(x, count, center);
-    if (is_poor(moments, double(count))) {
-      center = A(center + moments.first / double(count));
-      moments = run_moments<true>(x, count, center);
-    }
-    const GroupStats stats = stats_around(center, moments, double(count), eps);
-    mean[task] = A(stats.center + stats.delta), rstd[task] = A(stats.rstd);
-    const GroupStats s = recenter<A>(stats);
-    each_chunk(s, first_channel, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
-      run_forward<kSilu>(x + at, y + at, channels, shape.pixels, A(s.center), scales, shifts);
+    const int64_t size = shape.group_size();
+    const double count = double(size);
+    A centers[kTogether];
+    Sums moments[kTogether];
+    GroupStats stats[kTogether];
+    each_group(task, [&](int64_t i, int64_t group) { centers[i] = run_center(x + group * size, size); });
+    each_group(task,
+               [&](int64_t i, int64_t group) { moments[i] = run_moments<true>(x + group * size, size, centers[i]); });
+    each_group(task, [&](int64_t i, int64_t group) {
+      if (is_poor(moments[i], count)) {
+        centers[i] = A(centers[i] + moments[i].first / count);
+        moments[i] = run_moments<true>(x + group * size, size, centers[i]);
+      }
+      stats[i] = stats_around(centers[i], moments[i], count, eps);
+      mean[group] = A(stats[i].center + stats[i].delta), rstd[group] = A(stats[i].rstd);
+      stats[i] = recenter<A>(stats[i]);
+    });
+    each_group(task, [&](int64_t i, int64_t group) {
+      each_chunk(stats[i], group, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
+        run_forward<kSilu>(x + at, y + at, channels, shape.pixels, A(stats[i].center), scales, shifts);
+      });
     });
   }
 
   void backward(int64_t task, const T* dy, const T* x, const A* mean, const A* rstd, T* dx, double* sum_dz,
                 double* sum_dzx) const {
-    const int64_t count = shape.group_size(), first_channel = task % shape.groups * shape.width;
-    dy += task * count, x += task * count, dx += task * count;
-    GroupStats s{double(mean[task]), double(rstd[task]), 0};
-    if (center_of<A>(s.delta, s.rstd) != 0) {
-      s.center = s.delta;
-      s.delta = run_moments<false>(x, count, A(s.center)).first / double(count);
-    }
-    Sums weighted;
-    each_chunk(s, first_channel, [&](int64_t at, int64_t c, int64_t channels, const A* scales, const A* shifts) {
-      double *to_dz = sum_dz + task * shape.width + c, *to_dzx = sum_dzx + task * shape.width + c;
-      run_backward_sums<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(s.center), scales, shifts,
-                                      to_dz, to_dzx);
-      for (int64_t i = 0; i < channels; ++i) {
-        const double w = weight ? weight[first_channel + c + i] : A(1);
-        to_dzx[i] = (to_dzx[i] - s.delta * to_dz[i]) * s.rstd;
-        weighted.first += w * to_dz[i], weighted.second += w * to_dzx[i];
+    const int64_t size = shape.group_size();
+    const double count = double(size);
+    GroupStats stats[kTogether];
+    Affine back[kTogether];
+    each_group(task, [&](int64_t i, int64_t group) {
+      GroupStats& s = stats[i] = {double(mean[group]), double(rstd[group]), 0};
+      if (center_of<A>(s.delta, s.rstd) != 0) {
+        s.center = s.delta;
+        s.delta = run_moments<false>(x + group * size, size, A(s.center)).first / count;
       }
     });
-    const Affine back = backward_affine(s, weighted, double(count));
-    each_chunk(s, first_channel, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
-      run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(s.center), scales, shifts, back);
+    each_group(task, [&](int64_t i, int64_t group) {
+      const GroupStats& s = stats[i];
+      Sums weighted;
+      each_chunk(s, group, [&](int64_t at, int64_t c, int64_t channels, const A* scales, const A* shifts) {
+        double *to_dz = sum_dz + c, *to_dzx = sum_dzx + c;
+        run_backward_sums<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(s.center), scales, shifts,
+                                        to_dz, to_dzx);
+        for (int64_t j = 0; j < channels; ++j) {
+          const double w = weight ? weight[c % shape.channels() + j] : A(1);
+          to_dzx[j] = (to_dzx[j] - s.delta * to_dz[j]) * s.rstd;
+          weighted.first += w * to_dz[j], weighted.second += w * to_dzx[j];
+        }
+      });
+      back[i] = backward_affine(s, weighted, count);
+    });
+    each_group(task, [&](int64_t i, int64_t group) {
+      each_chunk(stats[i], group, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
+        run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(stats[i].center), scales, shifts,
+                                   back[i]);
+      });
     });
   }
 };

@@ -49,6 +49,14 @@ template <class T>
 PYNN_HD void store(T* to, Vec<T> v) {
   memcpy(to, &v, sizeof(v));
 }
+// Makes the compiler load a value once where it would rather repeat the load in each instruction that uses it.
+template <class V>
+PYNN_HD V in_register(V v) {
+#ifdef __x86_64__
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 template <class T>
 PYNN_HD Vec<T> broadcast(T value) {
   return value - Vec<T>{};

@@ -76,6 +76,35 @@ PYNN_HD void store_part(float* to, int64_t count, VecFloat v) {
   _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), v);
 }
 #endif
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+template <>
+PYNN_HD VecFloat load_part(const BFloat16* from, int64_t count, float fill) {
+  const __mmask16 mask = __mmask16((1u << count) - 1);
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
+  return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, _mm512_castsi512_ps(bits));
+}
+template <>
+PYNN_HD VecFloat load_part(const Half* from, int64_t count, float fill) {
+  const __mmask16 mask = __mmask16((1u << count) - 1);
+  return _mm512_mask_cvtph_ps(_mm512_set1_ps(fill), mask, _mm256_maskz_loadu_epi16(mask, from));
+}
+template <class T>
+PYNN_HD void store_part_of_16_bits(T* to, int64_t count, VecFloat v) {
+  T values[16];
+  store_compute(values, v);
+  __m256i bits;
+  memcpy(&bits, values, sizeof(bits));
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), bits);
+}
+template <>
+PYNN_HD void store_part(BFloat16* to, int64_t count, VecFloat v) {
+  store_part_of_16_bits(to, count, v);
+}
+template <>
+PYNN_HD void store_part(Half* to, int64_t count, VecFloat v) {
+  store_part_of_16_bits(to, count, v);
+}
+#endif
 
 // The sum of the lanes, in double and in one fixed order.
 PYNN_HD double add_lanes(VecDouble v) {

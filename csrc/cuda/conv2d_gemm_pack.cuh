@@ -2,6 +2,7 @@
 // both padded with zeros to whole packs of 16 bytes.
 #pragma once
 #include "conv2d_gemm_output.cuh"
+#include "pack.cuh"
 
 namespace pynn::cuda {
 namespace {

@@ -54,6 +54,8 @@ Conv2dShape check(const Ints& input, const Ints& weight, const Ints& stride, con
   const int64_t reach_h = dilation[0] * (weight[2] - 1) + 1, reach_w = dilation[1] * (weight[3] - 1) + 1;
   PYNN_CHECK(height >= reach_h && width >= reach_w, "Calculated padded input size per channel: (", height, " x ", width,
              "). Kernel size: (", reach_h, " x ", reach_w, "). Kernel size can't be greater than actual input size");
+  PYNN_CHECK(input[2] > 0 && input[3] > 0,
+             "Only zero batch or zero channel inputs are supported, but got input shape: ", text(input));
   int64_t padded = checked_multiply(kOp, height, width);
   for (const int64_t factor : {std::max<int64_t>(input[1], 1), std::max<int64_t>(input[0], 1), int64_t(16)})
     padded = checked_multiply(kOp, padded, factor);

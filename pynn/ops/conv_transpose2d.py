@@ -77,10 +77,13 @@ class ConvTranspose2d(torch.autograd.Function):
             return (None,) * 7
         read, geometry = ctx.geometry.convolution(grad)
         grad_input = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_input = call(Conv2d, read, weight, None, None, geometry, None, False)[0]
-        if ctx.needs_input_grad[1]:
-            grad_weight = call(ConvGradients, input, read, weight, geometry, (False, True, False))[1]
+        if min(read.shape[2:]) == 0:  # every tap falls into the padding
+            grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
+        else:
+            if ctx.needs_input_grad[0]:
+                grad_input = call(Conv2d, read, weight, None, None, geometry, None, False)[0]
+            if ctx.needs_input_grad[1]:
+                grad_weight = call(ConvGradients, input, read, weight, geometry, (False, True, False))[1]
         grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, gradient_of_residual(ctx, grad), None, None, None
 

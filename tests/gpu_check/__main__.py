@@ -23,6 +23,7 @@ from gpu_check.runner import FAILED, NOT_AVAILABLE, OK, UNAVAILABLE, Part
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
+CHOICES = ROOT / "pynn" / "choices"
 TOTAL_S = 460.0
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -60,8 +61,12 @@ def judge_sanitizer(status: int, log: str) -> tuple[str, str]:
     return OK, next((line for line in log.splitlines() if "comparisons agree" in line), runner.last_line(log))
 
 
-def parts_of(out: Path | str) -> list[Part]:
-    """The parts in order; a part's reserve is what it needs when nothing goes wrong."""
+def parts_of(out: Path | str, tables: Path | str) -> list[Part]:
+    """The parts in order; a part's reserve is what it needs when nothing goes wrong.
+
+    Args:
+        out: where benchmark rows go. tables: where the table of the fastest backends goes.
+    """
     python = [sys.executable, "-m"]
     launches = [*python, "gpu_check.launches"]
     workers = str(min(8, os.cpu_count() or 1))
@@ -86,7 +91,8 @@ def parts_of(out: Path | str) -> list[Part]:
         judge = judge_sanitizer if tool else None
         parts.append(Part(name, command, 60, 20, judge=judge, environment=uncached))
     bench = [*python, "bench", "--device", "cuda", "--save", "--out", str(out), "--time-limit", "{seconds}"]
-    return [*parts, Part("benchmarks", bench, 240, 110)]
+    choose = [*python, "bench.choose", "--device", "cuda", "--every", "3", "--out", str(tables)]
+    return [*parts, Part("benchmarks", bench, 240, 90), Part("choices", choose, 150, 40)]
 
 
 def missing_gpu() -> str:
@@ -112,7 +118,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts only")
     options = parser.parse_args()
     out = (options.out or RESULTS).absolute()
-    parts = parts_of(out)
+    parts = parts_of(out, out if options.out else CHOICES)
     unknown = sorted(set(options.only or []) - {part.name for part in parts})
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(part.name for part in parts)}")

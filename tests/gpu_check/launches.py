@@ -23,6 +23,17 @@ from pynn.diffusion import Schedule
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((3, 5, 7), (4, 2, 32), (2, 4099))  # rows that start inside a quad, whole vectors, rows of several blocks
 GROUP_NORM_SHAPES = ((3, 6, 5, 7), (2, 64, 9, 3), (1, 2, 131, 130))  # the last is too large for registers
+# (image, weight, geometry): tensor cores, tails of tiles, stride phases, few channels, groups, depthwise, borders.
+CONVOLUTIONS = (
+    ((2, 32, 9, 9), (64, 32, 3, 3), {"padding": 1}),
+    ((2, 19, 8, 7), (21, 19, 3, 3), {"padding": 1, "stride": 2}),
+    ((2, 64, 6, 6), (72, 64, 1, 1), {}),
+    ((2, 3, 17, 17), (24, 3, 5, 5), {"padding": 2, "stride": 2}),
+    ((2, 32, 9, 8), (3, 32, 3, 3), {"padding": 1}),
+    ((2, 32, 7, 7), (32, 8, 3, 3), {"padding": 1, "groups": 4}),
+    ((2, 24, 9, 11), (24, 1, 5, 5), {"padding": 2, "groups": 24}),
+    ((2, 16, 9, 8), (16, 16, 3, 3), {"padding": 2, "dilation": 2, "padding_mode": "reflect"}),
+)
 # Where another order of summation or another libm is allowed: result -> difference relative to the largest element.
 SUMMED = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TOLERANCE = {
@@ -30,6 +41,9 @@ TOLERANCE = {
     "learned range": {torch.float64: 1e-12},
     "group norm": SUMMED,
     "group norm channels last": SUMMED,
+    "convolution": SUMMED,
+    "convolution channels last": SUMMED,
+    "transposed convolution": SUMMED,
 }
 
 Results = dict[str, torch.Tensor]
@@ -88,6 +102,24 @@ def group_norm(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Resul
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def convolution(device: str, dtype: torch.dtype, number: int) -> Results:
+    """With bias, residual and SiLU, and its gradients, in both memory formats; transposed with the same weight."""
+    shape, weight_shape, geometry = CONVOLUTIONS[number]
+    x, weight = _operands(device, dtype, shape, 1)[0], _operands(device, dtype, weight_shape, 1)[0]
+    bias = _operands(device, dtype, weight_shape[:1], 1)[0]
+    residual = _operands(device, dtype, (weight_shape[0], 1, 1), 1)[0]
+    results = {}
+    formats = {"convolution": torch.contiguous_format, "convolution channels last": torch.channels_last}
+    for name, memory_format in formats.items():
+        leaves = [t.detach().requires_grad_() for t in (x.to(memory_format=memory_format), weight, bias, residual)]
+        y = pynn.ops.conv2d(*leaves[:3], **geometry, activation="silu", residual=leaves[3])
+        results[name] = y
+        results |= {f"{name} gradient {i}": gradient for i, gradient in enumerate(_gradients(y, leaves))}
+    back = {name: value for name, value in geometry.items() if name != "padding_mode"}
+    results["transposed convolution"] = pynn.ops.conv_transpose2d(y.detach(), weight, **back, activation="relu")
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     kernel: str  # a dispatcher op: backends without it leave the case out
@@ -98,6 +130,10 @@ CASES = {f"diffusion {shape}": Case("forward_jump_fwd", functools.partial(diffus
 CASES |= {
     f"group_norm {shape}": Case("group_norm_fwd", functools.partial(group_norm, shape=shape))
     for shape in GROUP_NORM_SHAPES
+}
+CASES |= {
+    f"conv2d {shape} {weight}": Case("conv2d_fwd", functools.partial(convolution, number=number))
+    for number, (shape, weight, _) in enumerate(CONVOLUTIONS)
 }
 
 
