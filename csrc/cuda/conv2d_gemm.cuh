@@ -58,7 +58,7 @@ struct Plan {
         width(forward ? s.out_width : s.in_width),
         filter_height(s.kernel_height),
         filter_width(s.kernel_width),
-        padding_mode(s.padding_mode),
+        padding_mode(forward ? s.padding_mode : PaddingMode::zeros),  // no output stands outside of grad_output
         tensor_cores(sizeof(T) == 2 || s.allow_tf32) {
     const int64_t sum = h.most_taps() * w.most_taps() * padded, blocks = std::max<int64_t>(ceil_div(sum, kDepth), 1);
     parts = height * width <= 256 && sum >= 1024 ? std::min<int64_t>(sum / 512, 8) : 1;
