@@ -14,7 +14,7 @@ namespace {
 
 // kernel: the square filter's size, or 0 for any. high x wide: outputs of a thread.
 template <class T, int vector, int kernel, int stride, int high, int wide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     depthwise_kernel(Output<T> out, const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, DepthwiseTiling t,
                      bool read_vectors, bool store_vectors) {
   using A = accumulate_t<T>;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
 // The input gradient for stride 2: a thread computes high x wide squares of 2 x 2 inputs. In coordinates of the padded
 // image, input 2 u + p meets the taps p + 2 l of outputs u - l.
 template <class T, int vector, int kernel, int high, int wide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     depthwise_strided_gradient_kernel(Output<T> out, const T* dy, Strides4 dy_strides, const T* w, Strides4 w_strides,
                                       DepthwiseTiling t, bool read_vectors, bool store_vectors) {
   using A = accumulate_t<T>;
@@ -207,11 +207,6 @@ void depthwise(const DepthwiseCall<T>& call) {
     if (kernel == 7 && !two) return call.template run<1, 7, 1, 8, 1>();
   }
   return two ? call.template run<1, 0, 2, 2, 4>() : call.template run<1, 0, 1, 4, 4>();
-}
-
-// The correlation with the flipped filter that gives the input gradient for stride 1.
-inline Axis gradient_axis(const Axis& a) {
-  return {a.out, a.in, a.kernel, 1, a.dilation, a.dilation * (a.kernel - 1) - a.pad};
 }
 
 template <class T>

@@ -21,13 +21,6 @@ struct DepthwiseAxis {
   __device__ int first_input(int output) const { return output * image_stride - pad; }
 };
 
-// Whether 32 bits hold every position.
-inline bool is_small(const Axis& a) {
-  constexpr int64_t kLarge = 1 << 28;
-  return a.in < kLarge && a.out < kLarge && a.kernel * a.dilation < kLarge && std::abs(a.pad) < kLarge &&
-         a.stride < kLarge && a.out * a.stride < kLarge;
-}
-
 // How threads share the work: a block has `lanes` vectors of channels and kThreads / lanes tiles.
 struct DepthwiseTiling {
   DepthwiseAxis rows, columns;
