@@ -128,7 +128,7 @@ def test_depthwise(backend, call):
     w, b = integers(weight_shape, dtype, low=-1, high=1), integers(weight_shape[:1], dtype)
     z = reference(x, w, b, **geometry)
     dy = integers(z.shape, dtype, low=-1, high=1).contiguous(memory_format=gradients)
-    truth, truths = truth_of(lambda *t: reference(*t, "relu", **geometry), x, w, b, grad_output=dy)
+    truth, truths = truth_of(lambda *t: reference(*t, activation="relu", **geometry), x, w, b, grad_output=dy)
     y, got = run_on(backend, lambda *t: ours(*t, activation="relu", **geometry), x, w, b, grad_output=dy)
     assert_bitwise(y, truth.to(dtype), "output")
     for i, (a, e) in enumerate(zip(got, truths, strict=True)):
@@ -144,3 +144,9 @@ def test_large_depthwise_gradient(backend):
     _, got = run_on(backend, lambda *t: ours(*t, **geometry), x, w, grad_output=dy)
     for a, e in zip(got, truths, strict=True):
         assert_bitwise(a, e.float(), "gradient")
+
+
+def test_blocks_of_several_tiles(backend):
+    x, w = integers((271_000, 2, 1, 1), torch.bfloat16), integers((2, 1, 5, 5), torch.bfloat16)
+    y = ours(x.to(backend.device), w.to(backend.device), padding=2, groups=2)
+    assert_bitwise(y.cpu(), x * w[:, 0, 2, 2].view(1, 2, 1, 1), "output")

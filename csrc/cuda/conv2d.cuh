@@ -3,12 +3,14 @@
 #pragma once
 #include <type_traits>
 
+#include "conv2d_activation_gradient.cuh"
 #include "conv2d_bias.cuh"
 #include "conv2d_depthwise.cuh"
 #include "conv2d_depthwise_weight.cuh"
 #include "conv2d_direct.cuh"
 #include "conv2d_fold.cuh"
 #include "conv2d_gemm_weight.cuh"
+#include "conv2d_narrow_weight.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -23,6 +25,9 @@ void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_stri
   }
   if constexpr (std::is_same_v<T, Out>) {
     if (is_depthwise_gradient<T>(s)) return depthwise_gradient(out, dy, dy_strides, w, w_strides, s, stream);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (is_narrow_gradient(s)) return narrow_gradient(out, dy, dy_strides, w, w_strides, s, stream);
+    }
   }
   direct_input_gradient<T, Out>(out, dy, dy_strides, w, w_strides, s, stream);
 }
@@ -41,13 +46,18 @@ void weight_gradient(T* dw, const T* dy, const Strides4& dy_strides, const T* x,
       return gemm::weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
   }
   if (is_depthwise_weight(s)) return depthwise_weight(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (is_narrow_weight(s)) return narrow_weight(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  }
   direct_weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
 }
 
 template <class T>
 int64_t weight_gradient_scratch(const Conv2dShape& s) {
   if (gemm::suits_weight_gradient<T>(s)) return gemm::weight_gradient_scratch<T>(s);
-  return is_depthwise_weight(s) ? depthwise_weight_scratch<T>(s) : direct_weight_gradient_scratch<T>(s);
+  if (is_depthwise_weight(s)) return depthwise_weight_scratch<T>(s);
+  if (!std::is_same_v<T, double> && is_narrow_weight(s)) return narrow_weight_scratch(s);
+  return direct_weight_gradient_scratch<T>(s);
 }
 
 }  // namespace
@@ -68,6 +78,9 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
     depthwise(DepthwiseCall<T>{out, x, x_strides, w, w_strides, rows_of(s), columns_of(s), s.batch, s.out_channels,
                                s.out_channels / s.groups, s.padding_mode, stream});
     return;
+  }
+  if constexpr (!std::is_same_v<T, double>) {
+    if (is_narrow(s)) return narrow_forward(out, x, x_strides, w, w_strides, s, stream);
   }
   direct_forward(out, x, x_strides, w, w_strides, s, stream);
 }
@@ -113,9 +126,8 @@ template <class T>
 void Conv2d<T>::bwd_activation(const T* dy, Strides4 dy_strides, const T* saved, Strides4 saved_strides, T* dz,
                                Strides4 dz_strides, Activation activation, int64_t batch, int64_t channels,
                                int64_t height, int64_t width, void* stream) {
-  const Elements elements{batch, channels, height, width, is_channels_last(dz_strides)};
-  LAUNCH(activation_gradient_kernel<T>, blocks_of(elements.count()), kThreads, 0, stream, dz, dz_strides, dy,
-         dy_strides, saved, saved_strides, activation, elements, elements.count());
+  activation_gradient(dz, dz_strides, dy, dy_strides, saved, saved_strides, activation,
+                      {batch, channels, height, width, is_channels_last(dz_strides)}, stream);
 }
 
 template struct Conv2d<double>;

@@ -21,14 +21,7 @@ struct DepthwiseAxis {
   __device__ int first_input(int output) const { return output * image_stride - pad; }
 };
 
-// Whether 32 bits hold every position.
-inline bool is_small(const Axis& a) {
-  constexpr int64_t kLarge = 1 << 28;
-  return a.in < kLarge && a.out < kLarge && a.kernel * a.dilation < kLarge && std::abs(a.pad) < kLarge &&
-         a.stride < kLarge && a.out * a.stride < kLarge;
-}
-
-// How threads share the work: a block has `lanes` vectors of channels and kThreads / lanes tiles.
+// How threads share the work: a block has `lanes` vectors of channels and kThreads / lanes tiles at a time.
 struct DepthwiseTiling {
   DepthwiseAxis rows, columns;
   int64_t batch, channels, tiles;
@@ -38,7 +31,15 @@ struct DepthwiseTiling {
 
   __device__ int lane() const { return channels_fast ? threadIdx.x % lanes : threadIdx.x / (kThreads / lanes); }
   __device__ int slot() const { return channels_fast ? threadIdx.x / lanes : threadIdx.x % (kThreads / lanes); }
-  unsigned blocks() const { return unsigned(ceil_div(tiles, kThreads / lanes) * lane_blocks); }
+  // Enough blocks to keep a large GPU busy; beyond that each takes several tiles for the filters it has copied, unless
+  // those are so small that all tiles go at once.
+  unsigned blocks(bool at_once) const {
+    constexpr int64_t kManyBlocks = 132 * 16;
+    const int64_t all = ceil_div(tiles, kThreads / lanes), many = ceil_div(kManyBlocks, lane_blocks);
+    return unsigned((at_once ? all : std::min(all, many)) * lane_blocks);
+  }
+  __device__ int64_t first_tile() const { return int64_t(blockIdx.x / lane_blocks) * (kThreads / lanes) + slot(); }
+  __device__ int64_t tile_step() const { return int64_t(gridDim.x / lane_blocks) * (kThreads / lanes); }
 };
 
 constexpr int64_t kMostWeightBytes = 64 << 10;  // of shared memory

@@ -42,7 +42,7 @@ struct WeightCells {
 };
 
 template <class T, int vector, int taps_high, int taps_wide, int stride>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     depthwise_weight_kernel(accumulate_t<T>* partial, const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides,
                             WeightCells cells, bool dy_vectors, bool x_vectors) {
   using A = accumulate_t<T>;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads)
 inline bool is_depthwise_weight(const Conv2dShape& s) {
   const Axis rows = rows_of(s), columns = columns_of(s);
   const int64_t stride = reduced_stride(rows);
-  return s.groups > 1 && s.groups == s.in_channels && is_small(rows) && is_small(columns) && stride <= 2 &&
+  return s.groups > 1 && s.groups == s.in_channels && is_small(rows, columns) && stride <= 2 &&
          reduced_stride(columns) == stride;
 }
 

@@ -9,7 +9,7 @@ namespace {
 // ---------------------------------------------------------------- forward
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     direct_forward_kernel(Output<T> out, const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, Conv2dShape s,
                           Elements elements, int64_t count) {
   const int64_t index = thread_index();
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channels = s.in_channels / s.groups, group = e.c / (s.out_channels / s.groups);
   const T* const image = x + e.n * x_strides.n + group * channels * x_strides.c;
   const T* const filter = w + e.c * w_strides.n;
-  ChunkedSum<accumulate_t<T>> sum;
+  ChunkedSums<accumulate_t<T>> sum;
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t a = 0; a < s.kernel_height; ++a) {
       const int64_t row =
@@ -47,7 +47,7 @@ void direct_forward(const Output<T>& out, const T* x, Strides4 x_strides, const 
 // ---------------------------------------------------------------- input gradient
 
 template <class T, class Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     direct_input_gradient_kernel(Output<Out> out, const T* dy, Strides4 dy_strides, const T* w, Strides4 w_strides,
                                  Conv2dShape s, Reaches rows, Reaches columns, Elements elements, int64_t count) {
   const int64_t index = thread_index();
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
       w + group * outputs * w_strides.n + e.c % channels * w_strides.c + v.tap * w_strides.h + h.tap * w_strides.w;
   const T* const image =
       dy + e.n * dy_strides.n + group * outputs * dy_strides.c + v.output * dy_strides.h + h.output * dy_strides.w;
-  ChunkedSum<accumulate_t<T>> sum;
+  ChunkedSums<accumulate_t<T>> sum;
   for (int64_t o = 0; o < outputs; ++o)
     for (int64_t a = 0; a < v.count; ++a) {
       const T* const from = image + o * dy_strides.c - a * rows.out_step * dy_strides.h;
@@ -98,7 +98,7 @@ struct Spans {
 
 // Partial sums of dw (span, O, C / groups, KH, KW). Neighbouring threads share a pixel and read neighbouring inputs.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     direct_weight_gradient_kernel(accumulate_t<T>* partial, const T* dy, Strides4 dy_strides, const T* x,
                                   Strides4 x_strides, Conv2dShape s, Spans spans) {
   const int64_t index = thread_index();
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   const Element f = filters[index % spans.weights];
   const int64_t begin = index / spans.weights * spans.span, end = min(begin + spans.span, spans.pixels);
   const int64_t channel = f.n / (s.out_channels / s.groups) * filters.channels + f.c;
-  ChunkedSum<accumulate_t<T>> sum;
+  ChunkedSums<accumulate_t<T>> sum;
   int64_t i = begin / s.out_width % s.out_height, j = begin % s.out_width, n = begin / s.out_width / s.out_height;
   for (int64_t pixel = begin; pixel < end;) {
     const int64_t row =

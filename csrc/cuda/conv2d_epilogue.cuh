@@ -1,5 +1,4 @@
 // The epilogue of a convolution on a GPU: finished sums get bias, residual and activation, are rounded once and stored.
-// Also what undoes it: the gradient of the activation.
 #pragma once
 #include "conv2d_activation.cuh"
 #include "conv2d_geometry.cuh"
@@ -73,23 +72,6 @@ struct Output {
       if (k < valid) to[k * strides.c] = from_float<T>(sums[k]);
   }
 };
-
-// ---------------------------------------------------------------- the gradient of the activation
-
-// dz = dy * activation'(saved), one element at a time, any strides.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    activation_gradient_kernel(T* dz, Strides4 z, const T* dy, Strides4 g, const T* saved, Strides4 s,
-                               Activation activation, Elements elements, int64_t count) {
-  using A = accumulate_t<T>;
-  const int64_t index = thread_index();
-  if (index >= count) return;
-  const Element e = elements[index];
-  A gradient = to_float(dy[e.at(g)]);
-  const A value = to_float(saved[e.at(s)]);
-  with_activation(activation, [&]<Activation kind>() { gradient *= derivative<T, kind>(value); });
-  dz[e.at(z)] = from_float<T>(gradient);
-}
 
 }  // namespace
 }  // namespace pynn::cuda

@@ -37,6 +37,22 @@ inline Axis columns_of(const Conv2dShape& s) {
   return {s.in_width, s.out_width, s.kernel_width, s.stride_width, s.dilation_width, s.pad_left};
 }
 
+// Whether 32 bits hold every position on an axis, and the pixels of a plane.
+inline bool is_small(const Axis& a) {
+  constexpr int64_t kLarge = 1 << 28;
+  return a.in < kLarge && a.out < kLarge && a.kernel * a.dilation < kLarge && std::abs(a.pad) < kLarge &&
+         a.stride < kLarge && a.out * a.stride < kLarge;
+}
+inline bool is_small(const Axis& rows, const Axis& columns) {
+  constexpr int64_t kLarge = int64_t(1) << 31;
+  return is_small(rows) && is_small(columns) && rows.in * columns.in < kLarge && rows.out * columns.out < kLarge;
+}
+
+// The correlation with the flipped filter that gives the input gradient for stride 1.
+inline Axis gradient_axis(const Axis& a) {
+  return {a.out, a.in, a.kernel, 1, a.dilation, a.dilation * (a.kernel - 1) - a.pad};
+}
+
 // The outputs that reach one input: `count` pairs of a tap and an output, (tap + k * tap_step, output - k * out_step).
 struct Reach {
   int64_t tap, output, count;
@@ -74,38 +90,41 @@ struct Reaches {
   }
 };
 
-// A sum of products whose rounding errors grow slowly: rows of filter taps make parts of at least kPart products, parts
+// Sums of products whose rounding errors grow slowly: rows of filter taps make parts of at least kPart products, parts
 // make blocks, and what is lost when blocks are added is kept. Every kernel that may compute the same result adds in
 // this order, so its bits do not depend on which one does.
-template <class A>
-class ChunkedSum {
+template <class A, int count = 1>
+class ChunkedSums {
  public:
-  __device__ void add(A a, A b) { part_ = fma(a, b, part_); }
-  // Ends a row of `products` products.
+  __device__ void add(A a, A b, int k = 0) { part_[k] = fma(a, b, part_[k]); }
+  // Ends a row of `products` products of every sum.
   __device__ void end_row(int products) {
     in_part_ += products;
     if (in_part_ < kPart) return;
-    block_ += part_, part_ = 0, in_part_ = 0;
-    if (++in_block_ < kBlock) return;
-    add_block();
-    block_ = 0, in_block_ = 0;
+    in_part_ = 0;
+    const bool full = ++in_block_ == kBlock;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      block_[k] += part_[k], part_[k] = 0;
+      if (full) add_block(k);
+    }
+    if (full) in_block_ = 0, many_ = true;
   }
-  __device__ A value() const {
-    const A rest = block_ + part_;
+  __device__ A value(int k = 0) const {
+    const A rest = block_[k] + part_[k];
     if (!many_) return rest;
-    const A sum = total_ + (lost_ + rest);
-    return isfinite(total_) ? sum : total_ + rest;  // what an infinite sum lost is NaN
+    return isfinite(total_[k]) ? total_[k] + (lost_[k] + rest) : total_[k] + rest;  // what infinity lost is NaN
   }
 
  private:
   static constexpr int kPart = 4, kBlock = 4;
-  __device__ void add_block() {
-    const A next = total_ + block_, taken = next - total_;
-    lost_ += (total_ - (next - taken)) + (block_ - taken);
-    total_ = next, many_ = true;
+  __device__ void add_block(int k) {
+    const A next = total_[k] + block_[k], taken = next - total_[k];
+    lost_[k] += (total_[k] - (next - taken)) + (block_[k] - taken);
+    total_[k] = next, block_[k] = 0;
   }
 
-  A part_ = 0, block_ = 0, total_ = 0, lost_ = 0;
+  A part_[count] = {}, block_[count] = {}, total_[count] = {}, lost_[count] = {};
   int in_part_ = 0, in_block_ = 0;
   bool many_ = false;
 };

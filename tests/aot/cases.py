@@ -130,6 +130,9 @@ _CUDA_PROMISES = {
     r"loss_segments_kernel<.*": _READS,
     r"(apply|fused|gradient)_kernel<.*": _BOTH,  # group_norm
     r"(gradient_sums|moments)_kernel<.*": _READS,
+    r"activation_gradient_packs_kernel<.*": _BOTH,  # conv2d
+    r"depthwise(_strided_gradient)?_kernel<(float, 4|double, 2),.*": _BOTH,
+    r"depthwise_weight_kernel<(float, 4|double, 2),.*": _READS,
 }
 
 
