@@ -88,7 +88,11 @@ def _elementwise(kernel, x, *others, pads=(), **constants) -> None:
     layout = Layout.of(x)
     batch, channels, height, width = x.shape
     pixels = batch * height * width
-    tile = configs.direct_tile(channels, layout.unit == 1, 2048)
+    tile = (
+        configs.row_tile(channels)
+        if pixels == 1
+        else configs.direct_tile(channels, layout.unit == 1, x.element_size(), 2048)
+    )
     blocks, pack = triton.cdiv(pixels, tile.pixels), pack_of(x, channels)
     layouts = [Layout.of(t) for t in others]
     for name, other in zip("YS", layouts, strict=False):
@@ -109,7 +113,7 @@ def conv2d_bwd_activation(grad_output, saved, activation):
         return dz
     x, dy, s = dz, grad_output, saved
     if dz.stride() == grad_output.stride() == saved.stride():  # one row
-        x, dy, s = (t.as_strided((1, t.numel(), 1, 1), (t.numel(), 1, 1, 1)) for t in (dz, grad_output, saved))
+        x, dy, s = (t.as_strided((1, t.numel(), 1, 1), (0, 1, 0, 0)) for t in (dz, grad_output, saved))
     _elementwise(activation_kernel, x, dy, s, KIND=activation)
     return dz
 
@@ -118,7 +122,7 @@ def _bias_gradient(dy: torch.Tensor) -> torch.Tensor:
     layout = Layout.of(dy)
     batch, channels, height, width = dy.shape
     pixels, pack = batch * height * width, pack_of(dy, channels)
-    tile = configs.direct_tile(channels, layout.unit == 1, 2048)
+    tile = configs.direct_tile(channels, layout.unit == 1, dy.element_size(), 2048)
     c_blocks = triton.cdiv(channels, tile.channels)
     splits, steps = splits_of(pixels, tile.pixels, c_blocks)
     compute = torch.float64 if dy.dtype is torch.float64 else torch.float32

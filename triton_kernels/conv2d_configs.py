@@ -85,26 +85,44 @@ def product_tile(kind: str, channels: int) -> Tile:
     return next((tile for tile in tiles if channels <= tile.channels), tiles[-1])
 
 
-def weight_tile(kind: str, channels: int) -> tuple[Tile, int]:
-    """`pixels` is the length of a step here; and the columns of a block."""
-    tile = product_tile(kind, min(channels, 64))
+def weight_tile(kind: str, outputs: int, inputs: int) -> tuple[Tile, int, bool]:
+    """For the weight gradient: the tile, whose `pixels` are the length of a step; columns; whether they are of one tap.
+
+    Where a block of columns goes through several taps, each has its own mask: that takes registers.
+    """
+    tile = product_tile(kind, min(outputs, 64))
+    tile = dataclasses.replace(tile, pixels=tile.step)
     if triton.knobs.runtime.interpret:
-        return dataclasses.replace(tile, pixels=tile.step), 128
-    return dataclasses.replace(tile, pixels=tile.step), 64 if kind in ("half", "tf32") else 32
+        return tile, 128, inputs >= 64
+    columns = 64 if kind in ("half", "tf32") else 32
+    by_tap = inputs >= columns // 2
+    return tile, columns if by_tap else 32, by_tap
 
 
-def direct_tile(channels: int, last: bool, elements: int = 1024) -> Tile:
+def direct_tile(channels: int, last: bool, itemsize: int, elements: int = 1024, one_channel: bool = True) -> Tile:
     """A block of pixels and channels of the kernels without a matrix product, the inner dimension of memory long.
 
     Args:
         channels: output channels of all groups.
         last: channels are the innermost dimension.
+        itemsize: bytes of an element; a lane takes 16 at once.
+        one_channel: each result reads one input channel, as in a depthwise convolution; otherwise every element may
+            have a mask of its own, and a wave of 64 lanes takes fewer of them.
     """
+    warps = 4
     if triton.knobs.runtime.interpret:
-        elements = 4096
+        elements, warps = 4096, 1
+    elif architecture() == "gfx942":
+        elements, warps = (elements, max(1, min(elements * itemsize // 1024, 4))) if one_channel else (elements // 2, 4)
     most = triton.next_power_of_2(channels)
     width = min(most, 64) if last else min(most, max(1, elements // 256))
-    return Tile(elements // width, width, 1, 1 if triton.knobs.runtime.interpret else 4, 2)
+    return Tile(elements // width, width, 1, warps, 2)
+
+
+def row_tile(channels: int) -> Tile:
+    """One pixel of many channels, for elementwise passes over tensors of one layout."""
+    interpreted = triton.knobs.runtime.interpret
+    return Tile(1, min(triton.next_power_of_2(channels), 4096 if interpreted else 2048), 1, 1 if interpreted else 4, 2)
 
 
 def reduce_tile(channels: int, outputs: int, last: bool) -> Tile:

@@ -5,7 +5,7 @@ the kernel and, within, blocks of BLOCK_R channels. The input gradient is cut by
 reached by the same taps, so nothing is multiplied by zeros between them.
 weight_kernel: a program owns BLOCK_O output channels and BLOCK_C columns (input channels of a tap, or of all taps where
 there are few), and walks through a split of the pixels of all samples; add_splits_kernel adds the splits.
-Float32 is summed in short pieces (CHUNKED) that are added up: a long chain of additions would lose digits.
+Float32 is summed in short pieces (CHUNKED), and what is lost when they are added up is carried along.
 """
 
 import triton
@@ -24,11 +24,15 @@ _kernel = triton.jit(do_not_specialize=_SIZES)
 
 
 @triton.jit
-def accumulate(acc, a, b, CHUNKED: tl.constexpr, PRECISION: tl.constexpr):
-    if CHUNKED:  # an fma, because the compiler would move a plain addition into the product
-        return tl.fma(tl.dot(a, b, input_precision=PRECISION, out_dtype=acc.dtype), 1.0, acc)
+def accumulate(acc, lost, a, b, CHUNKED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b, and what the sum has lost to rounding (Kahan 1965) if CHUNKED."""
+    if CHUNKED:
+        part = tl.dot(a, b, input_precision=PRECISION, out_dtype=acc.dtype) - lost
+        total = acc + part
+        lost = (total - acc) - part
+        return total, tl.where(lost == lost, lost, 0.0)  # infinity loses nothing
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype), lost
 
 
 @_kernel
@@ -80,6 +84,7 @@ def gemm_kernel(
         acc = tl.zeros([BLOCK_P, BLOCK_O], COMPUTE)
     else:
         acc = tl.zeros([BLOCK_O, BLOCK_P], COMPUTE)
+    lost = acc if CHUNKED else 0.0
     r_blocks = tl.cdiv(channels_in, BLOCK_R)
     h_tap, w_tap, r_block = 0, 0, 0
     for _ in range(h_taps * w_taps * r_blocks):
@@ -100,9 +105,9 @@ def gemm_kernel(
             other=0.0,
         )
         if AXIS == 0:
-            acc = accumulate(acc, b_x, b_w, CHUNKED, PRECISION)
+            acc, lost = accumulate(acc, lost, b_x, b_w, CHUNKED, PRECISION)
         else:
-            acc = accumulate(acc, b_w, b_x, CHUNKED, PRECISION)
+            acc, lost = accumulate(acc, lost, b_w, b_x, CHUNKED, PRECISION)
         r_block += 1
         next_tap = r_block == r_blocks
         r_block = tl.where(next_tap, 0, r_block)
@@ -131,11 +136,12 @@ def weight_kernel(
     PADDING: tl.constexpr, BY_TAP: tl.constexpr, CHUNKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     D_UNIT: tl.constexpr, D_PACK: tl.constexpr, X_UNIT: tl.constexpr, X_PACK: tl.constexpr,
     IN_PACK: tl.constexpr, OUT_PACK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, STEP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partials: (splits, groups * out, h_kernel, w_kernel, in), out and in being channels of a group.
 
     BY_TAP: a block of columns belongs to one tap; otherwise it goes through all (tap, channel).
+    STEP: pixels of a step, where fewer than BLOCK_P, the least that a product takes.
     """
     D_AXIS: tl.constexpr = 0 if D_UNIT == 1 else 1  # of pixels
     X_AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1
@@ -166,12 +172,14 @@ def weight_kernel(
     total = batch.to(INDEX) * h_out * w_out
 
     acc = tl.zeros([BLOCK_O, BLOCK_C], COMPUTE)
+    lost = acc if CHUNKED else 0.0
     for step in range(0, steps):
-        p = (split.to(INDEX) * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        lane = tl.arange(0, BLOCK_P)
+        p = (split.to(INDEX) * steps + step) * STEP + lane
         rows = divide(p, w_out, magic_w, shift_w, FAST)
         n = divide(p, h_out.to(INDEX) * w_out, magic_hw, shift_hw, FAST)
         i, j = rows - n * h_out, p - rows * w_out
-        in_image = p < total
+        in_image = (p < total) & (lane < STEP)
         d_place = n.to(tl.int64) * d_n + (i.to(INDEX) * d_h + j.to(INDEX) * d_w)
         b_dy = tl.load(
             d_channels + along(d_place, D_AXIS), mask=along(in_image, D_AXIS) & along(in_out, 1 - D_AXIS), other=0.0
@@ -188,7 +196,7 @@ def weight_kernel(
             b_dy = tl.trans(b_dy)
         if X_AXIS == 1:
             b_x = tl.trans(b_x)
-        acc = accumulate(acc, b_dy, b_x, CHUNKED, PRECISION)
+        acc, lost = accumulate(acc, lost, b_dy, b_x, CHUNKED, PRECISION)
 
     channel = split.to(tl.int64) * groups * channels_out + group * channels_out + o
     at = (channel * taps * channels_in)[:, None] + at_column[None, :]

@@ -16,6 +16,7 @@ from .conv2d_sums import add_splits_kernel
 
 _FEW = 4  # channels of a group; a matrix product would mostly multiply zeros
 _COLUMNS = 3  # the dimension
+_FEW_PIXELS = 256  # float32 sums over fewer are split into shorter pieces: there is little else to lose
 FAST_DIVISION = 2**31  # pixels are divided by multiplications below
 
 
@@ -137,7 +138,9 @@ def correlate(
     kind = kind_of(x, allow_tf32)
     in_pack, out_pack = pack_of(x, reduced), pack_of(x, outputs * groups if direct else outputs)
     if direct:
-        tile = configs.direct_tile(outputs * groups, last)
+        many_taps = last and reduced == 1 and x.element_size() == 2 and h.kernel * w.kernel > 25
+        # two pixels of a thread share the weights that it reads
+        tile = configs.direct_tile(outputs * groups, last, x.element_size(), 2048 if many_taps else 1024, reduced == 1)
     elif few_outputs:
         tile = configs.reduce_tile(reduced, triton.next_power_of_2(outputs), last)
     else:
@@ -200,7 +203,7 @@ def add_splits(out: torch.Tensor, partials: torch.Tensor, channels: int, taps: i
     splits, size, block = partials.shape[0], out.numel(), 256
     launch(
         add_splits_kernel, triton.cdiv(size, block), out, out, partials, splits, size, channels, taps,
-        BLOCK=block, SPLITS=min(triton.next_power_of_2(splits), 8), options={"num_warps": 4},
+        BLOCK=block, SPLITS=min(triton.next_power_of_2(splits), 8), options={"num_warps": 4, "enable_fp_fusion": False},
     )  # fmt: skip
 
 
@@ -213,21 +216,24 @@ def weight_gradient(dw, dy, x, h: Axis, w: Axis, groups, reduced, outputs, paddi
     if direct:
         channels = outputs * groups
         block_w = min(triton.next_power_of_2(w.kernel), 8)
-        tile = configs.direct_tile(channels, x_layout.unit == 1, 2048 // block_w)
+        tile = configs.direct_tile(channels, x_layout.unit == 1, x.element_size(), 2048 // block_w, reduced == 1)
+        step = tile.pixels
         w_blocks = triton.cdiv(w.kernel, block_w)
         programs = triton.cdiv(channels, tile.channels) * reduced * h.kernel * w_blocks
         sizes, in_pack, out_pack = (w_blocks,), 1, pack_of(x, channels)
         constants = {"DEPTHWISE": outputs == reduced == 1, "BLOCK_W": block_w}
     else:
         channels = outputs
-        tile, columns = configs.weight_tile(kind, outputs)
-        by_tap = reduced >= columns // 2
+        tile, columns, by_tap = configs.weight_tile(kind, outputs, reduced)
+        step = tile.pixels
         in_blocks = taps * triton.cdiv(reduced, columns) if by_tap else triton.cdiv(taps * reduced, columns)
         programs = groups * triton.cdiv(outputs, tile.channels) * in_blocks
         sizes, in_pack, out_pack = (), pack_of(x, reduced), pack_of(x, outputs)
-        constants = {"BY_TAP": by_tap, "BLOCK_C": columns, "IN_PACK": in_pack, **_product(kind)}
-    splits, steps = splits_of(pixels, tile.pixels, programs)
-    reach = splits * steps * tile.pixels
+        if kind == "fp32" and pixels < _FEW_PIXELS:
+            step //= 2
+        constants = {"BY_TAP": by_tap, "BLOCK_C": columns, "STEP": step, "IN_PACK": in_pack, **_product(kind)}
+    splits, steps = splits_of(pixels, step, programs)
+    reach = splits * steps * step + tile.pixels
     partials = x.new_empty(
         (splits, outputs * groups * taps * reduced),
         dtype=torch.float64 if x.dtype is torch.float64 else torch.float32,

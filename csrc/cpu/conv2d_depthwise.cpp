@@ -1,7 +1,7 @@
 // Depthwise correlations: forward and input gradient. A unit is one plane or one vector of channels of a band of rows;
-// its padded rows are packed once. A tile computes two output rows together, so that each packed vector is loaded once
-// for both, times a few vectors of pixels. Every kernel row is summed on its own, tap after tap, and the rows are added
-// in order.
+// its padded rows are packed once. A tile computes a few output rows together, so that each packed vector is loaded
+// once for all of them, times a few vectors of pixels. Every kernel row is summed on its own, tap after tap, and the
+// rows are added in order; kernels of so few taps per row that this would only add roundings are one sum.
 #include "conv2d_depthwise.h"
 
 #include "conv2d_depthwise_pack.h"
@@ -10,7 +10,7 @@
 namespace pynn::cpu {
 namespace {
 
-inline constexpr int kMostVectors = kVectorRegisters == 32 ? 4 : 3;
+inline constexpr int kMostRows = kVectorRegisters == 32 ? 2 : 2, kMostVectors = kVectorRegisters == 32 ? 4 : 3;
 
 // The filter of one channel, or of one vector of channels, and where it meets a packed row.
 template <class A>
@@ -19,42 +19,59 @@ struct Filter {
   const int64_t* columns;  // of the kernel, in a packed row
   int64_t members, height, width, dilation;
   int64_t member_rows;  // packed rows of one member
+  bool chained;         // one sum for all kernel rows
 };
 
-// total[r] += packed row x kernel row (row of `weights` - r), for r in [kFirst, kLast).
-template <int kFirst, int kLast, bool kPlanes, int R, int J, class A>
+// sum[r] += one vector per pixel x, times the weights of one kernel column.
+template <bool kPlanes, int N, int J, class A>
+PYNN_HD void add_column(const A* x, const A* const (&filter)[N], int64_t b, const int64_t (&at)[J],
+                        Vec<A> (&sum)[N][J]) {
+  Vec<A> weight[N];
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r) {
+    if constexpr (kPlanes)
+      weight[r] = broadcast(filter[r][b]);
+    else
+      weight[r] = load(filter[r] + b * kLanes<A>);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j) {
+    const Vec<A> value = load(x + at[j]);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) sum[r][j] = fma(value, weight[r], sum[r][j]);
+  }
+}
+
+// total[r] += packed row x kernel row (that of `weights` - r), for r in [kFirst, kLast). K: kernel columns, 0: any.
+template <int K, int kFirst, int kLast, bool kPlanes, int R, int J, class A>
 PYNN_HD void add_kernel_rows(const A* row, const A* weights, const Filter<A>& f, const int64_t (&at)[J],
                              Vec<A> (&total)[R][J]) {
-  constexpr int kTap = kPlanes ? 1 : kLanes<A>, N = kLast - kFirst;
+  constexpr int N = kLast - kFirst;
+  const bool chained = K == 0 && f.chained;
+  const int64_t width = K ? K : f.width;
   Vec<A> sum[N][J] = {};
+  if (chained)
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sum[r][j] = total[kFirst + r][j];
   const A* filter[N];
-  for (int r = 0; r < N; ++r) filter[r] = weights - (kFirst + r) * f.width * kTap;
-  for (int64_t b = 0; b < f.width; ++b) {
-    const A* x = row + f.columns[b];
-    Vec<A> weight[N];
-#pragma GCC unroll 2
-    for (int r = 0; r < N; ++r) {
-      if constexpr (kPlanes)
-        weight[r] = broadcast(filter[r][b]);
-      else
-        weight[r] = load(filter[r] + b * kTap);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) {
-      const Vec<A> value = load(x + at[j]);
-#pragma GCC unroll 2
-      for (int r = 0; r < N; ++r) sum[r][j] = fma(value, weight[r], sum[r][j]);
-    }
+  for (int r = 0; r < N; ++r) filter[r] = weights - (kFirst + r) * width * (kPlanes ? 1 : kLanes<A>);
+  if constexpr (K > 0) {
+#pragma GCC unroll 8
+    for (int b = 0; b < K; ++b) add_column<kPlanes>(row + f.columns[b], filter, b, at, sum);
+  } else {
+    for (int64_t b = 0; b < width; ++b) add_column<kPlanes>(row + f.columns[b], filter, b, at, sum);
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) total[kFirst + r][j] += sum[r][j];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) total[kFirst + r][j] = chained ? sum[r][j] : total[kFirst + r][j] + sum[r][j];
 }
 
 // R output rows x J vectors. rows: the packed rows of the first output row; at: the vectors in a packed row; places:
 // in an output row. bias: null, or a value for all lanes (planes) or for each lane.
-template <int R, int J, bool kPlanes, class A>
+template <int K, int R, int J, bool kPlanes, class A>
 [[gnu::noinline]] void compute_tile(const A* const* rows, const Filter<A>& f, const int64_t* at, const A* bias, A* to,
                                     int64_t row_stride, const int64_t* places) {
   constexpr int kTap = kPlanes ? 1 : kLanes<A>;
@@ -62,15 +79,17 @@ template <int R, int J, bool kPlanes, class A>
   for (int j = 0; j < J; ++j) from[j] = at[j];
   Vec<A> total[R][J] = {};
   const A* weights = f.weights;
-  for (int64_t k = 0; k < f.members && f.height > 0; ++k, rows += f.member_rows) {
-    if (rows[0]) add_kernel_rows<0, 1, kPlanes>(rows[0], weights, f, from, total);
-    for (int64_t a = 1; a < f.height; ++a) {
-      weights += f.width * kTap;
-      const A* row = rows[a * f.dilation];
-      if (row) add_kernel_rows<0, R, kPlanes>(row, weights, f, from, total);
-    }
-    weights += f.width * kTap;
-    if (R == 2 && rows[f.height]) add_kernel_rows<R - 1, R, kPlanes>(rows[f.height], weights, f, from, total);
+  for (int64_t k = 0; k < f.members; ++k, rows += f.member_rows, weights += f.height * f.width * kTap) {
+    // Packed row q meets kernel row q - r of output row r.
+    const auto add = [&]<int first, int last>(int64_t q) {
+      if (const A* row = rows[q * f.dilation])
+        add_kernel_rows<K, first, last, kPlanes>(row, weights + q * f.width * kTap, f, from, total);
+    };
+    [&]<int... r>(std::integer_sequence<int, r...>) {
+      (add.template operator()<0, r + 1>(r), ...);
+      for (int64_t q = R - 1; q < f.height; ++q) add.template operator()<0, R>(q);
+      (add.template operator()<r + 1, R>(f.height + r), ...);
+    }(std::make_integer_sequence<int, R - 1>());
   }
   const auto biased = [=](Vec<A> v) {
     if (!bias) return v;
@@ -79,26 +98,39 @@ template <int R, int J, bool kPlanes, class A>
     else
       return v + load(bias);
   };
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int j = 0; j < J; ++j) store(to + r * row_stride + places[j], biased(total[r][j]));
 }
 
+// The tile for K kernel columns of each height and width.
 template <bool kPlanes, class A>
-void compute_tile(int rows_together, int vectors, const A* const* rows, const Filter<A>& f, const int64_t* at,
-                  const A* bias, A* to, int64_t row_stride, const int64_t* places) {
-  const auto with = [&]<int J>() {
-    (rows_together == 2 ? compute_tile<2, J, kPlanes, A> : compute_tile<1, J, kPlanes, A>)(rows, f, at, bias, to,
-                                                                                           row_stride, places);
+using Tile = void (*)(const A* const*, const Filter<A>&, const int64_t*, const A*, A*, int64_t, const int64_t*);
+template <int K, bool kPlanes, class A>
+Tile<kPlanes, A> tile_of(int64_t rows, int64_t vectors) {
+  Tile<kPlanes, A> found = nullptr;
+  const auto of_height = [&]<int R, int... J>(std::integer_sequence<int, J...>) {
+    ((vectors == J + 1 ? void(found = compute_tile<K, R, J + 1, kPlanes, A>) : void()), ...);
   };
-  switch (vectors) {
-    case 1:
-      return with.template operator()<1>();
-    case 2:
-      return with.template operator()<2>();
+  [&]<int... R>(std::integer_sequence<int, R...>) {
+    ((rows == R + 1 ? of_height.template operator()<R + 1>(std::make_integer_sequence<int, kMostVectors>()) : void()),
+     ...);
+  }(std::make_integer_sequence<int, kMostRows>());
+  return found;
+}
+
+template <bool kPlanes, class A>
+Tile<kPlanes, A> tile_of(int64_t kernel_width, int64_t rows, int64_t vectors) {
+  switch (kernel_width) {
     case 3:
-      return with.template operator()<3>();
+      return tile_of<3, kPlanes, A>(rows, vectors);
+    case 5:
+      return tile_of<5, kPlanes, A>(rows, vectors);
+    case 7:
+      return tile_of<7, kPlanes, A>(rows, vectors);
     default:
-      return with.template operator()<4>();
+      return tile_of<0, kPlanes, A>(rows, vectors);
   }
 }
 
@@ -128,7 +160,7 @@ class DepthwiseCorrelation {
     }
     const bool plain = !epilogue.residual && !epilogue.pre && epilogue.activation == Activation::none;
     direct_ = plain && sizeof(E) == sizeof(A) && (kPlanes ? epilogue.s.w == 1 && width >= L : epilogue.s.c == 1);
-    together_ = window.h.stride == 1 && window.h.dilation == 1 && window.h.kernel > 0 ? 2 : 1;
+    together_ = window.h.stride == 1 && window.h.dilation == 1 ? std::clamp<int64_t>(window.h.kernel, 1, kMostRows) : 1;
     cut_bands();
   }
 
@@ -143,7 +175,7 @@ class DepthwiseCorrelation {
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         A* packed = scratch.get() + slot * (input_size + output_size);
-        if (channels_ % kBlock) std::fill_n(packed, input_size, A(0));  // lanes without a channel stay 0
+        std::fill_n(packed, input_size, A(0));
         for (int64_t i = slot; i < work; i += slots)
           run_unit(i / bands_ / inputs_, i / bands_ % inputs_, i % bands_ * rows_, packed, lists.get() + slot * rows,
                    packed + input_size);
@@ -197,27 +229,30 @@ class DepthwiseCorrelation {
                            window_.h.kernel,
                            window_.w.kernel,
                            window_.h.dilation,
-                           needed};
+                           needed,
+                           window_.w.kernel == 1 || (window_.w.kernel == 2 && window_.h.kernel <= 2)};
     const int64_t vectors = int64_t(at_.size()), tiles = ceil_div(vectors, kMostVectors);
     const int64_t pitch = (kPlanes ? round_up(window_.w.out, L) : window_.w.out * L);
     const Strides4& s = epilogue_.s;
     const bool direct = direct_ && (kPlanes || channels_ - output >= L);
-    for (int64_t done = 0; done < rows;) {
-      const int64_t group = std::min(direct ? together_ : output_rows(), rows - done);
-      for (int64_t i = done; i < done + group; i += together_) {
-        const int together = int(std::min<int64_t>(together_, done + group - i));
-        A* to = sums + (i - done) * pitch;
-        if constexpr (sizeof(E) == sizeof(A))
-          if (direct) to = epilogue_.y + image * s.n + output * s.c + (first + i) * s.h;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t v = vectors * tile / tiles, count = vectors * (tile + 1) / tiles - v;
-          compute_tile<kPlanes>(together, int(count), list + i * window_.h.stride, filter, at_.data() + v,
-                                direct && epilogue_.bias ? epilogue_.bias + output : nullptr, to, direct ? s.h : pitch,
-                                (direct ? direct_places_ : places_).data() + v);
-        }
+    const A* bias = direct && epilogue_.bias ? epilogue_.bias + output : nullptr;
+    const std::vector<int64_t>& places = direct ? direct_places_ : places_;
+    const int64_t steps = ceil_div(rows, together_);
+    for (int64_t step = 0, waiting = 0; step < steps; ++step) {
+      const int64_t row = rows * step / steps, count = rows * (step + 1) / steps - row;
+      A* to = sums + waiting * pitch;
+      if constexpr (sizeof(E) == sizeof(A))
+        if (direct) to = epilogue_.y + image * s.n + output * s.c + (first + row) * s.h;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t v = vectors * tile / tiles, width = vectors * (tile + 1) / tiles - v;
+        tile_of<kPlanes, A>(window_.w.kernel, count, width)(list + row * window_.h.stride, filter, at_.data() + v, bias,
+                                                            to, direct ? s.h : pitch, places.data() + v);
       }
-      if (!direct) finish(image, output, first + done, group, sums, pitch);
-      done += group;
+      waiting += count;
+      if (!direct && (waiting + together_ > output_rows() || step + 1 == steps)) {
+        finish(image, output, first + row + count - waiting, waiting, sums, pitch);
+        waiting = 0;
+      }
     }
   }
 

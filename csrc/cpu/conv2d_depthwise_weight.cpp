@@ -36,70 +36,68 @@ struct Chunk {
   VecMask mask;
 };
 
+// sum[r][b] += one vector of x shifted by kernel column b, times that of output row i - r, for kernel rows r in
+// [kFirst, kLast); dy is output row i's.
+template <int kFirst, int kLast, bool kMasked, int R, int B, class A>
+PYNN_HD void add_vector(const Chunk<A>& chunk, const A* x, const A* dy, const int64_t (&shift)[B],
+                        Vec<A> (&sum)[R][B]) {
+  constexpr int N = kLast - kFirst;
+  Vec<A> gradient[N];
+#pragma GCC unroll 8
+  for (int r = 0; r < N; ++r) gradient[r] = load(dy - (kFirst + r) * chunk.dy_pitch);
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    Vec<A> value = load(x + shift[b]);
+    if (kMasked) value = (Vec<A>)((VecMask)value & chunk.mask);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) sum[kFirst + r][b] = fma(value, gradient[r], sum[kFirst + r][b]);
+  }
+}
+
+// A row of x, null where it is all zeros, with the output rows that meet it.
+template <int kFirst, int kLast, int R, int B, class A>
+PYNN_HD void add_row(const Chunk<A>& chunk, const A* x, const A* dy, const int64_t (&shift)[B], Vec<A> (&sum)[R][B]) {
+  if (!x) return;
+  for (int64_t t = 0; t < chunk.vectors - chunk.masked; ++t, x += chunk.x_step, dy += chunk.dy_step)
+    add_vector<kFirst, kLast, false>(chunk, x, dy, shift, sum);
+  if (chunk.masked) add_vector<kFirst, kLast, true>(chunk, x, dy, shift, sum);
+}
+
 // sums[a][b] += x shifted by kernel row a and column b, times dy, for R kernel rows from a on and B columns.
 template <int R, int B, class A>
 [[gnu::noinline]] void add_taps(const Chunk<A>& chunk, int64_t a, const int64_t* columns, A* sums, int64_t row_size,
                                 int64_t tap_size) {
   Vec<A> sum[R][B] = {};
   int64_t shift[B];
-  for (int b = 0; b < B; ++b) shift[b] = columns[b];
-  // The kernel rows a + [first, last) of one row of x; row r meets output row i - r.
-  const auto add = [&]<int first, int last>(const A* x, const A* dy) {
-    const auto vector = [&]<bool masked>(int64_t t) {
-      Vec<A> gradient[R];
-#pragma GCC unroll 2
-      for (int r = first; r < last; ++r) gradient[r] = load(dy - r * chunk.dy_pitch + t * chunk.dy_step);
 #pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) {
-        Vec<A> value = load(x + shift[b] + t * chunk.x_step);
-        if (masked) value = (Vec<A>)((VecMask)value & chunk.mask);
-#pragma GCC unroll 2
-        for (int r = first; r < last; ++r) sum[r][b] = fma(value, gradient[r], sum[r][b]);
-      }
-    };
-    const int64_t whole = chunk.vectors - chunk.masked;
-    for (int64_t t = 0; t < whole; ++t) vector.template operator()<false>(t);
-    if (chunk.masked) vector.template operator()<true>(whole);
-  };
+  for (int b = 0; b < B; ++b) shift[b] = columns[b];
   const A* const* rows = chunk.x + a * chunk.dilation;
-  if constexpr (R == 1) {
-    for (int64_t i = 0; i < chunk.rows; ++i)
-      if (const A* x = rows[i * chunk.stride]) add.template operator()<0, 1>(x, chunk.dy + i * chunk.dy_pitch);
-  } else {
-    if (rows[0]) add.template operator()<0, 1>(rows[0], chunk.dy);
-    for (int64_t i = 1; i < chunk.rows; ++i)
-      if (rows[i]) add.template operator()<0, 2>(rows[i], chunk.dy + i * chunk.dy_pitch);
-    if (rows[chunk.rows]) add.template operator()<1, 2>(rows[chunk.rows], chunk.dy + chunk.rows * chunk.dy_pitch);
-  }
+  const int64_t step = R == 1 ? chunk.stride : 1;
+  const A* dy = chunk.dy;
+  int64_t i = R - 1;
+  if constexpr (R == 2) add_row<0, 1>(chunk, rows[0], dy, shift, sum);
+  for (; i < chunk.rows; ++i) add_row<0, R>(chunk, rows[i * step], dy + i * chunk.dy_pitch, shift, sum);
+  if constexpr (R == 2) add_row<1, R>(chunk, rows[i], dy + i * chunk.dy_pitch, shift, sum);
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
       A* to = sums + r * row_size + b * tap_size;
       store(to, load(to) + sum[r][b]);
     }
 }
 
-template <int R, class A>
-void add_taps(int64_t count, const Chunk<A>& chunk, int64_t a, const int64_t* columns, A* sums, int64_t row_size,
-              int64_t tap_size) {
-  const auto with = [&]<int B>() { add_taps<R, B>(chunk, a, columns, sums, row_size, tap_size); };
-  switch (count) {
-    case 1:
-      return with.template operator()<1>();
-    case 2:
-      return with.template operator()<2>();
-    case 3:
-      return with.template operator()<3>();
-    case 4:
-      return with.template operator()<4>();
-    case 5:
-      return with.template operator()<5>();
-    case 6:
-      return with.template operator()<6>();
-    case 7:
-      return with.template operator()<7>();
-    default:
-      return with.template operator()<8>();
-  }
+// add_taps for `rows` kernel rows and `taps` columns.
+template <class A>
+void add_taps(int64_t rows, int64_t taps, const Chunk<A>& chunk, int64_t a, const int64_t* columns, A* sums,
+              int64_t row_size, int64_t tap_size) {
+  const auto of_height = [&]<int R, int... B>(std::integer_sequence<int, B...>) {
+    ((taps == B + 1 ? add_taps<R, B + 1>(chunk, a, columns, sums, row_size, tap_size) : void()), ...);
+  };
+  [&]<int... R>(std::integer_sequence<int, R...>) {
+    ((rows == R + 1 ? of_height.template operator()<R + 1>(std::make_integer_sequence<int, kMostTaps>()) : void()),
+     ...);
+  }(std::make_integer_sequence<int, kTogether>());
 }
 
 template <class T, bool kPlanes>
@@ -116,7 +114,9 @@ class DepthwiseWeightGradient {
         taps_(window.taps()),
         classes_(std::min(L, window.w.out)),
         x_(x, s, window),
-        dy_(dy, g, gradient_window(window)) {
+        dy_(dy, g, gradient_window(window)),
+        gradient_(dy),
+        g_(g) {
     for (int64_t b = 0; b < window.w.kernel; ++b) columns_.push_back(x_.column(b));
     // Chunks, bands and parts are of the same size in both layouts.
     const int64_t out = window.h.out, per_row = ceil_div(window.w.out, L);
@@ -144,7 +144,7 @@ class DepthwiseWeightGradient {
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         A* at = scratch.get() + slot * size;
-        if (channels_ % kBlock) std::fill_n(at, x_size + dy_size, A(0));  // lanes without a channel stay 0
+        std::fill_n(at, x_size + dy_size, A(0));
         for (int64_t i = slot; i < work; i += slots)
           sum_part(i / parts_ * kBlock, i % parts_, at, at + x_size, at + x_size + dy_size,
                    lists.get() + slot * (x_rows + band_rows_), results.get() + i * result, dbias != nullptr);
@@ -174,17 +174,24 @@ class DepthwiseWeightGradient {
                 bool with_bias) const {
     const int64_t classes = kPlanes ? 1 : classes_, taps = taps_, class_size = (taps + 2) * L;
     const A** dy_rows = x_rows + reach(window_.h, band_rows_);
+    const bool in_place = !kPlanes && sizeof(T) == sizeof(A) && g_.c == 1 && channels_ - channel >= L;
     std::fill_n(sums, classes * class_size, A(0));
     const int64_t units = window_.batch * bands_;
     for (int64_t u = units * part / parts_; u < units * (part + 1) / parts_; ++u) {
       const int64_t image = u / bands_, first = u % bands_ * band_rows_;
       const int64_t rows = std::min(band_rows_, window_.h.out - first);
       x_.pack(image, channel, 0, first * window_.h.stride, reach(window_.h, rows), x, x_rows);
-      dy_.pack(image, channel, 0, first, rows, dy, dy_rows);
+      const A* gradient = dy;
+      if (in_place) {
+        if constexpr (sizeof(T) == sizeof(A)) gradient = gradient_ + image * g_.n + channel + first * g_.h;
+      } else {
+        dy_.pack(image, channel, 0, first, rows, dy, dy_rows);
+      }
+      const int64_t pitch = in_place ? g_.h : dy_.pitch(), step = in_place ? g_.w : dy_.step();
       for (int64_t i = 0; i < rows; i += chunk_rows_)
         for (int64_t l = 0; l < classes; ++l)
-          add_chunk(l, std::min(chunk_rows_, rows - i), x_rows + i * window_.h.stride, dy + i * dy_.pitch(),
-                    sums + l * class_size, with_bias);
+          add_chunk(l, std::min(chunk_rows_, rows - i), x_rows + i * window_.h.stride, gradient + i * pitch, pitch,
+                    step, sums + l * class_size, with_bias);
     }
     add_classes(sums, class_size, results);
     const A* bias = sums + taps * L;
@@ -207,46 +214,42 @@ class DepthwiseWeightGradient {
   }
 
   // One class, or all of them, of a chunk of rows. sums: [tap][lane], then the sum of dy and its error.
-  void add_chunk(int64_t l, int64_t rows, const A* const* x_rows, const A* dy, A* sums, bool with_bias) const {
+  void add_chunk(int64_t l, int64_t rows, const A* const* x_rows, const A* dy, int64_t dy_pitch, int64_t dy_step,
+                 A* sums, bool with_bias) const {
     const int64_t width = window_.w.out, kw = window_.w.kernel, kh = window_.h.kernel;
-    Chunk<A> chunk{x_rows,
-                   dy,
-                   rows,
-                   0,
-                   dy_.pitch(),
-                   kPlanes ? L : L * L,
-                   0,
-                   window_.h.stride,
-                   window_.h.dilation,
-                   false,
-                   first_lanes<A>(width % L)};
-    chunk.vectors = ceil_div(width - l, L);
-    chunk.x_step = kPlanes ? L : L * x_.step();
-    chunk.masked = kPlanes && width % L;
-    chunk.dy += l * L;
+    const Chunk<A> chunk{x_rows,
+                         dy + l * dy_step,
+                         rows,
+                         ceil_div(width - l, L),
+                         dy_pitch,
+                         L * dy_step,
+                         L * x_.step(),
+                         window_.h.stride,
+                         window_.h.dilation,
+                         kPlanes && width % L,
+                         first_lanes<A>(width % L)};
     int64_t columns[kMostTaps];
     const int64_t pieces = ceil_div(kw, kMostTaps);
-    const int64_t together = window_.h.stride == 1 && window_.h.dilation == 1 ? kTogether : 1;
+    const bool sliding = window_.h.stride == 1 && window_.h.dilation == 1;
+    const int64_t steps = ceil_div(kh, sliding ? std::min<int64_t>(kTogether, rows) : 1);
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t b = kw * piece / pieces, count = kw * (piece + 1) / pieces - b;
       for (int64_t i = 0; i < count; ++i) columns[i] = columns_[b + i] + l * x_.step();
-      for (int64_t a = 0; a < kh; a += together) {
-        A* to = sums + (a * kw + b) * L;
-        if (kTogether == 2 && together == 2 && a + 1 < kh)
-          add_taps<kTogether>(count, chunk, a, columns, to, kw * L, L);
-        else
-          add_taps<1>(count, chunk, a, columns, to, kw * L, L);
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t a = kh * step / steps, together = kh * (step + 1) / steps - a;
+        add_taps(together, count, chunk, a, columns, sums + (a * kw + b) * L, kw * L, L);
       }
     }
     if (!with_bias) return;
     Vec<A> total = load(sums + taps_ * L), error = load(sums + (taps_ + 1) * L);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t t = 0; t < chunk.vectors; ++t) {
-        const Vec<A> value = load(chunk.dy + i * chunk.dy_pitch + t * chunk.dy_step);
-        const Vec<A> next = total + value, taken = next - total;
-        error += (total - (next - taken)) + (value - taken);
-        total = next;
-      }
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* row = chunk.dy + i * dy_pitch;
+      Vec<A> value = load(row);
+      for (int64_t t = 1; t < chunk.vectors; ++t) value += load(row + t * chunk.dy_step);
+      const Vec<A> next = total + value, taken = next - total;
+      error += (total - (next - taken)) + (value - taken);
+      total = next;
+    }
     store(sums + taps_ * L, total);
     store(sums + (taps_ + 1) * L, error);
   }
@@ -266,6 +269,8 @@ class DepthwiseWeightGradient {
   Window window_;
   int64_t channels_, blocks_, taps_, classes_;
   PaddedRows<T, kPlanes> x_, dy_;
+  const T* gradient_;
+  Strides4 g_;
   std::vector<int64_t> columns_;
   int64_t chunk_rows_, band_rows_, bands_, parts_;
 };

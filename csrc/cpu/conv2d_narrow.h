@@ -7,71 +7,12 @@
 // and the kernel only.
 #pragma once
 #include "conv2d_epilogue.h"
+#include "conv2d_narrow_tiles.h"
 #include "conv2d_planes.h"
 #include "conv2d_weights.h"
 #include "parallel.h"
 
 namespace pynn::cpu {
-
-inline constexpr int kPlaneOutputs = 4;
-// Vectors of positions in flight, by the number of outputs less one: sums of a piece and of all pieces, weights and one
-// input share the registers.
-inline constexpr int kPlaneVectors[kPlaneOutputs] = {kVectorRegisters == 32 ? 12 : 6, kVectorRegisters == 32 ? 6 : 4,
-                                                     kVectorRegisters == 32 ? 4 : 3, kVectorRegisters == 32 ? 3 : 2};
-
-// sums[o * stride + p] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + p] * w[k * O + o], for O outputs
-// and V vectors, each piece between two ends summed on its own.
-template <int O, int V, class A>
-[[gnu::noinline]] void plane_tile(const A* x, const int64_t* offsets, const A* w, const int64_t* ends, int64_t pieces,
-                                  A* sums, int64_t stride, bool more) {
-  constexpr int L = kLanes<A>;
-  Vec<A> total[O][V] = {};
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    Vec<A> sum[O][V] = {};
-    for (int64_t k = ends[piece]; k < ends[piece + 1]; ++k) {
-      const A *from = x + offsets[k], *weights = w + k * O;
-      Vec<A> weight[O];
-#pragma GCC unroll 4
-      for (int o = 0; o < O; ++o) weight[o] = broadcast(weights[o]);
-#pragma GCC unroll 12
-      for (int v = 0; v < V; ++v) {
-        const Vec<A> value = O > 1 ? in_register(load(from + v * L)) : load(from + v * L);
-#pragma GCC unroll 4
-        for (int o = 0; o < O; ++o) sum[o][v] = fma(value, weight[o], sum[o][v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int o = 0; o < O; ++o)
-#pragma GCC unroll 12
-      for (int v = 0; v < V; ++v) {
-        A* to = sums + o * stride + v * L;
-        total[o][v] = piece ? total[o][v] + sum[o][v] : more ? load(to) + sum[o][v] : sum[o][v];
-      }
-  }
-#pragma GCC unroll 4
-  for (int o = 0; o < O; ++o)
-#pragma GCC unroll 12
-    for (int v = 0; v < V; ++v) store(sums + o * stride + v * L, total[o][v]);
-}
-
-template <int O, class A, int... V>
-inline auto plane_tile_of(std::integer_sequence<int, V...>, int64_t vectors) {
-  static constexpr decltype(&plane_tile<O, 1, A>) kTiles[] = {&plane_tile<O, V + 1, A>...};
-  return kTiles[vectors - 1];
-}
-template <class A>
-inline auto plane_tile_of(int64_t outputs, int64_t vectors) {
-  switch (outputs) {
-    case 1:
-      return plane_tile_of<1, A>(std::make_integer_sequence<int, kPlaneVectors[0]>(), vectors);
-    case 2:
-      return plane_tile_of<2, A>(std::make_integer_sequence<int, kPlaneVectors[1]>(), vectors);
-    case 3:
-      return plane_tile_of<3, A>(std::make_integer_sequence<int, kPlaneVectors[2]>(), vectors);
-    default:
-      return plane_tile_of<4, A>(std::make_integer_sequence<int, kPlaneVectors[3]>(), vectors);
-  }
-}
 
 // Whether lanes of pixels beat lanes of channels.
 inline bool is_narrow(const Window& window) {
@@ -85,11 +26,14 @@ class NarrowCorrelation {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>;
   static constexpr int64_t kBytes = 192 << 10, kPanel = 32;  // packed input, and output channels finished together
+  static constexpr int64_t kPixelWidth = kPixelVectors * L;
 
  public:
   NarrowCorrelation(const T* x, const Strides4& s, const T* w, const WeightView& view, const Window& window)
       : x_(x),
         s_(s),
+        w_(w),
+        view_(view),
         window_(window),
         in_(window.in_channels),
         out_(window.out_channels),
@@ -98,14 +42,15 @@ class NarrowCorrelation {
         bundle_(s.c == 1 ? std::clamp<int64_t>(kPanel / std::max<int64_t>({in_, out_, 1}), 1, window.groups) : 1),
         rows_(rows_of(window, bundle_)),
         planes_(window, rows_),
-        weights_(window.groups * out_ * depth_) {
+        weights_(window.groups * round_up(out_, L) * depth_) {
     cut();
-    pack_weights(w, view);
   }
 
   // E is what the result is stored as.
   template <class E>
   void run(const Epilogue<E>& epilogue) const {
+    const bool pixels = epilogue.s.c == 1 && out_ >= kPixelWidth;  // lanes of output channels need no transposing
+    pack_weights(pixels);
     const int64_t bands = ceil_div(window_.h.out, rows_), bundles = ceil_div(window_.groups, bundle_);
     const int64_t work = window_.batch * bands * bundles, panel = round_up(std::min(kPanel, bundle_ * out_), L);
     const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads());
@@ -120,7 +65,7 @@ class NarrowCorrelation {
           const int64_t row = i / bundles % bands * rows_, group = i % bundles * bundle_;
           run_band({i / bundles / bands, row, std::min(rows_, window_.h.out - row), group,
                     std::min(bundle_, window_.groups - group)},
-                   input, input + input_size, input + input_size + sums_size, epilogue);
+                   input, input + input_size, input + input_size + sums_size, epilogue, pixels);
         }
       }
     });
@@ -152,8 +97,8 @@ class NarrowCorrelation {
     const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt((depth_ <= 32 ? 2.0 : 4.0) * double(depth_))), 4, 64);
     const int64_t pieces = ceil_div(depth_, limit), taps = window_.taps();
     for (int64_t i = 0; i <= pieces; ++i) ends_.push_back(pieces ? depth_ * i / pieces : 0);
-    const int64_t fit = std::max<int64_t>(1, kBytes / int64_t(sizeof(A)) / planes_.channel());
-    const bool whole = bundle_ > 1 || out_ > kPanel || in_ <= fit;
+    const int64_t fit = std::max<int64_t>(1, 2 * kBytes / int64_t(sizeof(A)) / planes_.channel());
+    const bool whole = bundle_ > 1 || out_ > kPanel || out_ >= kPixelWidth || in_ <= fit;
     for (int64_t begin = 0; begin < pieces;) {
       const int64_t channel = ends_[begin] / taps;
       int64_t end = begin + 1;
@@ -169,36 +114,82 @@ class NarrowCorrelation {
                            planes_.offset(k % taps / window_.w.kernel, k % window_.w.kernel));
   }
 
-  // [group][tile][product][output of the tile]
-  void pack_weights(const T* w, const WeightView& view) {
-    const int64_t kw = window_.w.kernel, taps = window_.taps();
-    A* to = weights_.get();
-    for (int64_t g = 0; g < window_.groups; ++g)
-      for (int64_t tile = 0; tile < tiles_; ++tile)
+  // [group][tile][product][output of the tile], where a tile is a panel of whole vectors if lanes are outputs.
+  void pack_weights(bool pixels) const {
+    const int64_t kw = window_.w.kernel, taps = window_.taps(), panels = ceil_div(out_, kPixelWidth);
+    for (int64_t g = 0; g < window_.groups; ++g) {
+      A* to = weights_.get() + g * round_up(out_, L) * depth_;
+      for (int64_t tile = 0; tile < (pixels ? panels : tiles_); ++tile) {
+        const int64_t first = pixels ? tile * kPixelWidth : out_ * tile / tiles_;
+        const int64_t last = pixels ? std::min(out_, first + kPixelWidth) : out_ * (tile + 1) / tiles_;
+        const int64_t padding = pixels ? round_up(last - first, L) - (last - first) : 0;
         for (int64_t c = 0; c < in_; ++c)
-          for (int64_t t = 0; t < taps; ++t)
-            for (int64_t o = out_ * tile / tiles_; o < out_ * (tile + 1) / tiles_; ++o)
-              *to++ = to_float(w[g * view.group + o * view.o + c * view.c + t / kw * view.a + t % kw * view.b]);
+          for (int64_t t = 0; t < taps; ++t) {
+            const T* from = w_ + g * view_.group + c * view_.c + t / kw * view_.a + t % kw * view_.b;
+            for (int64_t o = first; o < last; ++o) *to++ = to_float(from[o * view_.o]);
+            to = std::fill_n(to, padding, A(0));
+          }
+      }
+    }
+  }
+  const A* weights(int64_t group, int64_t output) const {
+    return weights_.get() + (group * round_up(out_, L) + output) * depth_;
   }
 
   template <class E>
-  void run_band(const Band& band, A* input, A* sums, A* turned, const Epilogue<E>& epilogue) const {
+  void run_band(const Band& band, A* input, A* sums, A* turned, const Epilogue<E>& epilogue, bool pixels) const {
     const T* from = x_ + band.image * s_.n + band.group * in_ * s_.c;
     const int64_t positions = round_up(planes_.positions(band.rows), L);
-    const int64_t panel_tiles = bundle_ > 1 ? tiles_ : kPanel / kPlaneOutputs;
-    for (int64_t tile = 0; tile < tiles_; tile += panel_tiles) {
-      const int64_t last = std::min(tiles_, tile + panel_tiles), first = out_ * tile / tiles_;
+    const auto pack = [&](const Block& block) {
+      planes_.pack(from + block.channel * s_.c, s_, band.groups * block.channels, band.row, band.rows, input);
+    };
+    if (blocks_.size() == 1) pack(blocks_[0]);
+    if (pixels) return run_pixels(band, input, sums, epilogue);
+    // One tile at a time stays in the first-level cache, where its channels need not be turned into pixels.
+    const bool single = bundle_ == 1 && epilogue.s.c != 1 && blocks_.size() == 1;
+    const int64_t step = single ? 1 : bundle_ > 1 ? tiles_ : kPanel / kPlaneOutputs;
+    for (int64_t tile = 0; tile < tiles_; tile += step) {
+      const int64_t last = std::min(tiles_, tile + step), first = out_ * tile / tiles_;
       const int64_t channels = out_ * last / tiles_ - first;
       if (!depth_) std::fill_n(sums, band.groups * channels * positions, A(0));
       for (const Block& block : blocks_) {
-        if (tile == 0 || blocks_.size() > 1)
-          planes_.pack(from + block.channel * s_.c, s_, band.groups * block.channels, band.row, band.rows, input);
+        if (blocks_.size() > 1) pack(block);
         for (int64_t g = 0; g < band.groups; ++g)
           add_block(input + g * in_ * planes_.channel(), block, band.group + g, tile, last, positions,
                     sums + g * channels * positions);
       }
       finish(band, band.group * out_ + first, band.groups * channels, sums, positions, turned, epilogue);
     }
+  }
+
+  // Lanes are output channels: rows of pixels, stored in place where nothing but a bias is to be added.
+  template <class E>
+  void run_pixels(const Band& band, const A* input, A* values, const Epilogue<E>& e) const {
+    const bool plain = !e.residual && !e.pre && e.activation == Activation::none;
+    const int64_t columns = ceil_div(e.width, kPixelColumns), pieces = int64_t(ends_.size()) - 1;
+    for (int64_t g = 0; g < band.groups; ++g, input += in_ * planes_.channel())
+      for (int64_t o = 0; o < out_; o += kPixelWidth) {
+        const int64_t channels = std::min(kPixelWidth, out_ - o), width = round_up(channels, L);
+        const int64_t channel = (band.group + g) * out_ + o;
+        const A *filters = weights(band.group + g, o), *bias = e.bias ? e.bias + channel : nullptr;
+        const bool in_place = std::is_same_v<E, A> && plain && channels == width;
+        for (int64_t i = 0; i < band.rows; ++i) {
+          const int64_t at = band.image * e.s.n + channel + (band.row + i) * e.s.h;
+          const int64_t r_at = band.image * e.r.n + channel * e.r.c + (band.row + i) * e.r.h;
+          for (int64_t block = 0; block < columns; ++block) {
+            const int64_t j = e.width * block / columns, count = e.width * (block + 1) / columns - j;
+            const auto tile = pixel_tile_of<A>(count, width / L);
+            const A* from = input + i * planes_.pitch() + j;
+            if constexpr (std::is_same_v<E, A>)
+              if (in_place) {
+                tile(from, offsets_.data(), filters, ends_.data(), pieces, bias, e.y + at + j * e.s.w, e.s.w);
+                continue;
+              }
+            tile(from, offsets_.data(), filters, ends_.data(), pieces, nullptr, values + j * width, width);
+          }
+          if (!in_place) finish_pixels(values, width, channels, bias, at, r_at, plain, e);
+        }
+      }
   }
 
   // Tiles [tile, last) of a group; sums: [output][position]
@@ -210,8 +201,7 @@ class NarrowCorrelation {
       const int64_t v = vectors * run / runs, count = vectors * (run + 1) / runs - v;
       for (int64_t t = tile; t < last; ++t) {
         const int64_t o = out_ * t / tiles_, outputs = out_ * (t + 1) / tiles_ - o;
-        const A* weights = weights_.get() + (group * out_ + o) * depth_;
-        plane_tile_of<A>(outputs, count)(input + v * L, offsets_.data(), weights, ends_.data() + block.piece,
+        plane_tile_of<A>(outputs, count)(input + v * L, offsets_.data(), weights(group, o), ends_.data() + block.piece,
                                          block.pieces, sums + (o - start) * positions + v * L, positions,
                                          block.piece > 0);
       }
@@ -225,36 +215,67 @@ class NarrowCorrelation {
     const int64_t at = band.image * e.s.n + band.row * e.s.h + channel * e.s.c;
     const int64_t r_at = band.image * e.r.n + band.row * e.r.h + channel * e.r.c, pitch = planes_.pitch();
     const A* bias = e.bias ? e.bias + channel : nullptr;
+    const bool plain = !e.residual && !e.pre && e.activation == Activation::none;
     if (e.s.c != 1 || channels == 1) {
-      for (int64_t c = 0; c < channels; ++c)
+      for (int64_t c = 0; c < channels; ++c) {
+        A* values = sums + c * positions;
+        if (plain && e.s.w == 1) {
+          store_rows(values, bias ? broadcast(bias[c]) : Vec<A>{}, bias, band.rows, e.y + at + c * e.s.c, e);
+          continue;
+        }
         for (int64_t i = 0; i < band.rows; ++i)
-          finish_row(sums + c * positions + i * pitch, e.width, bias ? bias + c : nullptr, at + i * e.s.h + c * e.s.c,
-                     e.s.w, r_at + i * e.r.h + c * e.r.c, e.r.w, e);
+          finish_row(values + i * pitch, e.width, bias ? bias + c : nullptr, at + i * e.s.h + c * e.s.c, e.s.w,
+                     r_at + i * e.r.h + c * e.r.c, e.r.w, e);
+      }
       return;
     }
     const bool dense = e.s.w == channels && (!e.residual || (e.r.c == 1 && e.r.w == channels));
     const bool together = channels < L && dense;  // a row of pixels is one line
-    const bool plain = channels % L == 0 && !e.residual && !e.pre && e.activation == Activation::none;
     const int64_t stride = together ? channels : round_up(channels, L);
     transpose_in(sums, positions, positions, channels, turned, [=](int64_t p) { return p * stride; });
     for (int64_t i = 0; i < band.rows; ++i) {
       A* values = turned + i * pitch * stride;
       const int64_t row = at + i * e.s.h, r_row = r_at + i * e.r.h;
       if (together) {
-        if (bias)
-          for (int64_t j = 0; j < e.width; ++j)
-            for (int64_t c = 0; c < channels; ++c) values[j * channels + c] += bias[c];
+        for (int64_t j = 0; bias && j < e.width; ++j)
+          for (int64_t c = 0; c < channels; ++c) values[j * channels + c] += bias[c];
         finish_row(values, e.width * channels, nullptr, row, 1, r_row, 1, e);
-      } else if (plain) {
-        for (int64_t j = 0; j < e.width; ++j)
-          for (int64_t c = 0; c < channels; c += L) {
-            const Vec<A> v = load(values + j * stride + c);
-            store_compute(e.y + row + j * e.s.w + c, bias ? v + load(bias + c) : v);
-          }
       } else {
-        for (int64_t j = 0; j < e.width; ++j)
-          e.line(values + j * stride, channels, bias, 1, row + j * e.s.w, 1, r_row + j * e.r.w, e.r.c);
+        finish_pixels(values, stride, channels, bias, row, r_row, plain, e);
       }
+    }
+  }
+
+  // Rows of one channel that only want a bias; the last vector of a row overlaps the one before it.
+  template <class E>
+  void store_rows(const A* values, Vec<A> bias, bool with_bias, int64_t rows, E* to, const Epilogue<E>& e) const {
+    for (int64_t i = 0; i < rows; ++i, values += planes_.pitch(), to += e.s.h) {
+      if (e.width < L) {
+        const Vec<A> v = load_part(values, e.width, A(0));
+        store_part(to, e.width, with_bias ? v + bias : v);
+        continue;
+      }
+      for (int64_t block = 0; block < e.width; block += L) {
+        const int64_t j = std::min(block, e.width - L);
+        const Vec<A> v = load(values + j);
+        __builtin_prefetch(to + e.s.c + j, 1);  // the next channel's row, in another page
+        store_compute(to + j, with_bias ? v + bias : v);
+      }
+    }
+  }
+
+  // A row of pixels, `stride` values each.
+  template <class E>
+  static void finish_pixels(A* values, int64_t stride, int64_t channels, const A* bias, int64_t at, int64_t r_at,
+                            bool plain, const Epilogue<E>& e) {
+    for (int64_t j = 0; j < e.width; ++j, values += stride, at += e.s.w, r_at += e.r.w) {
+      if (plain && channels == stride)
+        for (int64_t c = 0; c < channels; c += L) {
+          const Vec<A> v = load(values + c);
+          store_compute(e.y + at + c, bias ? v + load(bias + c) : v);
+        }
+      else
+        e.line(values, channels, bias, 1, at, 1, r_at, e.r.c);
     }
   }
 
@@ -274,6 +295,8 @@ class NarrowCorrelation {
 
   const T* x_;
   Strides4 s_;
+  const T* w_;
+  WeightView view_;
   Window window_;
   int64_t in_, out_, depth_, tiles_;  // per group
   int64_t bundle_, rows_;             // groups and output rows of a band

@@ -38,17 +38,18 @@ struct PlaneAxis {
   }
 };
 
-// Planes of a band of `rows` output rows.
+// Planes of a band of `rows` output rows, with a pitch of at least `pitch`.
 class Planes {
  public:
-  Planes(const Window& window, int64_t rows) : h_(window.h), w_(window.w), rows_(window.h), columns_(window.w) {
+  Planes(const Window& window, int64_t rows, int64_t pitch = 0)
+      : h_(window.h), w_(window.w), rows_(window.h), columns_(window.w) {
     width_ = w_.out + columns_.extra;
     int64_t shared = columns_.extra;  // zeros that end a row and begin the next
     for (int64_t p = 0; p < columns_.phases(); ++p) {
       const auto [begin, end] = columns_.inside(w_, p, width_);
       shared = std::min({shared, begin, width_ - end});
     }
-    pitch_ = width_ - shared;
+    pitch_ = std::max(width_ - shared, pitch);
     plane_ = round_up((rows + rows_.extra) * pitch_ + shared, 16);
     if (plane_ % 256 == 0) plane_ += 16;  // planes 1 KiB apart would compete for the same cache lines
     channel_ = plane_ * std::max<int64_t>(rows_.phases() * columns_.phases(), 1);
@@ -81,16 +82,18 @@ class Planes {
             for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
           } else if (begin < end) {
             pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together,
-                     columns_.first[column_phase], begin, end, plane);
+                     columns_.first[column_phase], begin, end, s.c, plane);
           }
         }
       }
   }
 
  private:
-  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image.
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image, and the next
+  // channel's row, which is read soon and from another page, at `next`.
   template <class T, class A>
-  void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, A* to) const {
+  void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
+                A* to) const {
     int64_t from = begin, last = end;
     if (h_.border.mode != PaddingMode::zeros) {
       const int64_t before = w_.border.before, past = before + w_.border.size - 1;
@@ -109,11 +112,12 @@ class Planes {
     if (channels > 1)
       split_pixels(pixels, w_.stride * step, last - from, channels, to + from, channel_);
     else
-      copy_row(pixels, w_.stride * step, last - from, to + from);
+      copy_row(pixels, w_.stride * step, last - from, to + from, next);
   }
 
   template <class T, class A>
-  static void copy_row(const T* from, int64_t step, int64_t count, A* to) {
+  static void copy_row(const T* from, int64_t step, int64_t count, A* to, int64_t next) {
+    for (int64_t i = 0; i < count * step; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + next + i);
     if (step == 1) return copy_converted(from, count, to);
     if (step == 2) {
       for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);

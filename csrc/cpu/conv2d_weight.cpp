@@ -5,6 +5,7 @@
 // sums; the parts are added in order at the end, so the result does not depend on the number of threads.
 #include "conv2d_depthwise.h"
 #include "conv2d_geometry.h"
+#include "conv2d_narrow_weight.h"
 #include "conv2d_padding.h"
 #include "gemm_tile.h"
 #include "parallel.h"
@@ -233,6 +234,8 @@ void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides
                            const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   if (window.depthwise()) return depthwise_weight_gradient(dy, dy_strides, x, x_strides, window, dw, dbias);
+  if (has_narrow_weights(window) && NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
+    return;
   WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 

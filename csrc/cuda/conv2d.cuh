@@ -5,6 +5,7 @@
 
 #include "conv2d_bias.cuh"
 #include "conv2d_depthwise.cuh"
+#include "conv2d_depthwise_weight.cuh"
 #include "conv2d_direct.cuh"
 #include "conv2d_fold.cuh"
 #include "conv2d_gemm_weight.cuh"
@@ -30,6 +31,23 @@ void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_stri
 template <class T>
 int64_t input_gradient_scratch(const Conv2dShape& s) {
   return gemm::suits_input_gradient<T>(s) ? gemm::input_gradient_scratch<T>(s) : 0;
+}
+
+template <class T>
+void weight_gradient(T* dw, const T* dy, const Strides4& dy_strides, const T* x, const Strides4& x_strides,
+                     const Conv2dShape& s, void* scratch, void* stream) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (gemm::suits_weight_gradient<T>(s))
+      return gemm::weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  }
+  if (is_depthwise_weight(s)) return depthwise_weight(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  direct_weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+}
+
+template <class T>
+int64_t weight_gradient_scratch(const Conv2dShape& s) {
+  if (gemm::suits_weight_gradient<T>(s)) return gemm::weight_gradient_scratch<T>(s);
+  return is_depthwise_weight(s) ? depthwise_weight_scratch<T>(s) : direct_weight_gradient_scratch<T>(s);
 }
 
 }  // namespace
@@ -81,22 +99,13 @@ void Conv2d<T>::bwd_input(const T* dy, Strides4 dy_strides, const T* w, Strides4
 
 template <class T>
 int64_t Conv2d<T>::bwd_weight_scratch(const Conv2dShape& s) {
-  const int64_t weight =
-      gemm::suits_weight_gradient<T>(s) ? gemm::weight_gradient_scratch<T>(s) : direct_weight_gradient_scratch<T>(s);
-  return std::max(weight, bias_gradient_scratch(s));
+  return std::max(weight_gradient_scratch<T>(s), bias_gradient_scratch(s));
 }
 
 template <class T>
 void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides4 x_strides, T* dw, T* dbias,
                            const Conv2dShape& s, void* scratch, void* stream) {
-  bool done = s.in_channels == 0;
-  if constexpr (!std::is_same_v<T, double>) {
-    if (gemm::suits_weight_gradient<T>(s)) {
-      gemm::weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
-      done = true;
-    }
-  }
-  if (!done) direct_weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
+  if (s.in_channels > 0) weight_gradient(dw, dy, dy_strides, x, x_strides, s, scratch, stream);
   if (dbias) bias_gradient(dbias, dy, dy_strides, s, scratch, stream);
 }
 

@@ -179,12 +179,6 @@ struct DepthwiseCall {
   }
 };
 
-inline int square_kernel(const Axis& rows, const Axis& columns) {
-  return rows.kernel == columns.kernel && (rows.kernel == 3 || rows.kernel == 5 || rows.kernel == 7) ? int(rows.kernel)
-                                                                                                     : 0;
-}
-inline int64_t reduced_stride(const Axis& a) { return a.stride / std::gcd(a.stride, a.dilation); }
-
 // Whether depthwise() takes a forward pass of one input channel per group.
 template <class T>
 bool is_depthwise(const Conv2dShape& s) {
@@ -228,7 +222,7 @@ bool is_depthwise_gradient(const Conv2dShape& s) {
     return false;
   if (rows.stride == 1 && columns.stride == 1) return true;
   return sizeof(T) != 8 && rows.stride == 2 && columns.stride == 2 && rows.dilation == 1 && columns.dilation == 1 &&
-         square_kernel(rows, columns) != 0;
+         (square_kernel(rows, columns) == 3 || square_kernel(rows, columns) == 5);
 }
 
 template <class T>
@@ -255,7 +249,6 @@ void depthwise_gradient(const Output<T>& out, const T* dy, const Strides4& dy_st
     const int kernel = square_kernel(rows, columns);
     if (kernel == 3) run(std::integral_constant<int, 3>());
     if (kernel == 5) run(std::integral_constant<int, 5>());
-    if (kernel == 7) run(std::integral_constant<int, 7>());
   }
 }
 

@@ -156,5 +156,11 @@ bool reads_vectors(const T* x, const Strides4& s, int multiplier) {
   return vector > 1 && multiplier == 1 && has_vectors<T, vector>(x, s);
 }
 
+inline int square_kernel(const Axis& rows, const Axis& columns) {
+  return rows.kernel == columns.kernel && (rows.kernel == 3 || rows.kernel == 5 || rows.kernel == 7) ? int(rows.kernel)
+                                                                                                     : 0;
+}
+inline int64_t reduced_stride(const Axis& a) { return a.stride / std::gcd(a.stride, a.dilation); }
+
 }  // namespace
 }  // namespace pynn::cuda

@@ -15,13 +15,15 @@ struct CorrelationLoader {
   using T = typename Tile::Element;
   static constexpr int kPack = 16 / sizeof(T), kStep = Tile::kThreads / kRowPacks;
   static constexpr int kLeft = Tile::kRows / kStep, kRight = Tile::kColumns / kStep;
+  static_assert(kStep % 8 == 0);  // rows of one thread are permuted alike
 
   const Correlation<T>& p;
   const Phase &h, &w;
   const T* image[kLeft];  // of the row's sample; null beyond the last row
   int first_h[kLeft], first_w[kLeft];
   const T* left[kLeft];  // at the current tap; null outside of the image
-  const T* filter[kRight];
+  const T* filter;       // of this thread's first column
+  int columns;           // from that one on
   int tap, row = threadIdx.x / kRowPacks, pack = threadIdx.x % kRowPacks;
   int i, j, c;  // tap and channel of this thread's pack
 
@@ -38,11 +40,9 @@ struct CorrelationLoader {
         first_h[r] = pixel.h * p.h.stride + h.origin, first_w[r] = pixel.w * p.w.stride + w.origin;
       }
     }
-#pragma unroll
-    for (int r = 0; r < kRight; ++r) {
-      const int column = first_column + row + r * kStep;
-      filter[r] = column < p.columns ? p.filter.data + group * p.filter.group + column * p.filter.row : nullptr;
-    }
+    const int column = first_column + row;
+    columns = p.columns - column;
+    filter = p.filter.data + group * p.filter.group + column * p.filter.row;
     const int element = first_block * Tile::kDepth + pack * kPack, taps = element / p.image.channels;
     c = element - taps * p.image.channels;
     i = w.taps ? taps / w.taps : h.taps, j = w.taps ? taps - i * w.taps : 0;
@@ -67,15 +67,16 @@ struct CorrelationLoader {
 
   // Starts the copies of the next block of the sum to a stage.
   __device__ __forceinline__ void copy(unsigned char* stage) {
+    const int at = offset_of(row, pack);
 #pragma unroll
     for (int r = 0; r < kLeft; ++r)
-      cp_async<16>(stage + offset_of(row + r * kStep, pack), left[r] ? left[r] + c : p.image.data, left[r] ? 16 : 0);
+      cp_async<16>(stage + at + r * kStep * kRowBytes, left[r] ? left[r] + c : p.image.data, left[r] ? 16 : 0);
     stage += Tile::kRows * kRowBytes;
 #pragma unroll
     for (int r = 0; r < kRight; ++r) {
-      const bool exists = filter[r] && tap >= 0;
-      cp_async<16>(stage + offset_of(row + r * kStep, pack), exists ? filter[r] + tap + c : p.filter.data,
-                   exists ? 16 : 0);
+      const bool exists = r * kStep < columns && tap >= 0;
+      const T* from = filter + r * kStep * p.filter.row + tap + c;
+      cp_async<16>(stage + at + r * kStep * kRowBytes, exists ? from : p.filter.data, exists ? 16 : 0);
     }
     c += Tile::kDepth;
     if (c < p.image.channels) return;

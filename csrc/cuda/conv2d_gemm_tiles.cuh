@@ -19,7 +19,9 @@ namespace gemm {
 
 constexpr int kRowBytes = 64, kRowPacks = kRowBytes / 16, kStripRows = 16;
 
-// Where pack `pack` of row `row` of a stage's operand lies, in bytes.
+// Where pack `pack` of row `row` of a stage's operand lies, in bytes. The permutation only flips bits: eight rows
+// further is 8 * kRowBytes further, and pack ^ x is at offset ^ (16 * x), so a thread needs one offset for all that it
+// reads.
 __device__ __forceinline__ int offset_of(int row, int pack) {
   return row * kRowBytes + ((pack ^ (row >> 1)) & (kRowPacks - 1)) * 16;
 }
@@ -30,11 +32,6 @@ __device__ __forceinline__ int offset_of(int row, int pack) {
 template <class T, int width>
 __device__ __forceinline__ int offset_across(int k, int pack) {
   return k * width * int(sizeof(T)) + (pack ^ (sizeof(T) == 2 ? k & 7 : k % 4 * 2)) * 16;
-}
-
-template <int width>
-__device__ __forceinline__ uint32_t word_across(const unsigned char* operand, int k, int column) {
-  return *reinterpret_cast<const uint32_t*>(operand + offset_across<float, width>(k, column / 4) + column % 4 * 4);
 }
 
 // The tensor core instruction for 32 bytes of the sum.
@@ -81,9 +78,27 @@ struct MmaTile {
   int lane = threadIdx.x % 32;
   int row = threadIdx.x / 32 / (kColumns / kWarpColumns) * kWarpRows;        // first of this warp
   int column = threadIdx.x / 32 % (kColumns / kWarpColumns) * kWarpColumns;  // first of this warp
+  int left_at, right_at;  // where this lane's part of the operands begins
   ChunkCounter chunk;
 
-  explicit __device__ MmaTile(int chunk) : chunk(chunk) {}
+  explicit __device__ MmaTile(int chunk) : chunk(chunk) {
+    if constexpr (!across) {
+      left_at = offset_of(row + lane % 16, lane / 16);
+      right_at = offset_of(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    } else if constexpr (sizeof(T) == 2) {
+      left_at = offset_across<T, kRows>(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
+      right_at = offset_across<T, kColumns>(lane % 16, column / 8 + lane / 16);
+    } else {
+      left_at = offset_across<T, kRows>(lane % 4, row / 4 + lane / 16) + lane / 4 % 4 * 4;
+      right_at = offset_across<T, kColumns>(lane % 4, column / 4 + lane / 16) + lane / 4 % 4 * 4;
+    }
+  }
+
+  // The word of an operand of `width` columns that is `k` steps and `further` columns (a multiple of 8) after `at`.
+  template <int width>
+  static __device__ __forceinline__ uint32_t word(const unsigned char* operand, int at, int k, int further) {
+    return *reinterpret_cast<const uint32_t*>(operand + ((at ^ (further * 4)) + k * width * 4));
+  }
 
   __device__ __forceinline__ void multiply(const unsigned char* left, const unsigned char* right) {
 #pragma unroll
@@ -92,27 +107,24 @@ struct MmaTile {
 #pragma unroll
       for (int i = 0; i < kStrips; ++i) {
         if constexpr (!across)
-          ldmatrix(a[i], left + offset_of(row + 16 * i + lane % 16, k + lane / 16));
+          ldmatrix(a[i], left + ((left_at ^ (16 * k)) + 16 * i * kRowBytes));
         else if constexpr (sizeof(T) == 2)
-          ldmatrix_trans(
-              a[i], left + offset_across<T, kRows>(8 * k + lane % 8 + lane / 16 * 8, row / 8 + 2 * i + lane / 8 % 2));
+          ldmatrix_trans(a[i], left + ((left_at ^ (32 * i)) + 8 * k * kRows * 2));
         else
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            a[i][e] = word_across<kRows>(left, 4 * k + lane % 4 + e / 2 * 4, row + 16 * i + lane / 4 + e % 2 * 8);
+          for (int e = 0; e < 4; ++e) a[i][e] = word<kRows>(left, left_at, 4 * k + e / 2 * 4, 16 * i + e % 2 * 8);
         round_operand<T>(a[i]);
       }
 #pragma unroll
       for (int j = 0; j < kParts; j += 2) {
         uint32_t pair[4];
         if constexpr (!across)
-          ldmatrix(pair, right + offset_of(column + 8 * j + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+          ldmatrix(pair, right + ((right_at ^ (16 * k)) + 8 * j * kRowBytes));
         else if constexpr (sizeof(T) == 2)
-          ldmatrix_trans(pair, right + offset_across<T, kColumns>(8 * k + lane % 16, column / 8 + j + lane / 16));
+          ldmatrix_trans(pair, right + ((right_at ^ (16 * j)) + 8 * k * kColumns * 2));
         else
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            pair[e] = word_across<kColumns>(right, 4 * k + lane % 4 + e % 2 * 4, column + 8 * j + lane / 4 + e / 2 * 8);
+          for (int e = 0; e < 4; ++e) pair[e] = word<kColumns>(right, right_at, 4 * k + e % 2 * 4, 8 * j + e / 2 * 8);
         round_operand<T>(pair);
         b[j][0] = pair[0], b[j][1] = pair[1], b[j + 1][0] = pair[2], b[j + 1][1] = pair[3];
       }
@@ -193,12 +205,15 @@ struct FmaTile {
 #pragma unroll 1
       for (int k = 0; k < kRowPacks; ++k) {
         float4 a[height];
+        // Rows 8 apart are permuted alike.
+        const int even = offset_of(row + lane / 8, k), odd = offset_of(row + lane / 8 + 4, k);
 #pragma unroll
         for (int i = 0; i < height; ++i)
-          a[i] = *reinterpret_cast<const float4*>(left + offset_of(row + lane / 8 + 4 * i, k));
+          a[i] = *reinterpret_cast<const float4*>(left + ((i % 2 ? odd : even) + i / 2 * 8 * kRowBytes));
+        const int right_at = offset_of(lane % 8, k);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const float4 b = *reinterpret_cast<const float4*>(right + offset_of(lane % 8 + 8 * j, k));
+          const float4 b = *reinterpret_cast<const float4*>(right + (right_at + 8 * j * kRowBytes));
 #pragma unroll
           for (int i = 0; i < height; ++i) acc[i][j] = __fmaf_rn(a[i].x, b.x, acc[i][j]);
 #pragma unroll

@@ -8,23 +8,16 @@ CUDA C++ kernels need no cases, their instantiations are in the source; _CUDA_PR
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
-from .ratchet import Promise
+from .cases_conv2d import conv2d
+from .ratchet import Case, Promise
 
 LABELS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    label: str
-    run: Callable[[], object]
-    promise: Promise
 
 
 def _int64(*shape: int) -> torch.Tensor:
@@ -121,10 +114,12 @@ def group_norm() -> Iterator[Case]:
 
 
 # Kernels that only finish a reduction touch a few numbers.
-NARROW_KERNELS = ("loss_rows_kernel", "combine_kernel", "combine_gradient_kernel", "add_samples_kernel")
+NARROW_KERNELS = (
+    "loss_rows_kernel", "combine_kernel", "combine_gradient_kernel", "add_samples_kernel", "add_splits_kernel"
+)  # fmt: skip
 NARROW = Promise(exact=True)
 
-CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion, "group_norm": group_norm}
+CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion, "group_norm": group_norm, "conv2d": conv2d}
 
 # The first pattern that matches the whole short name of a kernel counts.
 _READS, _WRITES = Promise(exact=True, wide_loads=True), Promise(exact=True, wide_stores=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from .measure import Measurement
@@ -29,6 +30,15 @@ class Promise:
     wide_loads: bool = False  # of 16 bytes
     wide_stores: bool = False
     exact: bool = False  # nothing that an assembler may fuse
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of a Triton op, and what the kernels that it launches promise."""
+
+    label: str
+    run: Callable[[], object]
+    promise: Promise
 
 
 @dataclasses.dataclass
