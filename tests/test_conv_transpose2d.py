@@ -349,6 +349,19 @@ def test_transforms(activation):
     assert_all(lambda x, w, b, r: ours(x, w, b, r, activation, stride=2, padding=1, groups=2), x, w, b, r)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_vmap_makes_one_call(groups):
+    x, w, b = operands((2, 4, 3, 3), (4, 6 // groups, 3, 3), torch.float64, groups=groups)
+    for dims in ((0, None, None), (None, 0, None), (0, 0, 0), (0, 0, None)):
+        tensors = [t if dim is None else torch.stack((t, 2 * t, -t)) for t, dim in zip((x, w, b), dims, strict=True)]
+        with pynn.explain() as ran:
+            got = torch.vmap(lambda *t: ours(*t, None, "tanh", stride=2, groups=groups), in_dims=dims)(*tensors)
+        assert [call.op for call in ran] == ["conv_transpose2d_fwd"]
+        for i in range(3):
+            one = (t if dim is None else t[i] for t, dim in zip(tensors, dims, strict=True))
+            torch.testing.assert_close(got[i], reference(*one, None, "tanh", stride=2, groups=groups))
+
+
 def test_inductor():
     x, w, b = operands((2, 4, 5, 5), (4, 6, 3, 3))
     assert_compiles(lambda x, w, b: ours(x.relu(), w, b, None, "gelu", stride=2) * 2, x, w, b, backend="inductor")
