@@ -175,7 +175,7 @@ class DepthwiseCorrelation {
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         A* packed = scratch.get() + slot * (input_size + output_size);
-        if (channels_ % kBlock) std::fill_n(packed, input_size, A(0));  // lanes without a channel stay 0
+        std::fill_n(packed, input_size, A(0));
         for (int64_t i = slot; i < work; i += slots)
           run_unit(i / bands_ / inputs_, i / bands_ % inputs_, i % bands_ * rows_, packed, lists.get() + slot * rows,
                    packed + input_size);

@@ -1,5 +1,6 @@
 // The operand of a depthwise correlation as its tiles read it: rows of one plane (lanes are pixels) or of one vector of
-// channels, in the compute type, with the columns of the padding in place. Rows of the padding have no copy.
+// channels, in the compute type, with the columns of the padding in place. Rows of the padding have no copy. Columns of
+// zeros are never written: the scratch is cleared once.
 #pragma once
 #include "conv2d_geometry.h"
 #include "vec_load.h"
@@ -48,12 +49,13 @@ class PaddedRows {
         channels_(window.groups * window.out_channels),
         columns_(reach(w_, w_.out)),
         phases_(kPlanes ? w_.stride : 1),
-        phase_size_(ceil_div(columns_, phases_) + (kPlanes ? L : 0)),
-        pitch_(round_up(phases_ * phase_size_ * kPixel, L)) {
+        phase_size_(ceil_div(columns_, phases_) + (kPlanes ? L : 0)) {
     const bool bordered = window.bordered();
     const int64_t before = w_.pad + (bordered ? w_.border.before : 0), size = bordered ? w_.border.size : w_.in;
     begin_ = std::clamp<int64_t>(before, 0, columns_);
     end_ = std::clamp<int64_t>(before + size, begin_, columns_);
+    if (phases_ == 1 && kPlanes) lead_ = round_up(begin_, L) - begin_;  // rows are stored on whole vectors
+    pitch_ = round_up(lead_ + phases_ * phase_size_ * kPixel, L);
     // Rows shorter than two vectors are turned in one piece with the rows that touch them.
     if (!kPlanes && single() && !bordered && s.w == 1 && s.h == size && end_ - begin_ == size && size < 2 * L) {
       places_.resize(h_.in * size);
@@ -66,7 +68,7 @@ class PaddedRows {
   int64_t column(int64_t tap) const { return place(tap * w_.dilation); }  // of a kernel column for output 0
 
   // Packs `count` padded rows from `first` on and lists them, null for rows of zeros. `member` counts the input
-  // channels of a group. Lanes past the last channel are not written.
+  // channels of a group.
   void pack(int64_t image, int64_t output, int64_t member, int64_t first, int64_t count, A* to, const A** rows) const {
     int64_t lanes[L];
     const int64_t here = kPlanes ? 1 : std::min(L, channels_ - output);
@@ -93,32 +95,26 @@ class PaddedRows {
 
  private:
   bool single() const { return members_ == 1 && outputs_ == 1; }
-  int64_t place(int64_t v) const { return (v % phases_ * phase_size_ + v / phases_) * kPixel; }
+  int64_t place(int64_t v) const { return lead_ + (v % phases_ * phase_size_ + v / phases_) * kPixel; }
 
-  // Columns outside the image are 0 or, with a border, copies.
+  // Columns outside the image that continue it.
   template <class Copy>
   void each_edge(const Copy& copy) const {
+    if (w_.border.mode == PaddingMode::zeros) return;
     for (int64_t v = 0; v < begin_; ++v) copy(v, image_position(w_, v));
     for (int64_t v = end_; v < columns_; ++v) copy(v, image_position(w_, v));
   }
 
   void pack_plane_row(const T* from, A* to) const {
-    const bool whole = phases_ == 1;
-    std::fill_n(to, whole ? begin_ : pitch_, A(0));
-    if (whole) std::fill(to + end_, to + pitch_, A(0));
     const T* first = begin_ < end_ ? from + image_position(w_, begin_) * s_.w : from;
     for (int64_t v = begin_; v < std::min(end_, begin_ + phases_); ++v)
       copy_strided(first + (v - begin_) * s_.w, phases_ * s_.w, ceil_div(end_ - v, phases_), to + place(v));
-    if (w_.border.mode != PaddingMode::zeros)
-      each_edge([&](int64_t v, int64_t q) { to[place(v)] = to_float(from[q * s_.w]); });
+    each_edge([&](int64_t v, int64_t q) { to[place(v)] = to_float(from[q * s_.w]); });
   }
 
   void pack_edges(const T* from, const int64_t* lanes, int64_t count, A* to) const {
     each_edge([&](int64_t v, int64_t q) {
-      if (q < 0)
-        std::fill_n(to + v * L, L, A(0));
-      else
-        for (int64_t l = 0; l < count; ++l) to[v * L + l] = to_float(from[q * s_.w + lanes[l]]);
+      for (int64_t l = 0; l < count; ++l) to[v * L + l] = to_float(from[q * s_.w + lanes[l]]);
     });
   }
 
@@ -142,7 +138,7 @@ class PaddedRows {
   Strides4 s_;
   Axis h_, w_;
   int64_t members_, outputs_, channels_;
-  int64_t columns_, phases_, phase_size_, pitch_;
+  int64_t columns_, phases_, phase_size_, pitch_, lead_ = 0;
   int64_t begin_, end_;  // padded columns that are the image
   std::vector<int64_t> places_;
 };

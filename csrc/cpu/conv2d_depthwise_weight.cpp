@@ -114,7 +114,9 @@ class DepthwiseWeightGradient {
         taps_(window.taps()),
         classes_(std::min(L, window.w.out)),
         x_(x, s, window),
-        dy_(dy, g, gradient_window(window)) {
+        dy_(dy, g, gradient_window(window)),
+        gradient_(dy),
+        g_(g) {
     for (int64_t b = 0; b < window.w.kernel; ++b) columns_.push_back(x_.column(b));
     // Chunks, bands and parts are of the same size in both layouts.
     const int64_t out = window.h.out, per_row = ceil_div(window.w.out, L);
@@ -142,7 +144,7 @@ class DepthwiseWeightGradient {
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         A* at = scratch.get() + slot * size;
-        if (channels_ % kBlock) std::fill_n(at, x_size + dy_size, A(0));  // lanes without a channel stay 0
+        std::fill_n(at, x_size + dy_size, A(0));
         for (int64_t i = slot; i < work; i += slots)
           sum_part(i / parts_ * kBlock, i % parts_, at, at + x_size, at + x_size + dy_size,
                    lists.get() + slot * (x_rows + band_rows_), results.get() + i * result, dbias != nullptr);
@@ -172,17 +174,24 @@ class DepthwiseWeightGradient {
                 bool with_bias) const {
     const int64_t classes = kPlanes ? 1 : classes_, taps = taps_, class_size = (taps + 2) * L;
     const A** dy_rows = x_rows + reach(window_.h, band_rows_);
+    const bool in_place = !kPlanes && sizeof(T) == sizeof(A) && g_.c == 1 && channels_ - channel >= L;
     std::fill_n(sums, classes * class_size, A(0));
     const int64_t units = window_.batch * bands_;
     for (int64_t u = units * part / parts_; u < units * (part + 1) / parts_; ++u) {
       const int64_t image = u / bands_, first = u % bands_ * band_rows_;
       const int64_t rows = std::min(band_rows_, window_.h.out - first);
       x_.pack(image, channel, 0, first * window_.h.stride, reach(window_.h, rows), x, x_rows);
-      dy_.pack(image, channel, 0, first, rows, dy, dy_rows);
+      const A* gradient = dy;
+      if (in_place) {
+        if constexpr (sizeof(T) == sizeof(A)) gradient = gradient_ + image * g_.n + channel + first * g_.h;
+      } else {
+        dy_.pack(image, channel, 0, first, rows, dy, dy_rows);
+      }
+      const int64_t pitch = in_place ? g_.h : dy_.pitch(), step = in_place ? g_.w : dy_.step();
       for (int64_t i = 0; i < rows; i += chunk_rows_)
         for (int64_t l = 0; l < classes; ++l)
-          add_chunk(l, std::min(chunk_rows_, rows - i), x_rows + i * window_.h.stride, dy + i * dy_.pitch(),
-                    sums + l * class_size, with_bias);
+          add_chunk(l, std::min(chunk_rows_, rows - i), x_rows + i * window_.h.stride, gradient + i * pitch, pitch,
+                    step, sums + l * class_size, with_bias);
     }
     add_classes(sums, class_size, results);
     const A* bias = sums + taps * L;
@@ -205,23 +214,20 @@ class DepthwiseWeightGradient {
   }
 
   // One class, or all of them, of a chunk of rows. sums: [tap][lane], then the sum of dy and its error.
-  void add_chunk(int64_t l, int64_t rows, const A* const* x_rows, const A* dy, A* sums, bool with_bias) const {
+  void add_chunk(int64_t l, int64_t rows, const A* const* x_rows, const A* dy, int64_t dy_pitch, int64_t dy_step,
+                 A* sums, bool with_bias) const {
     const int64_t width = window_.w.out, kw = window_.w.kernel, kh = window_.h.kernel;
-    Chunk<A> chunk{x_rows,
-                   dy,
-                   rows,
-                   0,
-                   dy_.pitch(),
-                   kPlanes ? L : L * L,
-                   0,
-                   window_.h.stride,
-                   window_.h.dilation,
-                   false,
-                   first_lanes<A>(width % L)};
-    chunk.vectors = ceil_div(width - l, L);
-    chunk.x_step = kPlanes ? L : L * x_.step();
-    chunk.masked = kPlanes && width % L;
-    chunk.dy += l * L;
+    const Chunk<A> chunk{x_rows,
+                         dy + l * dy_step,
+                         rows,
+                         ceil_div(width - l, L),
+                         dy_pitch,
+                         L * dy_step,
+                         L * x_.step(),
+                         window_.h.stride,
+                         window_.h.dilation,
+                         kPlanes && width % L,
+                         first_lanes<A>(width % L)};
     int64_t columns[kMostTaps];
     const int64_t pieces = ceil_div(kw, kMostTaps);
     const bool sliding = window_.h.stride == 1 && window_.h.dilation == 1;
@@ -236,13 +242,14 @@ class DepthwiseWeightGradient {
     }
     if (!with_bias) return;
     Vec<A> total = load(sums + taps_ * L), error = load(sums + (taps_ + 1) * L);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t t = 0; t < chunk.vectors; ++t) {
-        const Vec<A> value = load(chunk.dy + i * chunk.dy_pitch + t * chunk.dy_step);
-        const Vec<A> next = total + value, taken = next - total;
-        error += (total - (next - taken)) + (value - taken);
-        total = next;
-      }
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* row = chunk.dy + i * dy_pitch;
+      Vec<A> value = load(row);
+      for (int64_t t = 1; t < chunk.vectors; ++t) value += load(row + t * chunk.dy_step);
+      const Vec<A> next = total + value, taken = next - total;
+      error += (total - (next - taken)) + (value - taken);
+      total = next;
+    }
     store(sums + taps_ * L, total);
     store(sums + (taps_ + 1) * L, error);
   }
@@ -262,6 +269,8 @@ class DepthwiseWeightGradient {
   Window window_;
   int64_t channels_, blocks_, taps_, classes_;
   PaddedRows<T, kPlanes> x_, dy_;
+  const T* gradient_;
+  Strides4 g_;
   std::vector<int64_t> columns_;
   int64_t chunk_rows_, band_rows_, bands_, parts_;
 };

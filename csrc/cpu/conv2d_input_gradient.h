@@ -12,6 +12,7 @@
 #include "conv2d_narrow.h"
 #include "conv2d_padding.h"
 #include "conv2d_phased.h"
+#include "conv2d_winograd.h"
 
 namespace pynn::cpu {
 
@@ -81,15 +82,22 @@ class InputGradient {
     Window window;
     const T* w;
     WeightView view;
-    std::optional<PackedWeights<A>> weights;  // depthwise and narrow correlations pack their own
-    std::optional<Winograd2x2<A>> winograd;
+    // Depthwise and narrow correlations pack their own.
+    std::optional<WinogradWeights<A>> winograd_3x3;
+    std::optional<PackedWeights<A>> weights;
+    std::optional<Winograd2x2<A>> winograd_2x2;  // beside weights
 
     Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
         : row(row), column(column), window(window), w(w), view(view) {
       if (depthwise || is_narrow(window)) return;
+      if constexpr (std::is_same_v<T, A>) {
+        if (is_winograd<T>(window)) winograd_3x3.emplace(w, view, window);
+        if (winograd_3x3 && winograd_3x3->finite()) return;
+        winograd_3x3.reset();
+      }
       weights.emplace(w, view, window);
       if (weights->form() == Form::panels && Winograd2x2<A>::template fits<T>(window))
-        winograd.emplace(*weights, window);
+        winograd_2x2.emplace(*weights, window);
     }
   };
 
@@ -105,7 +113,7 @@ class InputGradient {
     bool plain = true, fast = pieces_.size() > 1;
     for (const Piece& piece : pieces_) {
       plain = plain && piece.weights && !piece.window.patches();
-      fast = fast || piece.winograd;
+      fast = fast || piece.winograd_2x2;
     }
     return plain && fast &&
            stride_height_ * window_.w.in * round_up(window_.in_channels, kLanes<A>) <= kChunkBytes / int64_t(sizeof(A));
@@ -135,6 +143,8 @@ class InputGradient {
       window.batch = images;
       if (window_.depthwise())
         correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (piece.winograd_3x3)
+        correlate_winograd(dy, dy_strides, window, *piece.winograd_3x3, epilogue);
       else if (piece.weights)
         Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
       else

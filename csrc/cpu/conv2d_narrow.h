@@ -97,7 +97,7 @@ class NarrowCorrelation {
     const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt((depth_ <= 32 ? 2.0 : 4.0) * double(depth_))), 4, 64);
     const int64_t pieces = ceil_div(depth_, limit), taps = window_.taps();
     for (int64_t i = 0; i <= pieces; ++i) ends_.push_back(pieces ? depth_ * i / pieces : 0);
-    const int64_t fit = std::max<int64_t>(1, kBytes / int64_t(sizeof(A)) / planes_.channel());
+    const int64_t fit = std::max<int64_t>(1, 2 * kBytes / int64_t(sizeof(A)) / planes_.channel());
     const bool whole = bundle_ > 1 || out_ > kPanel || out_ >= kPixelWidth || in_ <= fit;
     for (int64_t begin = 0; begin < pieces;) {
       const int64_t channel = ends_[begin] / taps;
@@ -219,7 +219,7 @@ class NarrowCorrelation {
     if (e.s.c != 1 || channels == 1) {
       for (int64_t c = 0; c < channels; ++c) {
         A* values = sums + c * positions;
-        if (plain && e.s.w == 1 && e.width >= L) {
+        if (plain && e.s.w == 1) {
           store_rows(values, bias ? broadcast(bias[c]) : Vec<A>{}, bias, band.rows, e.y + at + c * e.s.c, e);
           continue;
         }
@@ -249,12 +249,19 @@ class NarrowCorrelation {
   // Rows of one channel that only want a bias; the last vector of a row overlaps the one before it.
   template <class E>
   void store_rows(const A* values, Vec<A> bias, bool with_bias, int64_t rows, E* to, const Epilogue<E>& e) const {
-    for (int64_t i = 0; i < rows; ++i, values += planes_.pitch(), to += e.s.h)
+    for (int64_t i = 0; i < rows; ++i, values += planes_.pitch(), to += e.s.h) {
+      if (e.width < L) {
+        const Vec<A> v = load_part(values, e.width, A(0));
+        store_part(to, e.width, with_bias ? v + bias : v);
+        continue;
+      }
       for (int64_t block = 0; block < e.width; block += L) {
         const int64_t j = std::min(block, e.width - L);
         const Vec<A> v = load(values + j);
+        __builtin_prefetch(to + e.s.c + j, 1);  // the next channel's row, in another page
         store_compute(to + j, with_bias ? v + bias : v);
       }
+    }
   }
 
   // A row of pixels, `stride` values each.

@@ -63,6 +63,11 @@ inline auto plane_weight_tile_of(int64_t outputs, int64_t products) {
   }
 }
 
+// Whether lanes of pixels beat lanes of channels here too.
+inline bool has_narrow_weights(const Window& window) {
+  return is_narrow(window) && std::min(window.in_channels, window.out_channels) <= 8;
+}
+
 template <class T>
 class NarrowWeightGradient {
   using A = accumulate_t<T>;

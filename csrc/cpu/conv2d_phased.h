@@ -9,8 +9,8 @@
 
 namespace pynn::cpu {
 
-// Phases is a list of {row, column, window, weights, winograd}: the pixels (row, column) + multiples of the stride are
-// the correlation `window`, with weights in two forms, the second optional.
+// Phases is a list of {row, column, window, weights, winograd_2x2}: the pixels (row, column) + multiples of the stride
+// are the correlation `window`, with weights in two forms, the second optional.
 template <class T, class Phases>
 class PhasedCorrelation {
   using A = accumulate_t<T>;
@@ -102,7 +102,8 @@ class PhasedCorrelation {
     const int64_t tiles = Winograd2x2<A>::tiles(units_.images, units_.rows, columns);
     const int64_t pixels = units_.images * units_.rows * stride_height_ * width_;
     const int64_t input_size = in_place_ ? 0 : round_up(units_.images * packed().n + 4 * L, 16);
-    const bool winograd = fast && std::any_of(phases_.begin(), phases_.end(), [](auto& p) { return bool(p.winograd); });
+    const bool winograd =
+        fast && std::any_of(phases_.begin(), phases_.end(), [](auto& p) { return bool(p.winograd_2x2); });
     const int64_t fast_size = winograd ? Winograd2x2<A>::scratch(tiles, channels) : 0;
     const int64_t slot_size = input_size + fast_size + pixels * round_up(window_.out_channels, L);
     const int64_t list_size = std::max(2 * (units_.images * units_.rows * columns + kDotRows), 2 * tiles);
@@ -137,8 +138,8 @@ class PhasedCorrelation {
     for (const auto& phase : phases_) {
       const Layout layout{rows * width_, stride_height_ * width_, stride_width_,
                           (phase.row - row) * width_ + phase.column};
-      if (fast && phase.winograd)
-        phase.winograd->run(base, s, unit, group, layout, pixels, scratch, lists, sums, not_finite);
+      if (fast && phase.winograd_2x2)
+        phase.winograd_2x2->run(base, s, unit, group, layout, pixels, scratch, lists, sums, not_finite);
       else
         (*correlation)->sum_unit(unit, base, group, layout, pixels, lists, sums);
       ++correlation;

@@ -82,16 +82,18 @@ class Planes {
             for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
           } else if (begin < end) {
             pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together,
-                     columns_.first[column_phase], begin, end, plane);
+                     columns_.first[column_phase], begin, end, s.c, plane);
           }
         }
       }
   }
 
  private:
-  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image.
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image, and the next
+  // channel's row, which is read soon and from another page, at `next`.
   template <class T, class A>
-  void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, A* to) const {
+  void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
+                A* to) const {
     int64_t from = begin, last = end;
     if (h_.border.mode != PaddingMode::zeros) {
       const int64_t before = w_.border.before, past = before + w_.border.size - 1;
@@ -110,11 +112,12 @@ class Planes {
     if (channels > 1)
       split_pixels(pixels, w_.stride * step, last - from, channels, to + from, channel_);
     else
-      copy_row(pixels, w_.stride * step, last - from, to + from);
+      copy_row(pixels, w_.stride * step, last - from, to + from, next);
   }
 
   template <class T, class A>
-  static void copy_row(const T* from, int64_t step, int64_t count, A* to) {
+  static void copy_row(const T* from, int64_t step, int64_t count, A* to, int64_t next) {
+    for (int64_t i = 0; i < count * step; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + next + i);
     if (step == 1) return copy_converted(from, count, to);
     if (step == 2) {
       for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);

@@ -234,7 +234,8 @@ void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides
                            const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   if (window.depthwise()) return depthwise_weight_gradient(dy, dy_strides, x, x_strides, window, dw, dbias);
-  if (is_narrow(window) && NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias)) return;
+  if (has_narrow_weights(window) && NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
+    return;
   WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);
 }
 

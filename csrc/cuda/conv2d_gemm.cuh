@@ -127,23 +127,21 @@ Filter<T> filter_of(const Plan<T>& p, const T* w, const Strides4& strides, bool 
 }
 
 template <class T>
-ImageCopy<T> image_copy(T* to, const T* from, const Strides4& s, int64_t channels, int64_t padded, int64_t groups,
-                        int64_t height, int64_t width) {
-  return {to,
-          from,
-          s,
-          int(channels),
-          int(padded),
-          int(groups),
-          int(width),
-          int(height * width),
-          int(ceil_div(padded, kTileChannels))};
-}
-template <class T>
-void copy_images(const ImageCopy<T>& c, int64_t images, void* stream) {
-  LAUNCH(copy_image_kernel<T>,
-         dim3(unsigned(ceil_div(c.pixels, kTilePixels)), unsigned(c.groups * c.channel_tiles), unsigned(images)),
-         kThreads, 0, stream, c);
+void copy_images(T* to, const T* from, const Strides4& s, int64_t channels, int64_t padded, int64_t groups,
+                 int64_t height, int64_t width, int64_t images, void* stream) {
+  const int64_t tile_pixels = kTileElements / std::min<int64_t>(padded, kTileChannels);
+  const ImageCopy<T> c{to,
+                       from,
+                       s,
+                       int(channels),
+                       int(padded),
+                       int(groups),
+                       int(width),
+                       int(height * width),
+                       int(ceil_div(padded, kTileChannels)),
+                       int(tile_pixels)};
+  const dim3 grid(unsigned(ceil_div(c.pixels, tile_pixels)), unsigned(c.groups * c.channel_tiles), unsigned(images));
+  LAUNCH(copy_image_kernel<T>, grid, kThreads, 0, stream, c);
 }
 
 template <class Tile, class T>
@@ -179,8 +177,7 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
     const T* from = image + n * s.n;
     Image<T> view{from, s.n, s.h, s.w, int(p.channels), int(p.channels)};
     if (copying) {
-      copy_images(image_copy(copy, from, s, p.channels, p.padded, p.groups, p.image_height, p.image_width), images,
-                  stream);
+      copy_images(copy, from, s, p.channels, p.padded, p.groups, p.image_height, p.image_width, images, stream);
       view = {copy,          p.copy_size(), p.image_width * p.groups * p.padded, p.groups * p.padded,
               int(p.padded), int(p.padded)};
     }

@@ -10,7 +10,9 @@ namespace gemm {
 
 // ---- images: (sample, pixel, group, channel)
 
-constexpr int kTilePixels = 64, kTileChannels = 64;
+// A block's tile: up to 64 channels, and as many pixels as make 4096 elements, with one element more for each pixel, so
+// that a column of the tile lies in different banks.
+constexpr int kTileChannels = 64, kTileElements = 4096;
 
 template <class T>
 struct ImageCopy {
@@ -18,41 +20,38 @@ struct ImageCopy {
   const T* from;
   Strides4 strides;
   int channels, padded, groups, width, pixels;  // channels and padded of one group
-  int channel_tiles;
+  int channel_tiles, tile_pixels;
 };
 
-// A block copies 64 pixels times 64 channels of one group through shared memory: it reads along whichever of the two is
+// A block copies one tile of one group through shared memory: it reads along whichever of channels and pixels is
 // contiguous, and writes along channels.
 template <class T>
 __global__ void __launch_bounds__(kThreads) copy_image_kernel(ImageCopy<T> p) {
   constexpr int kPack = kPackOf<T>;
-  SHARED_ARRAY(T[kTileChannels + 1], tile, kTilePixels);
+  SHARED_ARRAY(T, tile, kTileElements + kTileElements / kPack);
   const int group = int(blockIdx.y) / p.channel_tiles;
-  const int first_channel = int(blockIdx.y) % p.channel_tiles * kTileChannels,
-            first_pixel = int(blockIdx.x) * kTilePixels;
+  const int first_channel = int(blockIdx.y) % p.channel_tiles * kTileChannels;
+  const int first_pixel = int(blockIdx.x) * p.tile_pixels;
   const T* from = p.from + blockIdx.z * p.strides.n + (group * p.channels + first_channel) * p.strides.c;
-  const int channels = min(kTileChannels, p.channels - first_channel),
-            pixels = min(kTilePixels, p.pixels - first_pixel);
+  const int channels = p.channels - first_channel, pixels = min(p.tile_pixels, p.pixels - first_pixel);
+  const int width = min(kTileChannels, p.padded - first_channel);  // channels of the tile, those beyond the last too
   const bool along_channels = p.strides.c == 1;
-  for (int i = int(threadIdx.x); i < kTilePixels * kTileChannels; i += kThreads) {
-    const int pixel = along_channels ? i / kTileChannels : i % kTilePixels;
-    const int channel = along_channels ? i % kTileChannels : i / kTilePixels;
-    T value{};
-    if (pixel < pixels && channel < channels) {
-      const int at = first_pixel + pixel, h = at / p.width, w = at - h * p.width;
-      value = from[h * p.strides.h + w * p.strides.w + channel * p.strides.c];
-    }
-    tile[pixel][channel] = value;
+  const int inner = along_channels ? width : pixels;
+  for (int i = int(threadIdx.x); i < width * pixels; i += kThreads) {
+    const int outer = i / inner, rest = i - outer * inner;
+    const int pixel = along_channels ? outer : rest, channel = along_channels ? rest : outer;
+    const int at = first_pixel + pixel, h = at / p.width, w = at - h * p.width;
+    const T* element = from + h * p.strides.h + w * p.strides.w + channel * p.strides.c;
+    tile[pixel * (width + 1) + channel] = channel < channels ? *element : T{};
   }
   __syncthreads();
-  const int padded = min(kTileChannels, p.padded - first_channel);
   T* to = p.to + ((int64_t(blockIdx.z) * p.pixels + first_pixel) * p.groups + group) * p.padded + first_channel;
-  for (int i = int(threadIdx.x); i < kTilePixels * kTileChannels / kPack; i += kThreads) {
-    const int pixel = i / (kTileChannels / kPack), channel = i % (kTileChannels / kPack) * kPack;
-    if (pixel >= pixels || channel >= padded) continue;
+  const int packs = width / kPack;
+  for (int i = int(threadIdx.x); i < packs * pixels; i += kThreads) {
+    const int pixel = i / packs, channel = (i - pixel * packs) * kPack;
     PackOf<T, kPack> pack;
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) pack.element[k] = tile[pixel][channel + k];
+    for (int k = 0; k < kPack; ++k) pack.element[k] = tile[pixel * (width + 1) + channel + k];
     store_pack(to + int64_t(pixel) * p.groups * p.padded + channel, pack, kPack, true);
   }
 }

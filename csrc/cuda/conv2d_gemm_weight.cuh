@@ -156,7 +156,7 @@ struct WeightPlan {
     const int64_t bytes = (left_size(s) + right_size(s)) * int64_t(sizeof(T));
     int64_t most = std::min(spans, int64_t(32768));
     most = std::min(most, (kMostRows - image) / span);
-    if (copying) most = std::min(most, (kCopyBytes / bytes - 1) * image / span);
+    if (copying) most = std::min(most, std::max<int64_t>(kCopyBytes / bytes - 1, 1) * image / span);
     return std::max<int64_t>(most, 1);
   }
   int64_t images(const Conv2dShape& s, int64_t slice) const {
@@ -208,14 +208,14 @@ void weight_gradient(T* dw, const T* dy, const Strides4& dy_strides, const T* x,
                         int(p.span),
                         sizeof(T) == 4 && !s.allow_tf32 ? int(short_chunk(p.span)) : 1 << 30};
     if (copy_left) {
-      copy_images(image_copy(left_copy, g.left.data, left, p.rows, p.padded_rows, s.groups, s.out_height, s.out_width),
-                  touched, stream);
+      copy_images(left_copy, g.left.data, left, p.rows, p.padded_rows, s.groups, s.out_height, s.out_width, touched,
+                  stream);
       g.left = {left_copy,          p.left_size(s),    s.out_width * s.groups * p.padded_rows, s.groups * p.padded_rows,
                 int(p.padded_rows), int(p.padded_rows)};
     }
     if (copy_right) {
-      copy_images(image_copy(right_copy, g.right.data, right, p.channels, p.padded, s.groups, s.in_height, s.in_width),
-                  touched, stream);
+      copy_images(right_copy, g.right.data, right, p.channels, p.padded, s.groups, s.in_height, s.in_width, touched,
+                  stream);
       g.right = {right_copy,          p.right_size(s), s.in_width * s.groups * p.padded,
                  s.groups * p.padded, int(p.padded),   int(p.padded)};
     }
