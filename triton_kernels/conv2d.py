@@ -22,6 +22,7 @@ from .conv2d_launch import (
     correlate,
     index_type,
     launch,
+    levels_of,
     pack_of,
     splits_of,
     weight_gradient,
@@ -122,7 +123,7 @@ def _bias_gradient(dy: torch.Tensor) -> torch.Tensor:
     layout = Layout.of(dy)
     batch, channels, height, width = dy.shape
     pixels, pack = batch * height * width, pack_of(dy, channels)
-    tile = configs.direct_tile(channels, layout.unit == 1, dy.element_size(), 2048)
+    tile = configs.sum_tile(channels, dy.element_size(), 2048)
     c_blocks = triton.cdiv(channels, tile.channels)
     splits, steps = splits_of(pixels, tile.pixels, c_blocks)
     compute = torch.float64 if dy.dtype is torch.float64 else torch.float32
@@ -131,7 +132,8 @@ def _bias_gradient(dy: torch.Tensor) -> torch.Tensor:
         channel_sums_kernel, splits * c_blocks, dy,
         partials, dy, *layout.strides, batch, height, width, channels // pack, steps,
         X_UNIT=layout.unit, X_PACK=layout.pack, PACK=pack, INDEX=index_type(pixels + steps * tile.pixels, dy),
-        COMPUTE=compute_type(dy), BLOCK_P=tile.pixels, BLOCK_C=tile.channels, options=tile.options,
+        COMPUTE=compute_type(dy), BLOCK_P=tile.pixels, BLOCK_C=tile.channels, LEVELS=levels_of(tile.pixels),
+        options=tile.options,
     )  # fmt: skip
     add_splits(dbias, partials, 1, 1)
     return dbias

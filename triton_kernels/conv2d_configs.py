@@ -125,10 +125,16 @@ def row_tile(channels: int) -> Tile:
     return Tile(1, min(triton.next_power_of_2(channels), 4096 if interpreted else 2048), 1, 1 if interpreted else 4, 2)
 
 
-def reduce_tile(channels: int, outputs: int, last: bool) -> Tile:
-    """`step` counts the input channels of a block; together about 2048 sums."""
-    most = triton.next_power_of_2(channels)
-    width = min(most, 32) if last else min(most, 8)
+def reduce_tile(channels: int, outputs: int) -> Tile:
+    """`step` counts the input channels of a block; together about 2048 sums, in the same order for every layout."""
+    width = min(triton.next_power_of_2(channels), 32)
     interpreted = triton.knobs.runtime.interpret
     pixels = max(1, (8192 if interpreted else 2048) // (width * outputs))
     return Tile(pixels, outputs, width, 1 if interpreted else 4, 2)
+
+
+def sum_tile(channels: int, itemsize: int, elements: int, one_channel: bool = True) -> Tile:
+    """A block of pixels and channels that is summed over pixels: the same one for every layout, as the sums show it."""
+    tile = direct_tile(channels, True, itemsize, elements, one_channel)
+    width = min(tile.channels, 32)
+    return dataclasses.replace(tile, pixels=tile.pixels * tile.channels // width, channels=width)

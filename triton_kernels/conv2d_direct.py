@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .conv2d_epilogue import finish
-from .conv2d_tile import along, divide, pixels_of, source, strides_of, taps_of
+from .conv2d_tile import along, divide, ordered_sum, pixels_of, source, strides_of, taps_of
 
 _kernel = triton.jit(
     do_not_specialize=[
@@ -137,9 +137,12 @@ def reduce_kernel(
     X_UNIT: tl.constexpr, X_PACK: tl.constexpr, Y_UNIT: tl.constexpr, Y_PACK: tl.constexpr,
     R_UNIT: tl.constexpr, R_PACK: tl.constexpr, IN_PACK: tl.constexpr, OUT_PACK: tl.constexpr, W_PACK: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """weight: (groups, out, h_kernel, w_kernel, in). BLOCK_O holds all output channels of a group."""
+    """weight: (groups, out, h_kernel, w_kernel, in). BLOCK_O holds all output channels of a group.
+
+    LEVELS: BLOCK_R = 2^LEVELS.
+    """
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels among pixels and input channels
     channels_in, channels_out, w_count = in_units * IN_PACK, out_units * OUT_PACK, w_units * W_PACK
     pid = tl.program_id(0)
@@ -194,8 +197,11 @@ def reduce_kernel(
                     b_w = b_w[:, :, None]
                 acc = tl.fma(b_x[None, :, :].to(COMPUTE), b_w.to(COMPUTE), acc)
 
+    if AXIS == 1:
+        acc = tl.permute(acc, (0, 2, 1))
+    acc = ordered_sum(tl.reshape(acc, [BLOCK_O * BLOCK_P, BLOCK_R]), LEVELS)
     finish(
-        tl.sum(acc, axis=2 - AXIS), n, h, w, in_image, group * channels_out + o, in_out,
+        tl.reshape(acc, [BLOCK_O, BLOCK_P]), n, h, w, in_image, group * channels_out + o, in_out,
         y, pre, y_n, y_c, y_h, y_w, bias, bias_stride, residual, r_n, r_c, r_h, r_w,
         1, Y_UNIT, Y_PACK, R_UNIT, R_PACK, ACTIVATION, INDEX,
     )  # fmt: skip
@@ -210,9 +216,12 @@ def direct_weight_kernel(
     PADDING: tl.constexpr, DEPTHWISE: tl.constexpr, FAST: tl.constexpr,
     D_UNIT: tl.constexpr, D_PACK: tl.constexpr, X_UNIT: tl.constexpr, X_PACK: tl.constexpr,
     OUT_PACK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """partials: (splits, out, h_kernel, w_kernel, in), in being the channels of a group, out those of all groups."""
+    """partials: (splits, out, h_kernel, w_kernel, in), in being the channels of a group, out those of all groups.
+
+    LEVELS: BLOCK_P = 2^LEVELS.
+    """
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
     channels_out, channels_in = out_units * OUT_PACK, in_units
     pid = tl.program_id(0)
@@ -257,7 +266,10 @@ def direct_weight_kernel(
             b_x = tl.load(places[:, None, :] + x_channels[None, :, :], ok[:, None, :] & in_out[None, :, None], 0.0)
         acc = tl.fma(b_x.to(COMPUTE), b_dy[None, :, :].to(COMPUTE), acc)
 
-    sums = tl.sum(acc, axis=1 + AXIS)  # (BLOCK_W, BLOCK_O)
+    if AXIS == 0:
+        acc = tl.permute(acc, (0, 2, 1))
+    sums = ordered_sum(tl.reshape(acc, [BLOCK_W * BLOCK_O, BLOCK_P]), LEVELS)
+    sums = tl.reshape(sums, [BLOCK_W, BLOCK_O])
     at = (split.to(tl.int64) * channels_out + o)[None, :] * h_kernel + h_tap
     at = (at * w_kernel + w_tap[:, None]) * channels_in + r
     tl.store(partials + at, sums, mask=(w_tap < w_kernel)[:, None] & in_out[None, :])

@@ -59,6 +59,11 @@ def index_type(pixels: int, *tensors: torch.Tensor | None) -> tl.dtype:
     return tl.int32 if largest < 2**31 - 2**16 else tl.int64
 
 
+def levels_of(size: int) -> int:
+    """The base-2 logarithm of a power of two."""
+    return size.bit_length() - 1
+
+
 def compute_type(x: torch.Tensor) -> tl.dtype:
     return tl.float64 if x.dtype is torch.float64 else tl.float32
 
@@ -142,7 +147,7 @@ def correlate(
         # two pixels of a thread share the weights that it reads
         tile = configs.direct_tile(outputs * groups, last, x.element_size(), 2048 if many_taps else 1024, reduced == 1)
     elif few_outputs:
-        tile = configs.reduce_tile(reduced, triton.next_power_of_2(outputs), last)
+        tile = configs.reduce_tile(reduced, triton.next_power_of_2(outputs))
     else:
         tile = configs.product_tile(kind, outputs)
     w_pack = y_layout.pack if y_layout.unit == _COLUMNS and w.count(transposed) % y_layout.pack == 0 else 1
@@ -176,7 +181,16 @@ def correlate(
             **constants, GROUPING=grouping, IN=reduced, W_TAPS=unrolled, options=tile.options,
         )  # fmt: skip
     elif few_outputs:
-        launch(reduce_kernel, programs, x, *arguments, **constants, BLOCK_R=tile.step, options=tile.options)
+        launch(
+            reduce_kernel,
+            programs,
+            x,
+            *arguments,
+            **constants,
+            BLOCK_R=tile.step,
+            LEVELS=levels_of(tile.step),
+            options=tile.options,
+        )
     else:
         launch(
             gemm_kernel, programs, x, *arguments,
@@ -216,12 +230,12 @@ def weight_gradient(dw, dy, x, h: Axis, w: Axis, groups, reduced, outputs, paddi
     if direct:
         channels = outputs * groups
         block_w = min(triton.next_power_of_2(w.kernel), 8)
-        tile = configs.direct_tile(channels, x_layout.unit == 1, x.element_size(), 2048 // block_w, reduced == 1)
+        tile = configs.sum_tile(channels, x.element_size(), 2048 // block_w, reduced == 1)
         step = tile.pixels
         w_blocks = triton.cdiv(w.kernel, block_w)
         programs = triton.cdiv(channels, tile.channels) * reduced * h.kernel * w_blocks
         sizes, in_pack, out_pack = (w_blocks,), 1, pack_of(x, channels)
-        constants = {"DEPTHWISE": outputs == reduced == 1, "BLOCK_W": block_w}
+        constants = {"DEPTHWISE": outputs == reduced == 1, "BLOCK_W": block_w, "LEVELS": levels_of(tile.pixels)}
     else:
         channels = outputs
         tile, columns, by_tap = configs.weight_tile(kind, outputs, reduced)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .conv2d_epilogue import derivative
-from .conv2d_tile import along, pixels_of, source, strides_of
+from .conv2d_tile import along, ordered_sum, pixels_of, source, strides_of
 
 _kernel = triton.jit(
     do_not_specialize=[
@@ -44,7 +44,7 @@ def _block(units, PACK: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr
 def channel_sums_kernel(
     partials, x, x_n, x_c, x_h, x_w, batch, height, width, units, steps,
     X_UNIT: tl.constexpr, X_PACK: tl.constexpr, PACK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """partials (splits, channels): sums over the pixels of a split."""
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
@@ -62,7 +62,7 @@ def channel_sums_kernel(
         place = n.to(tl.int64) * x_n + (i.to(INDEX) * x_h + j.to(INDEX) * x_w)
         mask = along(in_image, AXIS) & along(in_channels, 1 - AXIS)
         acc += tl.load(channels + along(place, AXIS), mask=mask, other=0.0).to(COMPUTE)
-    sums = tl.sum(acc, axis=AXIS)
+    sums = ordered_sum(tl.trans(acc) if AXIS == 0 else acc, LEVELS)
     tl.store(partials + split.to(tl.int64) * (units * PACK) + c, sums, mask=in_channels)
 
 

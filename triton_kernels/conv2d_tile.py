@@ -87,3 +87,12 @@ def divide(p, divisor, magic, shift, FAST: tl.constexpr):
         return (p.to(tl.int64) * magic >> shift).to(tl.int32)
     else:
         return p // divisor
+
+
+@triton.jit
+def ordered_sum(x, LEVELS: tl.constexpr):
+    """(N, 2^LEVELS) -> (N): neighbours are added pairwise. The order of tl.sum would follow the layout of x."""
+    for _ in tl.static_range(LEVELS):
+        first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        x = first + second
+    return tl.reshape(x, [x.shape[0]])
