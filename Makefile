@@ -30,7 +30,8 @@ test: build
 # The same kernels for older CPUs: the op tests again on the other instruction sets. The baseline has no fused
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
 # per element and the exact tests hold as they are).
-ISA_TESTS := tests/test_conv2d.py tests/test_conv_transpose2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
+ISA_TESTS := tests/test_conv2d.py tests/test_conv2d_depthwise.py tests/test_conv2d_narrow.py tests/test_conv2d_winograd.py \
+	tests/test_conv_transpose2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py
 test-isa: build
 	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim" $(ISA_TESTS)

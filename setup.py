@@ -166,7 +166,7 @@ class BuildLibraries(build_ext):
             gencode.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             ninja.rule(
                 "nvcc",
-                f"{quote(cuda / 'bin/nvcc')} -MD -MF $out.d {NVCC_FLAGS} --compress-mode=size "
+                f"{quote(cuda / 'bin/nvcc')} -MD -MF $out.d {NVCC_FLAGS} --compress-mode=size --threads 2 "
                 f"-I{quote(ROOT / 'csrc/include')} {' '.join(gencode)} -c $in -o $out",
             )
             flags = ["-DPYNN_CUDA", "-DUSE_CUDA", f"-I{quote(cuda / 'include')}"]

@@ -287,7 +287,6 @@ def _gpu_architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-@functools.cache
 def _default(name: str, device: str) -> str:
     if device == "cpu":
         return "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from policy import run
@@ -71,6 +72,12 @@ def run_on(backend, fn, *tensors, grad_output=None):
     *tensors, grad_output = on(backend, *tensors, grad_output)
     y, grads = run(fn, *tensors, grad_output=grad_output)
     return y.cpu(), None if grads is None else [None if g is None else g.cpu() for g in grads]
+
+
+def interpret_only(backend, wanted: bool) -> None:
+    """Triton's interpreter takes seconds for what the others do in milliseconds: there only the wanted cases run."""
+    if backend.name == "interpret" and not wanted:
+        pytest.skip("left out in the interpreter: its kernels run in other cases of this test")
 
 
 # (x shape, weight shape, geometry): U-Net blocks, stem, head, downsampling, groups, depthwise, odd kernels

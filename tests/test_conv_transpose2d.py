@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from adversary import Canary, constant, layouts
 from bad_input import assert_rejects
-from conv2d_reference import EMULATED, FUNCTIONS, LAST, on, run_on
+from conv2d_reference import EMULATED, FUNCTIONS, LAST, interpret_only, on, run_on
 from generated import generated
 from hypothesis import strategies as st
 from policy import (
@@ -225,6 +225,7 @@ def test_exact(backend, sample, dtype):
     ],
 )
 def test_layouts(backend, sample, dtype):
+    interpret_only(backend, dtype is torch.float32)
     shape, weight_shape, geometry = sample
     x, w, b = operands(shape, weight_shape, dtype, **geometry)
     r = torch.randn(output_like(x, w, **geometry).shape).to(dtype)
@@ -312,6 +313,7 @@ def test_torch_samples(backend, sample, batched):
 @pytest.mark.parametrize("geometry", [SAMPLES[i][2] for i in (0, 6, 7)])
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "tanh"])
 def test_gradcheck(backend, activation, geometry):
+    interpret_only(backend, activation in (None, "silu"))
     x, w, b = operands((2, 2, 3, 2), (2, 3, 3, 2), torch.float64)
     shape = output_like(x, w, **geometry).shape
     leaves = on(backend, x, w, b, torch.randn(*shape[:2], 1, 1, dtype=torch.float64))
