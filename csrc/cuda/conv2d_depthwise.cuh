@@ -206,7 +206,7 @@ void depthwise(const DepthwiseCall<T>& call) {
   const bool two = reduced_stride(call.rows) == 2;
   if (call.channels_last()) {
     if constexpr (sizeof(T) != 8) {
-      if (kernel == 3) return two ? call.template run<kVector, 3, 2, 1, 4>() : call.template run<kVector, 3, 1, 4, 2>();
+      if (kernel == 3) return two ? call.template run<kVector, 3, 2, 1, 4>() : call.template run<kVector, 3, 1, 3, 2>();
       if (kernel == 5) return two ? call.template run<kVector, 5, 2, 1, 4>() : call.template run<kVector, 5, 1, 1, 8>();
       if (kernel == 7 && !two) return call.template run<kVector, 7, 1, 1, 8>();
     }

@@ -65,8 +65,8 @@ struct WeightLoader {
       const int at = pixel + deal_left.k + r * Left::kStep;
       const Pixel out = pixel_at(at);
       const bool exists = left && at < end;
-      const T* from = left + out.n * p.left.n + out.h * p.left.h + out.w * p.left.w;
-      cp_async<16>(stage + deal_left.to(r), exists ? from : p.left.data, exists ? 16 : 0);
+      const auto offset = out.n * p.left.n + out.h * p.left.h + out.w * p.left.w;
+      cp_async<16>(stage + deal_left.to(r), exists ? left + offset : p.left.data, exists ? 16 : 0);
     }
 #pragma unroll
     for (int r = 0; r < Right::kCount; ++r) {
@@ -76,8 +76,8 @@ struct WeightLoader {
       if (p.padding_mode != PaddingMode::zeros)
         h = int(source_of(h, p.h.in, p.padding_mode)), w = int(source_of(w, p.w.in, p.padding_mode));
       const bool exists = right && at < end && unsigned(h) < unsigned(p.h.in) && unsigned(w) < unsigned(p.w.in);
-      const T* from = right + out.n * p.right.n + h * p.right.h + w * p.right.w;
-      cp_async<16>(stage + kLeftBytes + deal_right.to(r), exists ? from : p.right.data, exists ? 16 : 0);
+      const auto offset = out.n * p.right.n + h * p.right.h + w * p.right.w;
+      cp_async<16>(stage + kLeftBytes + deal_right.to(r), exists ? right + offset : p.right.data, exists ? 16 : 0);
     }
     pixel += Tile::kDepth;
   }

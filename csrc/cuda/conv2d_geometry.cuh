@@ -10,20 +10,24 @@
 namespace pynn::cuda {
 namespace {
 
-// The position in the image that stands at `position` of the padded plane, whose origin is the image's; -1 for a zero.
+// The position in the image that stands at `position` of the padded plane, whose origin is the image's; -1 for a zero,
+// and beyond the padded plane, where tiles at its end may look.
 __device__ __forceinline__ int64_t source_of(int64_t position, int64_t size, PaddingMode mode) {
   if (position >= 0 && position < size) return position;
+  int64_t source = -1;
   switch (mode) {
     case PaddingMode::zeros:
       break;
     case PaddingMode::reflect:
-      return position < 0 ? -position : 2 * (size - 1) - position;
+      source = position < 0 ? -position : 2 * (size - 1) - position;
+      break;
     case PaddingMode::replicate:
       return position < 0 ? 0 : size - 1;
     case PaddingMode::circular:
-      return position < 0 ? position + size : position - size;
+      source = position < 0 ? position + size : position - size;
+      break;
   }
-  return -1;
+  return source < size ? source : -1;
 }
 
 // One axis of a convolution: output i meets input i * stride - pad + tap * dilation.

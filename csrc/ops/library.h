@@ -144,7 +144,7 @@ T* mutable_pointer(Tensor& tensor) {
 }
 
 // Device memory for a launcher, freed in stream order when this goes out of scope.
-class Scratch {
+class __attribute__((visibility("hidden"))) Scratch {
  public:
   Scratch(const Tensor& like, int64_t bytes) {
     if (bytes > 0) memory_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);

@@ -32,6 +32,7 @@ constexpr Case kCases[] = {
     {1, 1, 16, 16, 6, 5, 3, 3, 2, 1, 1},
     {1, 1, 256, 16, 4, 5, 1, 1, 1, 0, 1, PaddingMode::zeros, false},
     {1, 1, 24, 16, 5, 4, 2, 3, 1, 1, 2, PaddingMode::reflect},
+    {1, 1, 115, 17, 5, 4, 3, 3, 1, 1},  // ... in true fp32, and a sum in several blocks
 };
 
 struct alignas(64) Line {
