@@ -1,8 +1,8 @@
 // Weight and bias gradient of the convolutions in conv2d_narrow.h: dw[o, c, a, b] = sum over n, i, j of dy[n, o, i, j]
 // * x[n, c, i', j']. Lanes are pixels again: x and dy are planes of one pitch, so every product of a filter is a dot
 // product of two runs of memory, zeros of dy standing between the rows. A register tile holds up to four output
-// channels times a few products; its lanes are added up at the end. Units, bands of one image or a few small images,
-// are dealt to a fixed number of parts whose sums are added in order, so threads do not matter.
+// channels times a few products; its lanes are added up at the end, in double. Units, bands of one image or a few small
+// images, are dealt to a fixed number of parts whose sums are added in order, so threads do not matter.
 #pragma once
 #include "conv2d_narrow.h"
 
@@ -72,7 +72,8 @@ template <class T>
 class NarrowWeightGradient {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>;
-  static constexpr int64_t kBytes = 256 << 10, kChannels = 32, kVectors = 48;  // of a unit, a bundle, a chain of sums
+  static constexpr int64_t kBytes = 256 << 10, kChannels = 32;  // of a unit, a bundle
+  static constexpr int64_t kVectors = L >= 16 ? 48 : 16;  // of a chain of sums: fewer lanes take more products each
 
  public:
   NarrowWeightGradient(const T* dy, const Strides4& g, const T* x, const Strides4& s, const Window& window)
@@ -108,8 +109,8 @@ class NarrowWeightGradient {
     const int64_t x_size = round_up(images_ * bundle_ * in_ * planes_.channel() + 2 * L, 16);
     const int64_t dy_size = round_up(images_ * bundle_ * out_ * gradient_planes_.channel() + 2 * L, 16);
     const int64_t sums_size = bundle_ * out_ * depth_ * L, slot_size = x_size + dy_size + sums_size;
-    const Buffer<A> scratch(slots * slot_size), results(parts_ * outputs * depth_);
-    const Buffer<double> biases(parts_ * outputs);
+    const Buffer<A> scratch(slots * slot_size);
+    const Buffer<double> results(parts_ * outputs * depth_), biases(parts_ * outputs);
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         A *x = scratch.get() + slot * slot_size, *dy = x + x_size, *sums = dy + dy_size;
@@ -124,8 +125,9 @@ class NarrowWeightGradient {
     });
     bool finite = true;
     for (int64_t i = 0; i < outputs * depth_; ++i) {
-      A sum = results.get()[i];
-      for (int64_t part = 1; part < parts_; ++part) sum += results.get()[part * outputs * depth_ + i];
+      double total = results.get()[i];
+      for (int64_t part = 1; part < parts_; ++part) total += results.get()[part * outputs * depth_ + i];
+      const A sum = A(total);
       finite = finite && std::isfinite(sum);
       dw[i] = from_float<T>(sum);
     }
@@ -154,7 +156,8 @@ class NarrowWeightGradient {
   }
 
   // One part's share of the units, for `groups` groups.
-  void sum_part(int64_t part, int64_t group, int64_t groups, A* x, A* dy, A* sums, A* results, double* biases) const {
+  void sum_part(int64_t part, int64_t group, int64_t groups, A* x, A* dy, A* sums, double* results,
+                double* biases) const {
     const int64_t bands = ceil_div(window_.h.out, rows_), outputs = groups * out_;
     const int64_t x_image = bundle_ * in_ * planes_.channel(), plane = gradient_planes_.channel();
     const int64_t dy_image = bundle_ * out_ * plane;
@@ -164,6 +167,7 @@ class NarrowWeightGradient {
       const int64_t first = u / bands * images_, images = std::min(images_, window_.batch - first);
       const int64_t row = u % bands * rows_, rows = std::min(rows_, window_.h.out - row);
       const int64_t positions = planes_.positions(rows), vectors = ceil_div(positions, L);
+      const int64_t chains = ceil_div(vectors, kVectors);
       for (int64_t n = 0; n < images; ++n) {
         planes_.pack(x_ + (first + n) * s_.n + group * in_ * s_.c, s_, groups * in_, row, rows, x + n * x_image);
         A* gradient = dy + n * dy_image;
@@ -174,20 +178,13 @@ class NarrowWeightGradient {
         }
       }
       for (int64_t g = 0; g < groups; ++g)
-        for (int64_t v = 0; v < vectors; v += kVectors)
+        for (int64_t chain = 0; chain < chains; ++chain) {
+          const int64_t v = vectors * chain / chains, count = vectors * (chain + 1) / chains - v;
           add_products(x + g * in_ * planes_.channel() + v * L, dy + g * out_ * plane + v * L,
-                       {images, std::min(kVectors, vectors - v), x_image, dy_image, plane},
-                       sums + g * out_ * depth_ * L);
+                       {images, count, x_image, dy_image, plane}, sums + g * out_ * depth_ * L);
+        }
     }
-    for (int64_t i = 0; i < outputs * depth_; i += L) {
-      const int64_t count = std::min<int64_t>(L, outputs * depth_ - i);
-      Vec<A> rows[L] = {};
-      for (int64_t r = 0; r < count; ++r) rows[r] = load(sums + (i + r) * L);
-      transpose<A>(rows);
-      for (int half = L / 2; half; half /= 2)
-        for (int r = 0; r < half; ++r) rows[r] += rows[r + half];
-      store_part(results + i, count, rows[0]);
-    }
+    for (int64_t i = 0; i < outputs * depth_; ++i) results[i] = add_lanes(load(sums + i * L));
   }
 
   void add_products(const A* x, const A* dy, const PlaneRuns& runs, A* sums) const {
