@@ -13,12 +13,12 @@ namespace pynn::cuda {
 namespace {
 
 // Resident blocks of a multiprocessor to compile for: what fits without spilling.
-template <int kernel, int wide>
-constexpr int kResidentBlocks = kernel == 3 || (kernel == 5 && wide < 8) ? 2 : 1;
+template <int kernel>
+constexpr int kResidentBlocks = kernel == 3 ? 2 : 1;
 
 // kernel: the square filter's size, or 0 for any. high x wide: outputs of a thread.
 template <class T, int vector, int kernel, int stride, int high, int wide>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kernel, wide>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kernel>)
     depthwise_kernel(Output<T> out, const T* x, Strides4 x_strides, const T* w, Strides4 w_strides, DepthwiseTiling t,
                      bool read_vectors, bool store_vectors) {
   using A = accumulate_t<T>;

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 
 #include "arithmetic.cuh"
 #include "conv2d.h"
@@ -12,9 +13,10 @@ namespace {
 
 // The position in the image that stands at `position` of the padded plane, whose origin is the image's; -1 for a zero,
 // and beyond the padded plane, where tiles at its end may look.
-__device__ __forceinline__ int64_t source_of(int64_t position, int64_t size, PaddingMode mode) {
+template <class Index>
+__device__ __forceinline__ Index source_of(Index position, std::type_identity_t<Index> size, PaddingMode mode) {
   if (position >= 0 && position < size) return position;
-  int64_t source = -1;
+  Index source = -1;
   switch (mode) {
     case PaddingMode::zeros:
       break;
