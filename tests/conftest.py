@@ -71,6 +71,13 @@ def backend(request):
         yield Backend(name, pynn.backends.device_of(name))
 
 
+@pytest.fixture
+def cpu_kernels():
+    """Runs a test on the C++ kernels, whatever the choice table says of its shapes."""
+    with pynn.backend("cpu"):
+        yield
+
+
 def pytest_terminal_summary(terminalreporter):
     """How many tests did not run, by reason: one line each instead of one per test."""
     skipped = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))

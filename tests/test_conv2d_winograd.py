@@ -17,15 +17,9 @@ from policy import (
     truth_of,
 )
 
-import pynn
 from pynn.ops.conv2d import conv2d
 
-
-@pytest.fixture(autouse=True)
-def _our_kernels():
-    """Whatever the choice table says of these shapes."""
-    with pynn.backend("cpu"):
-        yield
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 LAST = torch.channels_last

@@ -1,6 +1,5 @@
 // conv2d_epilogue: activation(sum + bias + residual) over a convolution's sums, in place.
-#include "conv2d.h"
-#include "library.h"
+#include "conv2d_check.h"
 
 namespace pynn {
 namespace {
@@ -12,8 +11,7 @@ void run(Tensor sum, std::optional<Tensor> bias, std::optional<Tensor> residual,
          std::optional<Tensor> output) {
   check_floating(kOp, "sum", sum);
   check_rank(kOp, "sum", sum, 4);
-  PYNN_CHECK(activation >= 0 && activation < kActivations, kOp, ": expected activation from 0 to ", kActivations - 1,
-             ", got ", activation);
+  const Activation kind = check_activation(kOp, activation);
   if (bias) {
     check_shape(kOp, "bias", *bias, {sum.size(1)});
     check_same_dtype(kOp, "bias", *bias, "sum", sum);
@@ -44,23 +42,14 @@ void run(Tensor sum, std::optional<Tensor> bias, std::optional<Tensor> residual,
   Strides4 residual_strides{};
   if (residual) {
     check_rank(kOp, "residual", *residual, 4);
-    for (int d = 0; d < 4; ++d)
-      PYNN_CHECK(residual->size(d) == sum.size(d) || residual->size(d) == 1, kOp,
-                 ": expected residual that can be expanded to ", shape_of(sum), ", got ", shape_of(*residual));
-    const auto stride = [&](int d) { return residual->size(d) == 1 ? 0 : residual->stride(d); };
-    residual_strides = {stride(0), stride(1), stride(2), stride(3)};
+    residual_strides = expanded_strides(kOp, "residual", *residual, sizes_of(sum));
     check_same_dtype(kOp, "residual", *residual, "sum", sum);
     check_same_device(kOp, "residual", *residual, "sum", sum);
   }
   if (sum.numel() == 0) return;
   dispatch_floating(kOp, sum.scalar_type(), [&]<class T>(Tag<T>) {
     T* values = mutable_pointer<T>(sum);
-    const Conv2dEpilogue<T> epilogue{bias ? pointer<T>(*bias) : nullptr,
-                                     bias ? bias->stride(0) : 0,
-                                     residual ? pointer<T>(*residual) : nullptr,
-                                     residual_strides,
-                                     output ? values : nullptr,
-                                     Activation(activation)};
+    const auto epilogue = epilogue_of<T>({{}, kind, residual_strides}, bias, residual, output ? &sum : nullptr);
     launch::Conv2dEpiloguePass<T>::run(values, output ? mutable_pointer<T>(*output) : values, strides, epilogue,
                                        sum.size(0), channels, height, width, current_stream(sum));
   });
