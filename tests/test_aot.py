@@ -3,7 +3,7 @@
 import pytest
 from aot import compile_cuda, jobs, measure, ratchet
 from aot.__main__ import report
-from aot.cases import cuda_promise
+from aot.cases import CASES, cuda_promise
 from aot.ratchet import Promise
 
 NAME = "op.kernel fp32 | triton sm_90"
@@ -119,9 +119,11 @@ def test_committed_rows_keep_their_promises():
         target = job.target if job.half == "triton" else f"sm_{job.target}"
         module = f"{job.source.stem}." if job.source else ""
         assert any(name.startswith(module) and name.endswith(f" | {job.half} {target}") for name in rows), job
+    exact = {module: Promise(exact=all(case.promise.exact for case in cases())) for module, cases in CASES.items()}
     for name, row in rows.items():
-        kernel, _, target = name.partition(".")[2].rpartition(" | ")
-        promise = cuda_promise(kernel) if target.startswith("cuda") else Promise(exact=True)
+        module, _, rest = name.partition(".")
+        kernel, _, target = rest.rpartition(" | ")
+        promise = cuda_promise(kernel) if target.startswith("cuda") else exact[module]
         assert not ratchet.broken_promises(name, row, promise)
 
 
