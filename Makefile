@@ -66,7 +66,7 @@ packaging: wheel
 
 # Every GPU kernel compiled for every target on this machine without a GPU; registers, spills, vector widths and what may be
 # fused against tests/aot/ratchet.json. ACCEPT=1 writes new values there, for review.
-aot: $(STAMP)
+aot: build
 	$(BIN)/python -m tests.aot $(if $(ACCEPT),--accept)
 
 # A short benchmark run: fails on wrong results, never on time.

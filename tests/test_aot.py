@@ -1,7 +1,9 @@
 """The ratchet of tests/aot: what it must catch, it catches. The compilation itself is `make aot`."""
 
+from pathlib import Path
+
 import pytest
-from aot import compile_cuda, jobs, measure, ratchet
+from aot import built_cuda, jobs, measure, ratchet
 from aot.__main__ import report
 from aot.cases import CASES, cuda_promise
 from aot.ratchet import Promise
@@ -112,7 +114,7 @@ def test_accepting_one_half_keeps_the_other(tmp_path, monkeypatch):
 
 
 def test_committed_rows_keep_their_promises():
-    rows, versions = ratchet.read(compile_cuda.ROOT / "tests/aot/ratchet.json")
+    rows, versions = ratchet.read(built_cuda.ROOT / "tests/aot/ratchet.json")
     assert {"triton", "nvcc"} <= versions.keys()
     assert {job.half for job in jobs.jobs_of("nvcc")} == {"triton", "cuda"}
     for job in jobs.jobs_of("nvcc"):
@@ -173,13 +175,20 @@ ptxas info    : Function properties for _Z1g
 
 def test_names_and_promises_of_cuda_kernels():
     mangled = "_ZN4pynn4cuda12_GLOBAL__N_118elementwise_kernelINS1_8NormalOpIfEEEEvT_l"
-    assert compile_cuda.short_names([mangled]) == {mangled: "elementwise_kernel<NormalOp<float>>"}
+    assert built_cuda.short_names([mangled]) == {mangled: "elementwise_kernel<NormalOp<float>>"}
     assert cuda_promise("elementwise_kernel<NormalOp<float>>") == Promise(exact=True, wide_stores=True)
     assert cuda_promise("elementwise_kernel<ForwardJumpOp<float>>") == WIDE
     assert cuda_promise("loss_rows_kernel<float>") == Promise(exact=True)
 
 
-def test_flags_are_those_of_the_build():
-    flags = compile_cuda.build_flags()
-    assert "--fmad=false" in flags
-    assert "all-warnings" in flags
+def test_what_was_not_built_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(built_cuda, "ROOT", tmp_path)
+    kept = tmp_path / "build/ninja/cuda/cuda_op.o.kept"
+    kept.mkdir(parents=True)
+    for name in ("op.compute_80.sm_80.cubin", "op.compute_80.sm_86.cubin", "op.compute_80.ptx", "op.compute_90a.cubin"):
+        (kept / name).touch()
+    source = Path("csrc/cuda/op.cu")
+    assert built_cuda.find_build(source, "86") == (kept / "op.compute_80.sm_86.cubin", kept / "op.compute_80.ptx")
+    assert built_cuda.find_build(source, "90a") == (kept / "op.compute_90a.cubin", kept / "op.compute_90a.ptx")
+    with pytest.raises(RuntimeError, match="not built for sm_100: make build"):
+        built_cuda.find_build(source, "100")

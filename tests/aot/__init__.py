@@ -4,5 +4,5 @@
     python -m tests.aot --accept    ... and writes better or new values there
 
 Triton kernels are compiled through their Python wrappers with a driver that only names a target (targets.py), for the
-calls listed in cases.py. CUDA C++ is compiled by nvcc with the flags of setup.py.
+calls listed in cases.py. CUDA C++ was compiled by `make build`, which keeps what is measured here.
 """

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from . import compile_cuda, ratchet
-from .compile_cuda import ROOT
+from . import built_cuda, ratchet
+from .built_cuda import ROOT
 from .jobs import Halves, compile_all, jobs_of
 
 RATCHET = Path(__file__).with_name("ratchet.json")
@@ -23,7 +23,7 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/aot"))
 
-    nvcc = compile_cuda.find_nvcc()
+    nvcc = built_cuda.find_nvcc()
     if nvcc is None:
         print("CUDA C++ is skipped: no nvcc in CUDA_HOME, on the search path or in /usr/local/cuda")
     halves, promises = compile_all(jobs_of(nvcc), arguments.jobs)

@@ -8,7 +8,7 @@ import multiprocessing
 import time
 from pathlib import Path
 
-from . import compile_cuda, ratchet
+from . import built_cuda, ratchet
 
 TRITON_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")  # targets.py describes them
 
@@ -32,7 +32,7 @@ def run(job: Job):
     """In a process of its own: a compiled Triton kernel would be reused for the next target."""
     start = time.monotonic()
     if job.source:
-        result = compile_cuda.compile_for(job.source, job.target, job.nvcc)
+        result = built_cuda.measure_for(job.source, job.target, job.nvcc)
     else:
         from . import compile_triton
 
@@ -44,8 +44,8 @@ def jobs_of(nvcc: str | None) -> list[Job]:
     """The slowest first."""
     cuda = [
         Job("cuda", architecture, source, nvcc)
-        for source in compile_cuda.sources()
-        for architecture in compile_cuda.ARCHITECTURES
+        for source in built_cuda.sources()
+        for architecture in built_cuda.ARCHITECTURES
         if nvcc
     ]
     return [*(Job("triton", target) for target in TRITON_TARGETS), *cuda]

@@ -107,12 +107,13 @@ def spills(ptxas_log: str) -> dict[str, int]:
     return {name: int(stores) + int(loads) for name, stores, loads in rows}
 
 
-def spills_of_ptx(ptxas: str, ptx: str, architecture: str) -> int:
-    """Spilled bytes of the one kernel of a PTX text."""
+def spills_of_ptx(ptxas: str, ptx: str, architecture: str, entry: str | None = None) -> int:
+    """Spilled bytes of the one kernel of a PTX text, or of the one called `entry`."""
     with tempfile.TemporaryDirectory() as directory:
         source, binary = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
         source.write_text(ptx)
         command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", str(binary)]
+        command += ["--entry", entry] if entry else []
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(spills(log).values())
 

@@ -1,14 +1,12 @@
-"""Compiles csrc/cuda/*.cu with nvcc and the flags of setup.py, and measures the kernels."""
+"""Measures the kernels of csrc/cuda/*.cu in what nvcc kept when setup.py built libpynn_cuda.so."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from . import measure
@@ -39,44 +37,42 @@ def find_cuobjdump(nvcc: str) -> str:
     return str(package / "backends/nvidia/bin/cuobjdump")
 
 
-def build_flags() -> list[str]:
-    """NVCC_FLAGS of setup.py, which cannot be imported: that would run the build."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_FLAGS":
-            return ast.literal_eval(node.value).split()
-    raise RuntimeError("setup.py: expected an assignment of a string to NVCC_FLAGS, found none")
-
-
 def nvcc_version(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return re.findall(r"\bV(\d+\.\d+\.\d+)", text)[0]
 
 
-def compile_for(source: Path, architecture: str, nvcc: str) -> Result:
-    """Every kernel of one file for one architecture ("80", "90a", ...).
+def find_build(source: Path, architecture: str) -> tuple[Path, Path]:
+    """The cubin that was built for this architecture, and the PTX that it was made of.
 
     Raises:
-        RuntimeError: nvcc failed, or warned; with its messages.
+        RuntimeError: there is none.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        binary, ptx = Path(directory, "kernels.cubin"), Path(directory, f"{source.stem}.ptx")
-        target = f"arch=compute_{architecture},code=sm_{architecture}"
-        command = [nvcc, *build_flags(), f"-I{ROOT / 'csrc/include'}", "-gencode", target, "-Xptxas", "-v"]
-        command += ["-cubin", "--keep", "--keep-dir", directory, str(source), "-o", str(binary)]
-        build = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
-        if build.returncode:
-            raise RuntimeError(f"{source.name} for sm_{architecture}: nvcc failed\n{build.stderr}")
-        cuobjdump = find_cuobjdump(nvcc)
-        resources, sass = measure.resources(cuobjdump, binary), measure.disassemble(cuobjdump, binary)
-        spills, entries = measure.spills(build.stderr), _entries(ptx.read_text())
+    kept = ROOT / f"build/ninja/cuda/cuda_{source.stem}.o.kept"
+    cubins = [*kept.glob(f"*.sm_{architecture}.cubin"), *kept.glob(f"{source.stem}.compute_{architecture}.cubin")]
+    if len(cubins) != 1:
+        raise RuntimeError(f"{source.name} was not built for sm_{architecture}: make build (without PYNN_CUDA_ARCHS)")
+    virtual = re.findall(r"\.(compute_\w+)\.", cubins[0].name)[0]
+    return cubins[0], kept / f"{source.stem}.{virtual}.ptx"
+
+
+def measure_for(source: Path, architecture: str, nvcc: str) -> Result:
+    """Every kernel of one file for one architecture ("80", "90a", ...)."""
+    binary, ptx = find_build(source, architecture)
+    cuobjdump = find_cuobjdump(nvcc)
+    resources, sass = measure.resources(cuobjdump, binary), measure.disassemble(cuobjdump, binary)
+    entries = _entries(ptx.read_text())
     result = Result({}, {}, {"nvcc": nvcc_version(nvcc)})
     short = short_names(list(resources))
     for mangled, row in resources.items():
         name = f"{source.stem}.{short[mangled]} | cuda sm_{architecture}"
         if name in result.rows:
             raise RuntimeError(f"two kernels of {source.name} are called {name!r}")
-        row["spill_bytes"] = spills[mangled]
-        row["stack_bytes"] -= min(row["stack_bytes"], spills[mangled])  # spilled registers live there
+        row["spill_bytes"] = 0
+        if row["stack_bytes"]:  # spilled registers live there
+            ptxas = str(Path(nvcc).with_name("ptxas"))
+            row["spill_bytes"] = measure.spills_of_ptx(ptxas, ptx.read_text(), f"sm_{architecture}", entry=mangled)
+            row["stack_bytes"] -= min(row["stack_bytes"], row["spill_bytes"])
         arithmetic = {key: measure.of_ptx(entries[mangled])[key] for key in ("fma", "fusable")}
         result.rows[name] = {**row, **arithmetic, **measure.of_sass(sass[mangled])}
         result.promises[name] = cuda_promise(short[mangled])
