@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "scaled_dot_product_attention_rows.h"
+#include "scaled_dot_product_attention_decode.h"
 
 namespace pynn::cpu {
 namespace {
@@ -155,6 +155,7 @@ class Forward {
 template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
                        AttentionShape shape, void*) {
+  if (Decode<T>::serves(key, value, shape)) return Decode<T>(out, lse, query, key, value, mask, shape).run();
   const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height);
   const int64_t cost = height * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
   std::atomic<bool> failed{false};

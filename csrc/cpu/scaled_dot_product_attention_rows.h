@@ -34,10 +34,12 @@ template <bool kMasked, class F>
 F finish_scores(F* s, int64_t count, F scale, const F* mask) {
   Vec<F> top = broadcast(-kInfinity<F>);
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    Vec<F> x = load(s + j) * scale;
+    Vec<F> x = load(s + j);
     if constexpr (kMasked) {
       const Vec<F> m = load(mask + j);
-      x = m == -kInfinity<F> ? m : x + m;
+      x = m == -kInfinity<F> ? m : fma(x, broadcast(scale), m);
+    } else {
+      x *= scale;
     }
     if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
     store(s + j, x);

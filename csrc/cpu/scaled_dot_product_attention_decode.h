@@ -1,0 +1,247 @@
+// Attention of a few queries over many keys, as in decoding with a cache: every key and value is read once, in place.
+//
+// A task is a key head and a chunk of kChunkKeys of its keys, for all queries of the heads that share it. Scores are
+// dot products along the rows of the keys; softmax and values follow while the chunk is in cache. What the chunks of a
+// head give - a maximum, a sum and a weighted sum of values per query - is combined in their order, so nothing depends
+// on which thread did which.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "parallel.h"
+#include "scaled_dot_product_attention_rows.h"
+#include "vec_load.h"
+
+namespace pynn::cpu::attention {
+
+// From so many queries of a key head on, packing the keys for register tiles pays.
+inline constexpr int64_t kFewQueries = 8;
+inline constexpr int64_t kChunkKeys = kKeys, kChunkStride = kLongStride;
+inline constexpr int64_t kValueKeys = 32;  // keys whose values are added before the next ones are read
+
+// One vector of sums: lane i is the sum of the lanes of v[i]. Halves the number of vectors kLanes -> 1.
+template <class F>
+PYNN_HD Vec<F> sum_each(Vec<F>* v) {
+#pragma GCC unroll 4
+  for (int half = kLanes<F> / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i)
+      v[i] = interleave_low(v[i], v[i + half], LaneIndices<F>()) + interleave_high(v[i], v[i + half], LaneIndices<F>());
+  return v[0];
+}
+
+// scores[0 .. kLanes) = query . key rows; rows from `count` on repeat the last one.
+template <class T, class F = accumulate_t<T>>
+void score_keys(const T* key, int64_t row, int64_t count, const F* query, int64_t dim, F* scores) {
+  constexpr int L = kLanes<F>;
+  const int64_t whole = dim / L * L;
+  Vec<F> sum[L];
+#pragma GCC unroll 4
+  for (int first = 0; first < L; first += 4) {
+    const T* rows[4];
+    for (int j = 0; j < 4; ++j) rows[j] = key + std::min<int64_t>(first + j, count - 1) * row;
+    Vec<F> s[4] = {};
+    for (int64_t d = 0; d < whole; d += L) {
+      const Vec<F> q = load(query + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        s[j] = fma(q, load_compute(rows[j] + d), s[j]);
+      }
+    }
+    if (whole < dim) {
+      const Vec<F> q = load(query + whole);
+      for (int j = 0; j < 4; ++j) s[j] = fma(q, load_part(rows[j] + whole, dim - whole, F(0)), s[j]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[first + j] = s[j];
+  }
+  store(scores, sum_each<F>(sum));
+}
+
+// to[m][0 .. N vectors) += sum over j < count of weights[m][j] * value rows j, for M queries. The sum of a few keys is
+// formed before it is added: the rounding error of a long sum grows with the number of such parts.
+template <int M, int N, bool kSkip, class T, class F = accumulate_t<T>>
+void add_values(const T* value, int64_t row, int64_t count, int64_t width, const F* weights, F* to, int64_t to_stride) {
+  constexpr int L = kLanes<F>;
+  Vec<F> sum[M][N] = {};
+  for (int64_t j = 0; j < count; ++j, value += row) {
+    Vec<F> v[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      v[n] = width >= (n + 1) * L ? load_compute(value + n * L) : load_part(value + n * L, width - n * L, F(0));
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const F weight = weights[m * kChunkStride + j];
+      if (kSkip && weight == F(0)) continue;  // a masked key gives nothing, not even NaN
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] = fma(broadcast(weight), v[n], sum[m][n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      F* place = to + m * to_stride + n * L;
+      store(place, load(place) + sum[m][n]);
+    }
+}
+
+template <class T>
+class Decode {
+ public:
+  using F = accumulate_t<T>;
+  using Launcher = launch::Attention<T>;
+  using Lse = typename Launcher::Lse;
+
+  static bool serves(const typename Launcher::Input& key, const typename Launcher::Input& value,
+                     const AttentionShape& shape) {
+    return shape.queries * shape.group <= kFewQueries && key.column == 1 && value.column == 1;
+  }
+
+  Decode(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
+         typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionShape& shape)
+      : out_(out), lse_(lse), query_(query), key_(key), value_(value), mask_(mask), shape_(shape) {}
+
+  // False when there is no memory.
+  bool run() {
+    Scratch scratch;
+    partial_ = scratch.take<F>(shape_.heads * shape_.queries * chunks_ * stride_);
+    if (scratch.failed) return false;
+    const int64_t cost = std::min(shape_.keys, kChunkKeys) * (shape_.dim + shape_.value_dim) * rows_;
+    const int64_t key_heads = shape_.heads / shape_.group;
+    std::atomic<bool> failed{false};
+    parallel_for(key_heads * chunks_, std::max<int64_t>(1, 100000 / cost), [&](int64_t begin, int64_t end) {
+      Scratch own;
+      F* queries = own.take<F>(rows_ * padded<F>(shape_.dim));
+      F* scores = own.take<F>(rows_ * kChunkStride);
+      F* mask_row = own.take<F>(kChunkStride);
+      F* factors = own.take<F>(kChunkStride);
+      if (own.failed) {
+        failed = true;
+        return;
+      }
+      for (int64_t j = 0; j < kChunkStride; ++j) mask_row[j] = factors[j] = 0;
+      for (int64_t task = begin; task < end; ++task)
+        chunk(task / chunks_, task % chunks_, queries, scores, mask_row, factors);
+    });
+    if (failed) return false;
+    for (int64_t row = 0; row < shape_.heads * shape_.queries; ++row) combine(row);
+    return true;
+  }
+
+ private:
+  // What a chunk gives for a query: padded<F>(value_dim) sums, then the maximum and the sum of the weights.
+  F* partial(int64_t head, int64_t query, int64_t chunk) const {
+    return partial_ + ((head * shape_.queries + query) * chunks_ + chunk) * stride_;
+  }
+
+  void chunk(int64_t key_head, int64_t number, F* queries, F* scores, F* mask_row, F* factors) const {
+    const int64_t begin = number * kChunkKeys, count = std::min(kChunkKeys, shape_.keys - begin);
+    const int64_t head = key_head * shape_.group, width = padded<F>(shape_.dim);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const T* from = head_start(query_, shape_, head + r / shape_.queries, 1) + r % shape_.queries * query_.row;
+      for (int64_t d = 0; d < width; ++d)
+        queries[r * width + d] = d < shape_.dim ? to_float(from[d * query_.column]) : F(0);
+    }
+    const T* key = head_start(key_, shape_, head, shape_.group) + begin * key_.row;
+    for (int64_t j = 0; j < count; j += kLanes<F>)
+      for (int64_t r = 0; r < rows_; ++r)
+        score_keys(key + j * key_.row, key_.row, std::min<int64_t>(kLanes<F>, count - j), queries + r * width,
+                   shape_.dim, scores + r * kChunkStride + j);
+    for (int64_t r = 0; r < rows_; ++r)
+      softmax(head + r / shape_.queries, r % shape_.queries, number, begin, count, scores + r * kChunkStride, mask_row,
+              factors);
+    const T* value = head_start(value_, shape_, head, shape_.group) + begin * value_.row;
+    for (int64_t j = 0; j < count; j += kValueKeys)
+      for (int64_t r = 0; r < rows_;) {
+        // The rows of one head are neighbours in partial_, chunks_ * stride_ apart, and so are those of the next head.
+        const int64_t height = rows_ - r >= 4 ? 4 : rows_ - r >= 2 ? 2 : 1;
+        const auto values = [&]<int M>(std::integral_constant<int, M>) {
+          add<M>(value + j * value_.row, std::min(kValueKeys, count - j), scores + r * kChunkStride + j,
+                 partial(head, r, number));
+        };
+        height == 4   ? values(std::integral_constant<int, 4>())
+        : height == 2 ? values(std::integral_constant<int, 2>())
+                      : values(std::integral_constant<int, 1>());
+        r += height;
+      }
+  }
+
+  template <int M>
+  void add(const T* value, int64_t count, const F* weights, F* to) const {
+    const bool masked = shape_.causal || mask_.kind != AttentionMask::kNone;
+    for (int64_t d = 0; d < shape_.value_dim; d += 4 * kLanes<F>) {
+      const int64_t width = shape_.value_dim - d, stride = chunks_ * stride_;
+      const auto run = [&]<int N>(std::integral_constant<int, N>) {
+        masked ? add_values<M, N, true>(value + d, value_.row, count, width, weights, to + d, stride)
+               : add_values<M, N, false>(value + d, value_.row, count, width, weights, to + d, stride);
+      };
+      if (width > 3 * kLanes<F>)
+        run(std::integral_constant<int, 4>());
+      else if (width > 2 * kLanes<F>)
+        run(std::integral_constant<int, 3>());
+      else if (width > kLanes<F>)
+        run(std::integral_constant<int, 2>());
+      else
+        run(std::integral_constant<int, 1>());
+    }
+  }
+
+  // Turns the scores of one query into weights against their own maximum; starts its partial result.
+  void softmax(int64_t head, int64_t query, int64_t number, int64_t begin, int64_t count, F* s, F* mask_row,
+               F* factors) const {
+    F* to = partial(head, query, number);
+    const int64_t width = padded<F>(shape_.value_dim);
+    for (int64_t d = 0; d < width; ++d) to[d] = 0;
+    F &top = to[width], &total = to[width + 1];
+    top = -kInfinity<F>, total = 0;
+    const int64_t valid = shape_.causal ? std::min(count, query - begin + 1) : count;
+    for (int64_t j = std::max<int64_t>(valid, 0); j < count; ++j) s[j] = 0;
+    if (valid <= 0) return;
+    if (mask_.kind == AttentionMask::kNone)
+      top = finish_scores<false>(s, valid, F(shape_.scale), mask_row);
+    else {
+      read_mask(mask_, mask_start(mask_, shape_, head), query, begin, valid, mask_row);
+      top = finish_scores<true>(s, valid, F(shape_.scale), mask_row);
+    }
+    const bool drop = shape_.dropout_key != nullptr;
+    if (drop) dropout_factors(shape_, uint64_t((head * shape_.queries + query) * shape_.keys + begin), valid, factors);
+    total = exponentials(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
+  }
+
+  // The result of one query from those of its chunks.
+  void combine(int64_t row) const {
+    const int64_t width = padded<F>(shape_.value_dim);
+    F* first = partial_ + row * chunks_ * stride_;
+    F top = -kInfinity<F>, total = 0;
+    for (int64_t c = 0; c < chunks_; ++c) top = std::max(top, first[c * stride_ + width]);
+    const F shift = top == -kInfinity<F> ? F(0) : top;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      const F* part = first + c * stride_;
+      const F factor = exp(broadcast(part[width] - shift))[0];
+      total += part[width + 1] * factor;
+      if (c == 0 && chunks_ == 1) break;
+      for (int64_t d = 0; d < width; d += kLanes<F>) {
+        const Vec<F> scaled = load(part + d) * factor;
+        store(first + d, c == 0 ? scaled : load(first + d) + scaled);
+      }
+    }
+    T* out = head_start(out_, shape_, row / shape_.queries, 1) + row % shape_.queries * out_.row;
+    const F divisor = total == F(0) ? F(1) : total;
+    for (int64_t d = 0; d < shape_.value_dim; ++d) out[d * out_.column] = from_float<T>(first[d] / divisor);
+    const bool exact = shape_.keys > kKeys;  // as in the kernel for many queries
+    lse_[row] = total == F(0) ? -kInfinity<Lse> : Lse(top) + (exact ? std::log(Lse(total)) : Lse(std::log(total)));
+  }
+
+  typename Launcher::Output out_;
+  Lse* lse_;
+  typename Launcher::Input query_, key_, value_;
+  const AttentionMaskOperand& mask_;
+  const AttentionShape& shape_;
+  const int64_t rows_ = shape_.queries * shape_.group, chunks_ = divide_up(shape_.keys, kChunkKeys);
+  const int64_t stride_ = padded<F>(shape_.value_dim) + kLanes<F>;
+  F* partial_ = nullptr;
+};
+
+}  // namespace pynn::cpu::attention
