@@ -198,7 +198,7 @@ class LSTM(_Sequence, torch.nn.LSTM):
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         h, c = states
-        return apply_lstm(input, h, c, *weights, lengths, reverse)[:3]
+        return apply_lstm(input, h, c, weights, lengths, reverse)[:3]
 
 
 class GRU(_Sequence, torch.nn.GRU):
@@ -214,7 +214,7 @@ class GRU(_Sequence, torch.nn.GRU):
     _name = "GRU"
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
-        return apply_gru(input, states[0], *weights[:4], lengths, reverse)[:2]
+        return apply_gru(input, states[0], weights[:4], lengths, reverse)[:2]
 
 
 class RNN(_Sequence, torch.nn.RNN):
@@ -230,7 +230,7 @@ class RNN(_Sequence, torch.nn.RNN):
     _name = "RNN"
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
-        return apply_rnn(input, states[0], *weights[:4], lengths, self.mode == "RNN_RELU", reverse)
+        return apply_rnn(input, states[0], weights[:4], lengths, self.mode == "RNN_RELU", reverse)
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -315,7 +315,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
 
     def _step(self, input, states: Any) -> Any:
         h, c = states
-        return apply_lstm(input, h, c, *self._weights(), None, None, False)[1:3]
+        return apply_lstm(input, h, c, (*self._weights(), None), None, False)[1:3]
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -329,7 +329,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     _name = "GRUCell"
 
     def _step(self, input, states: Any) -> Any:
-        return apply_gru(input, states[0], *self._weights(), None, False)[1:2]
+        return apply_gru(input, states[0], self._weights(), None, False)[1:2]
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -345,4 +345,4 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     def _step(self, input, states: Any) -> Any:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return apply_rnn(input, states[0], *self._weights(), None, self.nonlinearity == "relu", False)[1:2]
+        return apply_rnn(input, states[0], self._weights(), None, self.nonlinearity == "relu", False)[1:2]

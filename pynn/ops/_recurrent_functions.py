@@ -13,7 +13,7 @@ _INPUT, _HX, _LENGTHS = 0, 1, -1
 
 
 def _fold(tensor, dim, size):
-    """A mapped dimension of a tensor, or one of `size` copies, made part of its batch, the dimension before the last."""
+    """A mapped dimension, or one of `size` copies, made part of its batch, the last dimension but one."""
     if tensor is None:
         return None
     batch_dim = max(tensor.dim() - (dim is not None) - 2, 0)  # lengths have no more

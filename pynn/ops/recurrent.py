@@ -51,26 +51,29 @@ def _check_rank(name: str, argument: str, tensor: Tensor, rank: int) -> None:
         raise RuntimeError(f"{name}: expected {argument} to have {rank} dimensions, got {tensor.dim()}")
 
 
-def apply_lstm(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse):
-    """lstm on a pair of states; returns (output, h_n, c_n, ...)."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        input, hx, *weights = autocast(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    return run(LSTM, "lstm", input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse)
+def _autocast(input, hx, weights):
+    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)):
+        return input, hx, weights
+    input, hx, *weights = autocast(input, hx, *weights)
+    return input, hx, weights
 
 
-def apply_gru(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse):
-    """gru on a given state; returns (output, h_n, ...)."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        input, hx, weight_ih, weight_hh, bias_ih, bias_hh = autocast(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    return run(GRU, "gru", input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse)
+def apply_lstm(input, hx, cx, weights, lengths, reverse):
+    """lstm with weights (ih, hh, bias_ih, bias_hh, hr) from a given state; returns (output, h_n, c_n, ...)."""
+    input, hx, weights = _autocast(input, hx, weights)
+    return run(LSTM, "lstm", input, hx, cx, *weights, lengths, reverse)
 
 
-def apply_rnn(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse):
-    """rnn on a given state; returns (output, h_n)."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-        input, hx, weight_ih, weight_hh, bias_ih, bias_hh = autocast(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    return run(RNN, "rnn", input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse)
+def apply_gru(input, hx, weights, lengths, reverse):
+    """gru with weights (ih, hh, bias_ih, bias_hh) from a given state; returns (output, h_n, ...)."""
+    input, hx, weights = _autocast(input, hx, weights)
+    return run(GRU, "gru", input, hx, *weights, lengths, reverse)
+
+
+def apply_rnn(input, hx, weights, lengths, relu, reverse):
+    """rnn with weights (ih, hh, bias_ih, bias_hh) from a given state; returns (output, h_n)."""
+    input, hx, weights = _autocast(input, hx, weights)
+    return run(RNN, "rnn", input, hx, *weights, lengths, relu, reverse)
 
 
 def lstm(
@@ -102,9 +105,8 @@ def lstm(
     """
     _check_rank("lstm", "input", input, 3)
     h, c = _states("lstm", hx, input, weight_hh, weight_hr)
-    output, h, c, *_ = apply_lstm(
-        input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, bool(reverse)
-    )
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    output, h, c, *_ = apply_lstm(input, h, c, weights, lengths, bool(reverse))
     return output, (h, c)
 
 
@@ -133,7 +135,7 @@ def gru(
     """
     _check_rank("gru", "input", input, 3)
     hx = _start(hx, input, weight_hh)
-    results = apply_gru(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, bool(reverse))
+    results = apply_gru(input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), lengths, bool(reverse))
     return results[0], results[1]
 
 
@@ -165,7 +167,7 @@ def rnn(
     _check_rank("rnn", "input", input, 3)
     relu = _relu("rnn", nonlinearity)
     hx = _start(hx, input, weight_hh)
-    return apply_rnn(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, bool(reverse))
+    return apply_rnn(input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), lengths, relu, bool(reverse))
 
 
 def lstm_cell(
@@ -179,7 +181,7 @@ def lstm_cell(
     """One step of an LSTM: (h, c), each (B, H), from input (B, I) and hx = (h, c); see `lstm`."""
     _check_rank("lstm_cell", "input", input, 2)
     h, c = _states("lstm_cell", hx, input, weight_hh)
-    results = apply_lstm(input.unsqueeze(0), h, c, weight_ih, weight_hh, bias_ih, bias_hh, None, None, False)
+    results = apply_lstm(input.unsqueeze(0), h, c, (weight_ih, weight_hh, bias_ih, bias_hh, None), None, False)
     return results[1], results[2]
 
 
@@ -194,7 +196,7 @@ def gru_cell(
     """One step of a GRU: h (B, H) from input (B, I) and hx (B, H); see `gru`."""
     _check_rank("gru_cell", "input", input, 2)
     hx = _start(hx, input, weight_hh)
-    return apply_gru(input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh, None, False)[1]
+    return apply_gru(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, False)[1]
 
 
 def rnn_cell(
@@ -211,4 +213,4 @@ def rnn_cell(
     _check_rank("rnn_cell", "input", input, 2)
     relu = _relu("rnn_cell", nonlinearity)
     hx = _start(hx, input, weight_hh)
-    return apply_rnn(input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh, None, relu, False)[1]
+    return apply_rnn(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, relu, False)[1]
