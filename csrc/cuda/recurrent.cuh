@@ -105,9 +105,8 @@ size_t team_bytes(const Operands<T>& o) {
 
 template <class T>
 void launch_begin(const Begin<T>& b, void* stream) {
-  const int64_t most = std::max(
-      {b.batch * std::max({b.state, b.hidden, b.width}), b.gates * b.hidden, b.zero_count, b.flag_count, int64_t(1)});
-  LAUNCH(begin_kernel<T>, unsigned(std::min<int64_t>(ceil_div(most, kCopyThreads), 4096)), kCopyThreads, 0, stream, b);
+  const int64_t blocks = std::max(b.batch, ceil_div(std::max(b.zero_count, b.gates * b.hidden), kCopyThreads));
+  LAUNCH(begin_kernel<T>, unsigned(std::min<int64_t>(blocks, 1024)), kCopyThreads, 0, stream, b);
 }
 
 // ---------------------------------------------------------------- forward
@@ -146,8 +145,8 @@ static_assert(Tile<float, 4>::kDepth == Tile<float, 3>::kDepth);
 template <class T>
 const T* in_packs(const T* weights, int64_t rows, int64_t columns, int64_t width, T* copy, void* stream) {
   if (columns == width && is_aligned({weights})) return weights;
-  LAUNCH(pad_kernel<T>, unsigned(std::min<int64_t>(ceil_div(rows * width, kCopyThreads), 65536)), kCopyThreads, 0,
-         stream, copy, weights, rows, columns, width);
+  LAUNCH(pad_kernel<T>, unsigned(std::min<int64_t>(rows, 65536)), kCopyThreads, 0, stream, copy, weights, rows, columns,
+         width);
   return copy;
 }
 

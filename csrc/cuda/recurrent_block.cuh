@@ -27,16 +27,16 @@ struct BlockLayout {
   __host__ __device__ int64_t bytes() const { return weights + 2 * kStripRows * int64_t(stride); }
 };
 
-// Packs of rows of `packs` to rows of the layout; from(row) is where a row begins, or nullptr for zeros.
-template <class From>
+// Rows of `packs` packs to rows of the layout; from(row) is where a row begins, or nullptr for zeros.
+template <class T, class From>
 __device__ __forceinline__ void copy_rows(unsigned char* to, const BlockLayout& layout, int rows, int packs,
-                                          const From& from) {
+                                          const T* tensor, const From& from) {
   const int width = 2 * layout.pairs;
   for (int i = threadIdx.x; i < rows * width; i += kThreads) {
     const int row = i / width, pack = i % width;
-    const void* const begin = from(row);
+    const T* const begin = from(row);
     const bool valid = begin && pack < packs;
-    cp_async<16>(to + row * layout.stride + pack * 16, valid ? static_cast<const uint4*>(begin) + pack : nullptr,
+    cp_async<16>(to + row * layout.stride + pack * 16, valid ? begin + pack * (16 / int(sizeof(T))) : tensor,
                  valid ? 16 : 0);
   }
 }
@@ -44,13 +44,13 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const BlockLayout& 
 template <class T, int gates>
 __device__ __forceinline__ void load_block(const Operands<T>& o, const BlockLayout& layout, int64_t row0,
                                            unsigned char* shared) {
-  copy_rows(shared, layout, layout.groups * 8 * gates, o.right_packs, [&](int row) -> const T* {
+  copy_rows(shared, layout, layout.groups * 8 * gates, o.right_packs, o.right, [&](int row) -> const T* {
     const int gate = row / 8 % gates, unit = row / (8 * gates) * 8 + row % 8;
     return unit < o.units ? o.right + gate * o.gate_stride + unit * o.right_stride : nullptr;
   });
   for (int buffer = 0; buffer < 2; ++buffer)
     copy_rows(shared + layout.weights + buffer * kStripRows * layout.stride, layout, kStripRows, 2 * layout.pairs,
-              [&](int row) { return row0 + row < o.rows ? o.left + (row0 + row) * o.left_stride : nullptr; });
+              o.left, [&](int row) { return row0 + row < o.rows ? o.left + (row0 + row) * o.left_stride : nullptr; });
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();

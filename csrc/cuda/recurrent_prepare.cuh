@@ -14,11 +14,9 @@ constexpr int kCopyThreads = 256, kCopyTile = 32;
 template <class T>
 __global__ void __launch_bounds__(kCopyThreads)
     pad_kernel(T* to, const T* from, int64_t rows, int64_t columns, int64_t width) {
-  for (int64_t i = int64_t(blockIdx.x) * kCopyThreads + threadIdx.x; i < rows * width;
-       i += int64_t(gridDim.x) * kCopyThreads) {
-    const int64_t row = i / width, column = i % width;
-    to[i] = column < columns ? from[row * columns + column] : T{};
-  }
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x)
+    for (int64_t i = threadIdx.x; i < width; i += kCopyThreads)
+      to[row * width + i] = i < columns ? from[row * columns + i] : T{};
 }
 
 // to: (columns, width) = from: (rows, columns) transposed, with zeros behind.
@@ -66,15 +64,18 @@ struct Begin {
 template <class T>
 __global__ void __launch_bounds__(kCopyThreads) begin_kernel(Begin<T> b) {
   using A = accumulate_t<T>;
-  const int64_t first = int64_t(blockIdx.x) * kCopyThreads + threadIdx.x, step = int64_t(gridDim.x) * kCopyThreads;
-  for (int64_t i = first; i < b.batch * b.state; i += step) b.h_to[i] = b.h ? b.h[i] : T{};
-  for (int64_t i = first; i < b.batch * b.width; i += step) {
-    const int64_t column = i % b.width;
-    b.states[i] = b.states_after[i] = b.from_h && column < b.state ? b.h[i / b.width * b.state + column] : T{};
+  for (int64_t row = blockIdx.x; row < b.batch; row += gridDim.x) {
+    for (int64_t i = threadIdx.x; i < b.state; i += kCopyThreads)
+      b.h_to[row * b.state + i] = b.h ? b.h[row * b.state + i] : T{};
+    for (int64_t i = threadIdx.x; i < b.width; i += kCopyThreads)
+      b.states[row * b.width + i] = b.states_after[row * b.width + i] =
+          b.from_h && i < b.state ? b.h[row * b.state + i] : T{};
+    if (b.c_to)
+      for (int64_t i = threadIdx.x; i < b.hidden; i += kCopyThreads)
+        b.c_to[row * b.hidden + i] = b.c ? b.c[row * b.hidden + i] : A(0);
   }
+  const int64_t first = int64_t(blockIdx.x) * kCopyThreads + threadIdx.x, step = int64_t(gridDim.x) * kCopyThreads;
   for (int64_t i = first; i < b.zero_count; i += step) b.zeros[i] = T{};
-  if (b.c_to)
-    for (int64_t i = first; i < b.batch * b.hidden; i += step) b.c_to[i] = b.c ? b.c[i] : A(0);
   for (int64_t i = first; i < b.flag_count; i += step) b.flags[i] = 0;
   if (!b.bias) return;
   for (int64_t i = first; i < b.gates * b.hidden; i += step) {
