@@ -76,12 +76,14 @@ int64_t left_width(int64_t length) {
 
 enum class Tier { block, cooperative, steps };
 
-// Blocks of a cooperative launch per tile of units; 0 where not even one for each tile is resident.
+// Blocks of a cooperative launch per tile of units. 0 where not even one for each tile is resident, and where each
+// would have more than two strips of rows: then a step's launch costs less than what the blocks wait for each other's.
 template <class Kernel>
 int team_groups(Kernel* kernel, size_t shared_bytes, int64_t unit_tiles, int64_t batch, const Device& device) {
   if (shared_bytes > device.shared_bytes) return 0;
   const int64_t blocks = int64_t(resident_blocks(kernel, kThreads, shared_bytes)) * device.processors;
-  return int(std::min(blocks / unit_tiles, strips_of(batch)));
+  const int64_t strips = strips_of(batch), groups = std::min(blocks / unit_tiles, strips);
+  return 2 * groups < strips ? 0 : int(groups);
 }
 
 // A single step has no use for weights that stay, a projection comes between two products, and fp64 is for reference.

@@ -104,7 +104,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward_block_kernel(Forward<T> f
     for (int group = warp; group < layout.groups; group += kWarps) {
       Given<T, gates> given[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) given[i].load(f, t, row0 + sum_row<T>(lane, i), 8 * group + sum_column<T>(lane, i));
+      for (int i = 0; i < 4; ++i) {
+        const int row = sum_row<T>(lane, i), unit = 8 * group + sum_column<T>(lane, i);
+        given[i].load(f, t, row0 + row, unit, reinterpret_cast<const T*>(state + row * layout.stride) + unit);
+      }
       A sum[gates][4] = {};
       if (t < longest) block_product<T, gates>(sum, layout, group, shared, state);
 #pragma unroll
@@ -113,8 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_block_kernel(Forward<T> f
         A own[gates];
 #pragma unroll
         for (int g = 0; g < gates; ++g) own[g] = sum[g][i];
-        finish_forward(f, t, row0 + row, unit, given[i], own, reinterpret_cast<T*>(state + row * layout.stride) + unit,
-                       reinterpret_cast<T*>(next + row * layout.stride) + unit);
+        finish_forward(f, t, row0 + row, unit, given[i], own, reinterpret_cast<T*>(next + row * layout.stride) + unit);
       }
     }
     __syncthreads();

@@ -69,9 +69,11 @@ struct Given {
   bool alive;
   int64_t length;
   T x[gates];
-  A c;  // lstm: the cell's state
+  A c;         // lstm: the cell's state
+  T previous;  // gru: the state
 
-  __device__ __forceinline__ void load(const Forward<T>& f, int64_t t, int64_t row, int unit) {
+  // state: the unit's place in the buffer of the state.
+  __device__ __forceinline__ void load(const Forward<T>& f, int64_t t, int64_t row, int unit, const T* state) {
     length = unit < f.hidden ? f.clock.length(row) : 0;
     alive = t < length;
     if (!alive) return;
@@ -84,15 +86,16 @@ struct Given {
       for (int g = 0; g < gates; ++g) x[g] = T{};
     }
     if constexpr (gates == 4) c = f.c_n[row * f.hidden + unit];
+    if constexpr (gates == 3) previous = *state;
   }
 };
 
-// Computes the unit's next state, keeps it and what backward needs. previous and next: the unit's place in the buffers
-// of the state.
+// Computes the unit's next state, keeps it and what backward needs. next: the unit's place in the buffer of the next
+// state.
 template <class T, int gates>
 __device__ __forceinline__ void finish_forward(const Forward<T>& f, int64_t t, int64_t row, int unit,
                                                const Given<T, gates>& given, const accumulate_t<T> (&sum)[gates],
-                                               const T* previous, T* next) {
+                                               T* next) {
   using A = accumulate_t<T>;
   if (row >= f.clock.batch || unit >= f.hidden) return;
   const int64_t hidden = f.hidden, place = t * f.clock.batch + row;
@@ -117,7 +120,7 @@ __device__ __forceinline__ void finish_forward(const Forward<T>& f, int64_t t, i
     if (f.bias) bias_of_hidden = f.bias[3 * hidden + unit];
     const A r = sigmoid<T>(x[0] + sum[0]), z = sigmoid<T>(x[1] + sum[1]), share = sum[2] + bias_of_hidden,
             n = tanh_of(fma(r, share, x[2]));
-    h = fma(z, to_float(*previous) - n, n);
+    h = fma(z, to_float(given.previous) - n, n);
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = share;
   } else {
     const A a = x[0] + sum[0];

@@ -44,7 +44,8 @@ __device__ __forceinline__ void forward_tile(const Forward<T>& f, const Operands
   bool alive = false;
 #pragma unroll
   for (int m = 0; m < strips; ++m) {
-    given[m].load(f, t, row0 + own_row(m), unit);
+    const int64_t row = row0 + own_row(m);
+    given[m].load(f, t, row, unit, o.left + row * o.left_stride + unit);
     alive |= given[m].alive;
   }
   if (__syncthreads_or(alive)) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void forward_tile(const Forward<T>& f, const Operands
 #pragma unroll
       for (int g = 0; g < gates; ++g) sum[g] = Pipeline::sum(shared, own_row(m), own_unit(), g);
     }
-    finish_forward(f, t, row, unit, given[m], sum, o.left + row * o.left_stride + unit, next.at(row, unit));
+    finish_forward(f, t, row, unit, given[m], sum, next.at(row, unit));
   }
 }
 
