@@ -131,15 +131,16 @@ class _Sequence(torch.nn.RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[2]}"
             )
 
-    def _zeros(self, input):
-        """Initial states of one layer and direction, in the dtype that a layer computes in."""
+    def _zeros(self, input, *leading):
+        """Initial states of one layer and direction, (*leading, B, size), in the dtype that a layer computes in."""
         dtype = input.dtype
         if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
-        zeros = input.new_zeros((input.shape[1], self.hidden_size), dtype=dtype)
+        zeros = input.new_zeros((*leading, input.shape[1], self.hidden_size), dtype=dtype)
         if not self._pair:
             return (zeros,)
-        return (input.new_zeros((input.shape[1], self.proj_size), dtype=dtype) if self.proj_size else zeros), zeros
+        projected = (*leading, input.shape[1], self.proj_size)
+        return (input.new_zeros(projected, dtype=dtype) if self.proj_size else zeros), zeros
 
     def _weights(self, names):
         """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none."""
@@ -159,9 +160,9 @@ class _Sequence(torch.nn.RNNBase):
             self._check_states(states, input)
         directions = 2 if self.bidirectional else 1
         if self.num_layers == directions == 1:
-            start = self._zeros(input) if states is None else [s.squeeze(0) for s in states]
+            start = self._zeros(input, 1) if states is None else states
             output, *last = self._run(input, start, self._weights(self._all_weights[0]), lengths, False)
-            return output, tuple([s.unsqueeze(0) for s in last])
+            return output, tuple(last)
         zeros = self._zeros(input) if states is None else ()
         last = []
         for layer in range(self.num_layers):
@@ -196,7 +197,8 @@ class LSTM(_Sequence, torch.nn.LSTM):
     _pair, _name = True, "LSTM"
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
-        return apply_lstm(input, *states, *weights, lengths, reverse)[:3]
+        h, c = states
+        return apply_lstm(input, h, c, weights, lengths, reverse)[:3]
 
 
 class GRU(_Sequence, torch.nn.GRU):
@@ -212,7 +214,7 @@ class GRU(_Sequence, torch.nn.GRU):
     _name = "GRU"
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
-        return apply_gru(input, *states, *weights[:4], lengths, reverse)[:2]
+        return apply_gru(input, states[0], weights[:4], lengths, reverse)[:2]
 
 
 class RNN(_Sequence, torch.nn.RNN):
@@ -228,7 +230,7 @@ class RNN(_Sequence, torch.nn.RNN):
     _name = "RNN"
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
-        return apply_rnn(input, *states, *weights[:4], lengths, self.mode == "RNN_RELU", reverse)
+        return apply_rnn(input, states[0], weights[:4], lengths, self.mode == "RNN_RELU", reverse)
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -289,6 +291,13 @@ class _Cell(torch.nn.RNNCellBase):
             )
         raise RuntimeError(f"Input batch size {batch} doesn't match {label} batch size {state.shape[0]}")
 
+    def _weights(self) -> Any:
+        p = self._parameters  # torch.nn.Module looks attributes up there last
+        try:
+            return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
+        except KeyError:  # a parametrized weight is an attribute
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
     def _step(self, input, states: Any) -> Any:
         """The states after one step of input (1, B, input_size)."""
         raise NotImplementedError
@@ -305,8 +314,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     _pair, _name = True, "LSTMCell"
 
     def _step(self, input, states: Any) -> Any:
-        weights: Any = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return apply_lstm(input, *states, *weights, None, None, False)[1:3]
+        h, c = states
+        return apply_lstm(input, h, c, (*self._weights(), None), None, False)[1:3]
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -320,8 +329,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     _name = "GRUCell"
 
     def _step(self, input, states: Any) -> Any:
-        weights: Any = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return apply_gru(input, *states, *weights, None, False)[1:2]
+        return apply_gru(input, states[0], self._weights(), None, False)[1:2]
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -337,5 +345,4 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     def _step(self, input, states: Any) -> Any:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        weights: Any = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return apply_rnn(input, *states, *weights, None, self.nonlinearity == "relu", False)[1:2]
+        return apply_rnn(input, states[0], self._weights(), None, self.nonlinearity == "relu", False)[1:2]

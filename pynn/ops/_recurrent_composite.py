@@ -38,9 +38,12 @@ def _widened(formula):
     """The formula in the compute dtype, its results in input's dtype and c_n in cx's."""
 
     def run(input, hx, *tensors, **options):
-        wide = [None if t is None else t.to(compute_dtype(input)) for t in (input, hx, *tensors)]
-        output, h_n, *c_n = formula(*wide, **options)
-        return output.to(input.dtype), h_n.to(input.dtype), *(c.to(tensors[0].dtype) for c in c_n)
+        wide: list = [None if t is None else t.to(compute_dtype(input)) for t in (input, hx, *tensors)]
+        states = 1 if formula.__name__ != "lstm" else 2
+        flat = [t.reshape(t.shape[-2:]) for t in wide[1 : 1 + states]]  # (1, B, S) or (B, S)
+        output, h_n, *c_n = formula(wide[0], *flat, *wide[1 + states :], **options)
+        last = [h_n.to(input.dtype).reshape(hx.shape), *(c.to(tensors[0].dtype).view_as(tensors[0]) for c in c_n)]
+        return output.to(input.dtype), *last
 
     return run
 

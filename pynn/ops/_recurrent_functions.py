@@ -12,10 +12,11 @@ from ._function import call, double_backward, eager, loop_vmap
 _INPUT, _HX, _LENGTHS = 0, 1, -1
 
 
-def _fold(tensor, dim, batch_dim, size):
-    """A mapped dimension of a tensor, or one of `size` copies, made part of its batch."""
+def _fold(tensor, dim, size):
+    """A mapped dimension, or one of `size` copies, made part of its batch, the last dimension but one."""
     if tensor is None:
         return None
+    batch_dim = max(tensor.dim() - (dim is not None) - 2, 0)  # lengths have no more
     if dim is None:
         shape = [*tensor.shape]
         shape.insert(batch_dim, size)
@@ -25,11 +26,11 @@ def _fold(tensor, dim, batch_dim, size):
     return tensor.flatten(batch_dim, batch_dim + 1)
 
 
-def _unfold(results, batch_dims, size):
+def _unfold(results, size):
     """(results with the mapped dimension back, its places); a result of 0 elements stands for none and has no place."""
-    absent = [r.dim() == 1 for r in results]
-    unfolded = [r if a else r.unflatten(d, (size, -1)) for r, a, d in zip(results, absent, batch_dims, strict=True)]
-    return tuple(unfolded), tuple(None if a else d for a, d in zip(absent, batch_dims, strict=True))
+    places = [None if r.dim() == 1 else r.dim() - 2 for r in results]
+    unfolded = [r if d is None else r.unflatten(d, (size, -1)) for r, d in zip(results, places, strict=True)]
+    return tuple(unfolded), tuple(places)
 
 
 def _functions(name: str, states: int, saved: int):
@@ -38,7 +39,6 @@ def _functions(name: str, states: int, saved: int):
     count = first_weight + (6 if name == "lstm" else 5)  # operands
     weights = slice(first_weight, count - 1)
     separate_biases = name == "gru"
-    batch_dims = [1] + [0] * states  # of input or output, and the states
     formula = getattr(composite, name)
 
     def options_of(options):
@@ -93,17 +93,13 @@ def _functions(name: str, states: int, saved: int):
             if mapped or any(mask[1:]):  # a weight gradient of each sample
                 return loop_vmap(Backward, info, in_dims, *inputs)
             folded = list(inputs)
-            places = {**dict(enumerate(batch_dims)), **{shift + i: d for i, d in enumerate(batch_dims)}}
-            places[shift + count - 1] = 0
-            places.update({shift + count + i: 1 for i in range(1 + saved)})
-            for i, place in places.items():
-                folded[i] = _fold(inputs[i], in_dims[i], place, info.batch_size)
-            results = call(Backward, *folded)
-            return _unfold(results, batch_dims + [0] * (len(results) - len(batch_dims)), info.batch_size)
+            for i in (*range(shift + first_weight), *range(shift + count - 1, shift + count + 1 + saved)):
+                folded[i] = _fold(inputs[i], in_dims[i], info.batch_size)
+            return _unfold(call(Backward, *folded), info.batch_size)
 
     def _outputs(input, hx, *rest):
         """Tensors of the shapes and dtypes of output and the last states."""
-        return (hx.expand(input.shape[0], *hx.shape), hx, *rest[: states - 1])
+        return (hx.reshape(hx.shape[-2:]).expand(input.shape[0], *hx.shape[-2:]), hx, *rest[: states - 1])
 
     @eager
     class Forward(torch.autograd.Function):
@@ -147,13 +143,12 @@ def _functions(name: str, states: int, saved: int):
             if any(d is not None for d in in_dims[weights]):
                 return loop_vmap(Forward, info, in_dims, *inputs)
             folded = list(inputs)
-            for i, place in (*enumerate(batch_dims), (count - 1, 0)):
-                folded[i] = _fold(inputs[i], in_dims[i], place, info.batch_size)
-            results = call(Forward, *folded)
-            return _unfold(results, batch_dims + [1] * saved, info.batch_size)
+            for i in (*range(first_weight), count - 1):
+                folded[i] = _fold(inputs[i], in_dims[i], info.batch_size)
+            return _unfold(call(Forward, *folded), info.batch_size)
 
     for function, suffix in ((Forward, ""), (Backward, "Backward")):
-        function.__name__ = function.__qualname__ = function.Eager.__name__ = name.upper() + suffix
+        function.__name__ = function.__qualname__ = name.upper() + suffix
     return Forward, Backward
 
 

@@ -42,31 +42,38 @@ def _relu(name: str, nonlinearity: str) -> bool:
     return nonlinearity == "relu"
 
 
+def _start(hx: Tensor | None, input: Tensor, weight_hh: Tensor) -> Tensor:
+    return input.new_zeros((input.shape[-2], weight_hh.shape[-1])) if hx is None else hx
+
+
 def _check_rank(name: str, argument: str, tensor: Tensor, rank: int) -> None:
     if tensor.dim() != rank:
         raise RuntimeError(f"{name}: expected {argument} to have {rank} dimensions, got {tensor.dim()}")
 
 
-def apply_lstm(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse):
-    """lstm on a pair of states; returns (output, h_n, c_n, ...)."""
-    if torch.is_autocast_enabled(input.device.type):
-        input, hx, *weights = autocast(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    return run(LSTM, "lstm", input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse)
+def _autocast(input, hx, weights):
+    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)):
+        return input, hx, weights
+    input, hx, *weights = autocast(input, hx, *weights)
+    return input, hx, weights
 
 
-def apply_gru(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse):
-    """gru on a given state; returns (output, h_n, ...)."""
-    if torch.is_autocast_enabled(input.device.type):
-        input, hx, weight_ih, weight_hh, bias_ih, bias_hh = autocast(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    return run(GRU, "gru", input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse)
+def apply_lstm(input, hx, cx, weights, lengths, reverse):
+    """lstm with weights (ih, hh, bias_ih, bias_hh, hr) from a given state; returns (output, h_n, c_n, ...)."""
+    input, hx, weights = _autocast(input, hx, weights)
+    return run(LSTM, "lstm", input, hx, cx, *weights, lengths, reverse)
 
 
-def apply_rnn(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse):
-    """rnn on a given state; returns (output, h_n)."""
-    if torch.is_autocast_enabled(input.device.type):
-        input, hx, weight_ih, weight_hh, bias_ih, bias_hh = autocast(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    return run(RNN, "rnn", input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse)
+def apply_gru(input, hx, weights, lengths, reverse):
+    """gru with weights (ih, hh, bias_ih, bias_hh) from a given state; returns (output, h_n, ...)."""
+    input, hx, weights = _autocast(input, hx, weights)
+    return run(GRU, "gru", input, hx, *weights, lengths, reverse)
+
+
+def apply_rnn(input, hx, weights, lengths, relu, reverse):
+    """rnn with weights (ih, hh, bias_ih, bias_hh) from a given state; returns (output, h_n)."""
+    input, hx, weights = _autocast(input, hx, weights)
+    return run(RNN, "rnn", input, hx, *weights, lengths, relu, reverse)
 
 
 def lstm(
@@ -85,22 +92,21 @@ def lstm(
 
     Args:
         input: (T, B, I) float64, float32, float16 or bfloat16, T > 0; (T, B, 4H) without weight_ih.
-        hx: (h, c) before the first step: (B, S) in input's dtype and (B, H) in it or, for 16-bit input, float32.
-            Zeros when None.
+        hx: (h, c) before the first step: (B, S) in input's dtype and (B, H) in it or, for 16-bit input, float32;
+            both may have a leading dimension of 1, as torch.nn's have. Zeros when None.
         weight_ih: (4H, I), or None: input is already weight_ih x.
         weight_hh: (4H, S). bias_ih, bias_hh: (4H). weight_hr: (S, H), projects h to width S.
         lengths: (B) int64 on the input's device: steps of each row, in any order. All steps when None.
         reverse: run from the last step to the first.
     Returns:
-        output (T, B, S) in input's dtype, and (h, c) after the last step of each row, c in the dtype of hx's c.
+        output (T, B, S) in input's dtype, and (h, c) after the last step of each row, in shape and dtype of hx.
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: hx is not a pair.
     """
     _check_rank("lstm", "input", input, 3)
     h, c = _states("lstm", hx, input, weight_hh, weight_hr)
-    output, h, c, *_ = apply_lstm(
-        input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, bool(reverse)
-    )
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    output, h, c, *_ = apply_lstm(input, h, c, weights, lengths, bool(reverse))
     return output, (h, c)
 
 
@@ -119,17 +125,17 @@ def gru(
 
     Args:
         input: (T, B, I) float64, float32, float16 or bfloat16, T > 0; (T, B, 3H) without weight_ih.
-        hx: (B, H), the state before the first step; zeros when None.
+        hx: (B, H) or (1, B, H), the state before the first step; zeros when None.
         weight_ih: (3H, I) or None. weight_hh: (3H, H). bias_ih, bias_hh: (3H); the hidden share of n has its own.
         lengths, reverse: as in `lstm`.
     Returns:
-        output (T, B, H) and the state (B, H) after the last step of each row, in input's dtype.
+        output (T, B, H) and the state after the last step of each row, in the shape of hx.
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
     """
     _check_rank("gru", "input", input, 3)
-    hx = input.new_zeros((input.shape[1], weight_hh.shape[-1])) if hx is None else hx
-    results = apply_gru(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, bool(reverse))
+    hx = _start(hx, input, weight_hh)
+    results = apply_gru(input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), lengths, bool(reverse))
     return results[0], results[1]
 
 
@@ -149,19 +155,19 @@ def rnn(
 
     Args:
         input: (T, B, I) float64, float32, float16 or bfloat16, T > 0; (T, B, H) without weight_ih.
-        hx: (B, H), the state before the first step; zeros when None.
+        hx: (B, H) or (1, B, H), the state before the first step; zeros when None.
         weight_ih: (H, I) or None. weight_hh: (H, H). bias_ih, bias_hh: (H).
         nonlinearity: "tanh" or "relu".
         lengths, reverse: as in `lstm`.
     Returns:
-        output (T, B, H) and the state (B, H) after the last step of each row, in input's dtype.
+        output (T, B, H) and the state after the last step of each row, in the shape of hx.
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit. ValueError: unknown nonlinearity.
     """
     _check_rank("rnn", "input", input, 3)
     relu = _relu("rnn", nonlinearity)
-    hx = input.new_zeros((input.shape[1], weight_hh.shape[-1])) if hx is None else hx
-    return apply_rnn(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, bool(reverse))
+    hx = _start(hx, input, weight_hh)
+    return apply_rnn(input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), lengths, relu, bool(reverse))
 
 
 def lstm_cell(
@@ -175,7 +181,7 @@ def lstm_cell(
     """One step of an LSTM: (h, c), each (B, H), from input (B, I) and hx = (h, c); see `lstm`."""
     _check_rank("lstm_cell", "input", input, 2)
     h, c = _states("lstm_cell", hx, input, weight_hh)
-    results = apply_lstm(input.unsqueeze(0), h, c, weight_ih, weight_hh, bias_ih, bias_hh, None, None, False)
+    results = apply_lstm(input.unsqueeze(0), h, c, (weight_ih, weight_hh, bias_ih, bias_hh, None), None, False)
     return results[1], results[2]
 
 
@@ -189,8 +195,8 @@ def gru_cell(
 ) -> Tensor:
     """One step of a GRU: h (B, H) from input (B, I) and hx (B, H); see `gru`."""
     _check_rank("gru_cell", "input", input, 2)
-    hx = input.new_zeros((input.shape[0], weight_hh.shape[-1])) if hx is None else hx
-    return apply_gru(input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh, None, False)[1]
+    hx = _start(hx, input, weight_hh)
+    return apply_gru(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, False)[1]
 
 
 def rnn_cell(
@@ -206,5 +212,5 @@ def rnn_cell(
     """One step of a plain RNN: h (B, H) from input (B, I) and hx (B, H); see `rnn`."""
     _check_rank("rnn_cell", "input", input, 2)
     relu = _relu("rnn_cell", nonlinearity)
-    hx = input.new_zeros((input.shape[0], weight_hh.shape[-1])) if hx is None else hx
-    return apply_rnn(input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh, None, relu, False)[1]
+    hx = _start(hx, input, weight_hh)
+    return apply_rnn(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, relu, False)[1]
