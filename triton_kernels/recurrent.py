@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .recurrent_launch import GRU, LSTM, RELU, TANH, Sequence
+from .recurrent_launch import GRU, LSTM, RELU, TANH, Sequence, gates_of
 
 
 def lstm_fwd(
@@ -40,9 +40,8 @@ def rnn_fwd(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, re
 
 
 def _sequence(cell, input, weight_hh, weight_hr, reverse) -> Sequence:
-    gates = {LSTM: 4, GRU: 3}.get(cell, 1)
     return Sequence(
-        cell, input, input.shape[0], input.shape[1], weight_hh.shape[0] // gates, weight_hh.shape[1],
+        cell, input, input.shape[0], input.shape[1], weight_hh.shape[0] // gates_of(cell), weight_hh.shape[1],
         weight_hr is not None, reverse,
     )  # fmt: skip
 
@@ -55,7 +54,8 @@ def _forward(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight
     sequence = _sequence(cell, input, weight_hh, weight_hr, reverse)
     steps, batch, hidden = sequence.steps, sequence.batch, sequence.hidden
     save = save and sequence.saved > 0
-    output = input.new_empty(steps, batch, sequence.state)
+    states = sequence.new_states()
+    output = states[:steps]
     gates = input.new_empty((steps, batch, 4 * hidden) if save else 0)
     cells = sequence.wide(*((steps, batch, hidden) if save and cell == LSTM else (0,)))
     c_n = None if cx is None else sequence.wide(batch, hidden)
@@ -70,7 +70,7 @@ def _forward(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight
     if weight_ih is not None:
         products = _product(products.flatten(0, 1), weight_ih.t())
     sequence.forward(
-        output, h_n, c_n, gates if save else None, cells if save and cell == LSTM else None, products,
+        states, h_n, c_n, gates if save else None, cells if save and cell == LSTM else None, products,
         _dense(weight_hh), _dense(bias_ih), _dense(bias_hh), _dense(weight_hr), hx.contiguous(),
         None if cx is None else cx.to(sequence.compute).contiguous(), _dense(lengths),
     )  # fmt: skip

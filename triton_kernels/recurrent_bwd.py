@@ -14,9 +14,8 @@ n: the last three are what weight_hh saw, the first three what weight_ih saw.
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-from .recurrent_cells import cell_backward, columns_product, dot, load4, store4
+from .recurrent_cells import cell_backward, columns_product, dot, load4, store4, tanh
 from .recurrent_fwd import before, rows_of
 
 _kernel = triton.jit(do_not_specialize=["begin", "end", "steps", "batch", "hidden_units", "state_units"])
@@ -32,8 +31,18 @@ def _step_of(s, steps, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _before(sequence, initial, row, t, length, batch, hidden, unit, alive, REVERSE: tl.constexpr):
+    """The values of the step before t, those of `initial` where t is a row's first."""
+    first, earlier = before(t, length, REVERSE)
+    begins = alive & first
+    p_earlier = sequence + (earlier.to(tl.int64) * batch + row) * hidden + unit
+    given = tl.load(initial + row * hidden + unit, mask=begins, other=0.0)
+    return tl.where(begins, given, tl.load(p_earlier, mask=alive & (begins == 0), other=0.0))
+
+
+@triton.jit
 def _saved(
-    gates, cells, output, h0, c0, row, place, t, length, batch, steps, hidden, unit, alive,
+    gates, cells, output, h0, c0, row, place, t, length, batch, hidden, unit, alive,
     CELL: tl.constexpr, REVERSE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """s0 .. s3, c and `before` of `cell_backward`."""
@@ -46,11 +55,9 @@ def _saved(
     c, earlier = s0, s0
     if CELL == 0:
         c = tl.load(cells + place * hidden + unit, mask=alive, other=0.0)
-        p_before = before(cells, c0, row, t, length, batch, steps, hidden, REVERSE)
-        earlier = tl.load(p_before + unit, mask=alive, other=0.0)
+        earlier = _before(cells, c0, row, t, length, batch, hidden, unit, alive, REVERSE)
     elif CELL == 1:
-        p_before = before(output, h0, row, t, length, batch, steps, hidden, REVERSE)
-        earlier = tl.load(p_before + unit, mask=alive, other=0.0).to(COMPUTE)
+        earlier = _before(output, h0, row, t, length, batch, hidden, unit, alive, REVERSE).to(COMPUTE)
     return s0, s1, s2, s3, c, earlier
 
 
@@ -100,7 +107,7 @@ def step_bwd_kernel(
         alive = inside & (t >= 0) & (t < length)
         if CELLS:  # they arrive while the product is made
             s0, s1, s2, s3, c, earlier = _saved(
-                gates, cells, output, h0, c0, row, place, t, length, batch, steps, hidden, unit, alive,
+                gates, cells, output, h0, c0, row, place, t, length, batch, hidden, unit, alive,
                 CELL, REVERSE, COMPUTE,
             )  # fmt: skip
         if PROJECTED and CELLS:
@@ -128,7 +135,7 @@ def step_bwd_kernel(
             dc = tl.where(alive, new_dc, dc)
             carry = tl.where(alive, past, dh)
             if PROJECTED:
-                h = s3 * libdevice.tanh(c)
+                h = s3 * tanh(c)
                 tl.store(hiddens + place * hidden + unit, h.to(hiddens.dtype.element_ty), mask=alive)
         if LOOP:
             tl.debug_barrier()  # the next step reads these gradients
@@ -175,7 +182,7 @@ def resident_bwd_kernel(
         place = t.to(tl.int64) * batch + row
         alive = inside & (t >= 0) & (t < length)
         s0, s1, s2, s3, c, earlier = _saved(
-            gates, cells, output, h0, c0, row, place, t, length, batch, steps, hidden, unit, alive,
+            gates, cells, output, h0, c0, row, place, t, length, batch, hidden, unit, alive,
             CELL, REVERSE, COMPUTE,
         )  # fmt: skip
         dh = dot(g0, w0, carry)

@@ -14,11 +14,32 @@ TANH: tl.constexpr = tl.constexpr(2)
 RELU: tl.constexpr = tl.constexpr(3)
 
 
+# tanh(x) = x + x^3 q(x^2) for |x| < 5/8, a minimax fit of degree 4: 0.74 units in the last place in float32.
+TANH_0: tl.constexpr = tl.constexpr(-0.3333328068256378)
+TANH_1: tl.constexpr = tl.constexpr(0.13331441581249237)
+TANH_2: tl.constexpr = tl.constexpr(-0.05373971536755562)
+TANH_3: tl.constexpr = tl.constexpr(0.02063908986747265)
+TANH_4: tl.constexpr = tl.constexpr(-0.0057049901224672794)
+
+
 @triton.jit
 def sigmoid(x):
     """exp is asked for arguments below 0 alone: nothing overflows, no infinity meets another."""
     e = libdevice.exp(-tl.abs(x))
     return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    """float32: 1.5 units in the last place, and without the branch per element that libdevice's has."""
+    if x.dtype == tl.float64:
+        return libdevice.tanh(x)
+    else:
+        e = libdevice.exp(-2.0 * tl.abs(x))
+        far = (1.0 - e) / (1.0 + e)
+        u = x * x
+        q = (((TANH_4 * u + TANH_3) * u + TANH_2) * u + TANH_1) * u + TANH_0
+        return tl.where(tl.abs(x) < 0.625, x + x * (u * q), tl.where(x < 0.0, -far, far))
 
 
 # ---------------------------------------------------------------- one step of a unit
@@ -31,15 +52,15 @@ def cell_forward(a0, a1, a2, a3, c, h, CELL: tl.constexpr):
     a0 .. a3: pre-activations of i f g o; of r, z, the input share of n and its hidden share; of the RNN. c, h: before.
     """
     if CELL == 0:
-        i, f, g, o = sigmoid(a0), sigmoid(a1), libdevice.tanh(a2), sigmoid(a3)
+        i, f, g, o = sigmoid(a0), sigmoid(a1), tanh(a2), sigmoid(a3)
         c = f * c + i * g
-        return i, f, g, o, c, o * libdevice.tanh(c)
+        return i, f, g, o, c, o * tanh(c)
     elif CELL == 1:
         r, z = sigmoid(a0), sigmoid(a1)
-        n = libdevice.tanh(a2 + r * a3)
+        n = tanh(a2 + r * a3)
         return r, z, n, a3, c, n + z * (h - n)
     elif CELL == 2:
-        h = libdevice.tanh(a0)
+        h = tanh(a0)
         return h, h, h, h, c, h
     else:
         h = tl.where(a0 < 0.0, 0.0, a0)  # keeps NaN
@@ -53,7 +74,7 @@ def cell_backward(dh, dc, s0, s1, s2, s3, c, before, CELL: tl.constexpr):
     dh, dc: of h and c after the step. c: after the step, LSTM. before: c before it, h for a GRU. s0: h for an RNN.
     """
     if CELL == 0:
-        t = libdevice.tanh(c)
+        t = tanh(c)
         dc += dh * s3 * (1.0 - t * t)
         d_i = dc * s2 * s0 * (1.0 - s0)
         d_f = dc * before * s1 * (1.0 - s1)

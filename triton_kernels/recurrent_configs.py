@@ -46,12 +46,37 @@ _STEPS = {
 }
 _STEPS["sm_90"] = _STEPS["sm_120"] = _STEPS["sm_80"]
 
-# kind -> the most units of a whole sequence in one program, for LSTM, GRU and RNN; rows and depth.
+
+@dataclasses.dataclass(frozen=True)
+class Loops:
+    """Which sequences one program makes from begin to end.
+
+    Args:
+        resident: bytes of weight_hh that a program may keep, its units padded to a power of two.
+        rows, depth, most: without tensor cores weight_hh streams from the caches; up to so many units.
+    """
+
+    resident: int
+    rows: int
+    depth: int
+    most: dict[str, int]
+    num_warps: int = 8
+
+
 _LOOPS = {
-    "half": (128, Tile(16, 0, 0, 8)),  # weight_hh in registers: 128 KiB of an LSTM
-    "fp32": (128, Tile(4, 0, 16, 8)),
-    "fp64": (64, Tile(16, 0, 16, 8)),
+    "sm_80": Loops(128 << 10, 4, 16, {"fp32": 128, "fp64": 64}),
+    "sm_90": Loops(128 << 10, 4, 16, {"fp32": 128, "fp64": 64}),
+    "sm_120": Loops(64 << 10, 4, 16, {"fp32": 128, "fp64": 64}),  # and the sm_86 and sm_89: 99 KiB of shared memory
+    "gfx942": Loops(64 << 10, 16, 16, {"fp32": 128, "fp64": 64}, 4),
+    "interpret": Loops(128 << 10, 16, 16, {"fp32": 64, "fp64": 64}, 1),
 }
+
+
+def _loops() -> Loops:
+    name = architecture()
+    if name == "sm_80" and triton.runtime.driver.active.get_current_target().arch > 80:
+        name = "sm_120"
+    return _LOOPS[name]
 
 
 def step_tile(kind: str, batch: int) -> Tile:
@@ -64,15 +89,16 @@ def step_tile(kind: str, batch: int) -> Tile:
     return next((tile for tile in tiles if batch <= tile.rows), tiles[-1])
 
 
-def loop_tile(kind: str, hidden: int, *, backward: bool) -> Tile | None:
-    """For whole sequences of so many units in one program, or None where they are too many.
+def loop_tile(kind: str, gates: int, hidden: int, *, backward: bool) -> tuple[Tile, bool] | None:
+    """For whole sequences of `hidden` units in one program, or None where they are too many; whether to read ahead.
 
-    A depth of 0 says that weight_hh stays in registers.
+    A depth of 0 says that weight_hh stays on the chip.
     """
-    most, tile = _LOOPS[kind]
-    if hidden > most:
-        return None
-    units = max(16, triton.next_power_of_2(hidden))
-    if triton.knobs.runtime.interpret:
-        return dataclasses.replace(tile, rows=16, units=units, num_warps=1)
-    return dataclasses.replace(tile, units=units)
+    loops, units = _loops(), max(16, triton.next_power_of_2(hidden))
+    if kind == "half":
+        kept = gates * units * units * 2
+        full = kept > 96 << 10
+        warps = 2 * loops.num_warps if full and loops.num_warps > 1 else loops.num_warps
+        return (Tile(16, units, 0, warps), not full) if kept <= loops.resident else None
+    depth = 2 * loops.depth if backward and kind == "fp32" else loops.depth
+    return (Tile(loops.rows, units, depth, loops.num_warps), False) if hidden <= loops.most[kind] else None

@@ -2,7 +2,7 @@
 
 step_kernel: a program owns BLOCK_B rows and BLOCK_H units, with all gates of a unit, of one step or, where its units
 are all there are, of the whole sequence (LOOP): then h goes through memory that only this program touches.
-resident_kernel: a program owns BLOCK_B rows of the whole sequence; weight_hh, h and c stay in registers.
+resident_kernel: a program owns BLOCK_B rows of the whole sequence; h and c stay in registers and weight_hh on the chip.
 project_kernel: one step of h = weight_hr (o * tanh(c)).
 
 Steps are counted in the order in which they are made; step s is at t = s, or steps - 1 - s if REVERSE. A row is alive
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .recurrent_cells import cell_forward, dot, load4, load_biases, pre_activations, rows_product, store4
 
-_kernel = triton.jit(do_not_specialize=["begin", "end", "steps", "batch", "hidden_units", "state_units"])
+_kernel = triton.jit(do_not_specialize=["slot", "begin", "end", "steps", "batch", "hidden_units", "state_units"])
 
 
 @triton.jit
@@ -31,13 +31,12 @@ def rows_of(block, lengths, batch, steps, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def before(sequence, initial, row, t, length, batch, steps, width, REVERSE: tl.constexpr):
-    """(BLOCK_B, 1) pointers to the rows of the step before t, in `initial` if t is a row's first."""
+def before(t, length, REVERSE: tl.constexpr):
+    """Whether t is a row's first step, and the step before it."""
     if REVERSE:
-        first, at = t >= length - 1, t + 1
+        return t >= length - 1, t + 1
     else:
-        first, at = t == 0, t - 1
-    return tl.where(first, initial + row * width, sequence + (at.to(tl.int64) * batch + row) * width)
+        return t == 0, t - 1
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def is_last(t, length, REVERSE: tl.constexpr):
 
 @_kernel
 def step_kernel(
-    output, h_n, gates, cells, products, weight, bias_ih, bias_hh, h0, c_in, c_out, lengths,
+    output, h_n, gates, cells, products, weight, bias_ih, bias_hh, states, slot, c_in, c_out, lengths,
     begin, end, steps, batch, hidden_units, state_units,
     CELL: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr, LOOP: tl.constexpr, PACK: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -58,6 +57,7 @@ def step_kernel(
 ):  # fmt: skip
     """Steps begin <= s < end. gates, cells: None if not saved. c_in, c_out: (batch, hidden), in COMPUTE; LSTM only.
 
+    states: (..., batch, state): h0 at `slot`, and h of the other steps: the memory of `output`, longer by h0.
     PROJECTED: o * tanh(c) goes to hiddens (batch, hidden) instead of the output and h_n.
     """
     GATES: tl.constexpr = 4 if CELL == 0 else 3 if CELL == 1 else 1
@@ -86,7 +86,8 @@ def step_kernel(
         place = t.to(tl.int64) * batch + row
         alive = inside & (t < length)
         x0, x1, x2, x3 = load4(products + place * (GATES * hidden) + unit, hidden, alive, GATES)
-        p_h = before(output, h0, row, t, length, batch, steps, state, REVERSE)
+        first, earlier = before(t, length, REVERSE)
+        p_h = states + (tl.where(first, slot, earlier).to(tl.int64) * batch + row) * state
         a0, a1, a2, a3 = rows_product(
             p_h, p_w, hidden.to(tl.int64) * state, state, in_batch & (t < length), (u < hidden)[:, None],
             GATES, COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K,
@@ -145,10 +146,10 @@ def project_kernel(
 def resident_kernel(
     output, h_n, gates, cells, products, weight, bias_ih, bias_hh, h0, c_in, c_out, lengths,
     begin, end, steps, batch, hidden_units,
-    CELL: tl.constexpr, REVERSE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
+    CELL: tl.constexpr, REVERSE: tl.constexpr, PACK: tl.constexpr, AHEAD: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """As step_kernel, for all steps and a state of at most BLOCK_H units."""
+    """As step_kernel, for all steps and a state of at most BLOCK_H units. AHEAD: reads what the next step needs."""
     GATES: tl.constexpr = 4 if CELL == 0 else 3 if CELL == 1 else 1
     dtype: tl.constexpr = output.dtype.element_ty
     hidden = hidden_units * PACK
@@ -173,22 +174,27 @@ def resident_kernel(
     else:
         end = tl.minimum(end, longest)
 
-    p_x = products + (t.to(tl.int64) * batch + row) * (GATES * hidden) + unit
-    x0, x1, x2, x3 = load4(p_x, hidden, inside & (t < length) & (begin < end), GATES)
+    if AHEAD:
+        p_x = products + (t.to(tl.int64) * batch + row) * (GATES * hidden) + unit
+        x0, x1, x2, x3 = load4(p_x, hidden, inside & (t < length) & (begin < end), GATES)
     for s in range(begin, end):
         place = t.to(tl.int64) * batch + row
         alive = inside & (t < length)
-        p_x += ahead * batch.to(tl.int64) * (GATES * hidden)
-        more = inside & (t + ahead < length) & (s + 1 < end)
-        y0, y1, y2, y3 = load4(p_x, hidden, more, GATES)  # of the next step: they arrive while this one is made
+        if AHEAD:
+            p_x = products + ((t + ahead).to(tl.int64) * batch + row) * (GATES * hidden) + unit
+            y0, y1, y2, y3 = load4(p_x, hidden, inside & (t + ahead < length) & (s + 1 < end), GATES)
+        else:
+            x0, x1, x2, x3 = load4(products + place * (GATES * hidden) + unit, hidden, alive, GATES)
         zero = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
-        a0 = dot(h, w0, zero)
-        a1, a2, a3 = a0, a0, a0
+        a0, a1, a2, a3 = pre_activations(zero, zero, zero, zero, x0, x1, x2, x3, b0, b1, b2, b3, CELL, COMPUTE)
+        a0 = dot(h, w0, a0)
         if GATES > 1:
-            a1, a2 = dot(h, w1, zero), dot(h, w2, zero)
-        if GATES > 3:
-            a3 = dot(h, w3, zero)
-        a0, a1, a2, a3 = pre_activations(a0, a1, a2, a3, x0, x1, x2, x3, b0, b1, b2, b3, CELL, COMPUTE)
+            a1 = dot(h, w1, a1)
+        if CELL == 0:
+            a2 = dot(h, w2, a2)
+            a3 = dot(h, w3, a3)
+        elif CELL == 1:
+            a3 = dot(h, w2, a3)
         s0, s1, s2, s3, new_c, new_h = cell_forward(a0, a1, a2, a3, c, h.to(COMPUTE), CELL)
         if gates is not None:
             store4(gates + place * (4 * hidden) + unit, hidden, s0, s1, s2, s3, alive, 4)
@@ -198,7 +204,8 @@ def resident_kernel(
                 tl.store(cells + place * hidden + unit, c, mask=alive)
         h = tl.where(alive, new_h.to(dtype), h)
         tl.store(output + place * hidden + unit, h, mask=alive)
-        x0, x1, x2, x3 = y0, y1, y2, y3
+        if AHEAD:
+            x0, x1, x2, x3 = y0, y1, y2, y3
         t += ahead
     tl.store(h_n + own, h, mask=inside)
     if CELL == 0:

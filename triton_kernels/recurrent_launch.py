@@ -1,4 +1,4 @@
-"""How the recurrent kernels are launched: one launch for a sequence of few units, otherwise one or two for each step."""
+"""How the recurrent kernels are launched: once for a sequence of few units, otherwise once or twice for each step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from .recurrent_bwd import resident_bwd_kernel, step_bwd_kernel
 from .recurrent_fwd import project_kernel, resident_kernel, step_kernel
 
 LSTM, GRU, TANH, RELU = range(4)  # csrc/include/recurrent.h
+
+
+def gates_of(cell: int) -> int:
+    return 4 if cell == LSTM else 3 if cell == GRU else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,20 @@ class Sequence:
         return torch.float64 if self.like.dtype is torch.float64 else torch.float32
 
     @property
+    def gates(self) -> int:
+        return gates_of(self.cell)
+
+    @property
     def saved(self) -> int:
         """Values of a unit that the forward keeps and, but for an RNN's one, gradients of a unit."""
         return 4 if self.cell in (LSTM, GRU) else 0
 
     def wide(self, *shape: int) -> torch.Tensor:
         return self.like.new_empty(shape, dtype=self.compute)
+
+    def new_states(self) -> torch.Tensor:
+        """The output with room for h0 behind it, see `forward`."""
+        return self.like.new_empty(self.steps + 1, self.batch, self.state)
 
     @functools.cached_property
     def _kind(self) -> str:
@@ -57,8 +69,9 @@ class Sequence:
         pack = 16 // self.like.element_size()
         return pack if self.hidden % pack == 0 and self.state % pack == 0 else 1
 
-    def _loop_tile(self, *, backward: bool) -> configs.Tile | None:
-        return None if self.projected else configs.loop_tile(self._kind, self.hidden, backward=backward)
+    def _loop_tile(self, *, backward: bool) -> tuple[configs.Tile, bool] | tuple[None, bool]:
+        found = None if self.projected else configs.loop_tile(self._kind, self.gates, self.hidden, backward=backward)
+        return found or (None, False)
 
     def _constants(self, tile: configs.Tile) -> dict[str, object]:
         return {
@@ -81,35 +94,40 @@ class Sequence:
     # ------------------------------------------------------------ forward
 
     def forward(
-        self, output, h_n, c_n, gates, cells, products, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths
+        self, states, h_n, c_n, gates, cells, products, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, lengths
     ):
-        """Fills output, h_n, c_n, and gates and cells if not None; (..., hidden) tensors of c are in `compute`."""
+        """Fills h_n, c_n, all but the last of `states`, and gates and cells if not None.
+
+        c0, c_n and cells are in `compute`.
+        """
+        output = states[: self.steps]
         with torch.cuda.device_of(self.like):
-            tile = self._loop_tile(backward=False)
-            if tile is not None:
-                operands = (
-                    output, h_n, gates, cells, products, weight_hh, bias_ih, bias_hh, h0, c0, c_n, lengths, 0, self.steps
+            tile, ahead = self._loop_tile(backward=False)
+            if tile is not None and not tile.depth:
+                launch = self._launcher(resident_kernel, self.hidden, tile, {"CELL": self.cell, "AHEAD": ahead})
+                launch(
+                    output, h_n, gates, cells, products, weight_hh, bias_ih, bias_hh, h0, c0, c_n, lengths,
+                    0, self.steps, *self._sizes[:3],
                 )  # fmt: skip
-                if tile.depth:
-                    constants = {"CELL": self.cell, "PROJECTED": False, "LOOP": True, "BLOCK_K": tile.depth}
-                    launch = self._launcher(step_kernel, self.hidden, tile, constants)
-                    launch(*operands, *self._sizes)
-                else:
-                    launch = self._launcher(resident_kernel, self.hidden, tile, {"CELL": self.cell})
-                    launch(*operands, *self._sizes[:3])
                 return
-            tile = configs.step_tile(self._kind, self.batch)
+            loop = tile is not None
+            tile = tile or configs.step_tile(self._kind, self.batch)
+            slot = self.steps
+            if slot > 1:
+                states[slot].copy_(h0)
+            else:
+                states, slot = h0, 0
             hiddens = self.like.new_empty(self.batch, self.hidden) if self.projected else None
             constants = {
-                "CELL": self.cell, "PROJECTED": self.projected, "LOOP": False, "BLOCK_K": tile.depth,
-                "hiddens": hiddens,
+                "CELL": self.cell, "PROJECTED": self.projected, "LOOP": loop, "BLOCK_K": tile.depth, "hiddens": hiddens
             }  # fmt: skip
             step = self._launcher(step_kernel, self.hidden, tile, constants)
             project = self._launcher(project_kernel, self.state, tile, {"BLOCK_K": tile.depth})
-            for s in range(self.steps):
+            several = self.steps if loop else 1
+            for s in range(0, self.steps, several):
                 step(
-                    output, h_n, gates, cells, products, weight_hh, bias_ih, bias_hh, h0, c0 if s == 0 else c_n, c_n,
-                    lengths, s, s + 1, *self._sizes,
+                    output, h_n, gates, cells, products, weight_hh, bias_ih, bias_hh, states, slot,
+                    c0 if s == 0 else c_n, c_n, lengths, s, s + several, *self._sizes,
                 )  # fmt: skip
                 if self.projected:
                     project(output, h_n, hiddens, weight_hr, lengths, s, *self._sizes)
@@ -127,7 +145,7 @@ class Sequence:
         """
         kept = (gates, cells, output, h0, c0)
         with torch.cuda.device_of(self.like):
-            tile = self._loop_tile(backward=True)
+            tile, _ = self._loop_tile(backward=True)
             flow = (grad_gates, grad_h, grad_h, grad_c, grad_c, grad_output)
             if tile is not None:
                 operands = (*flow, *kept, weight_hh, lengths, self.steps - 1, -2)
