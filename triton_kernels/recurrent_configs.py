@@ -29,22 +29,29 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# kind -> tiles of one step, for the smallest batches first.
+# kind -> tiles of one step: the first whose programs are not too many. Tiles for tensor cores are wider than high:
+# the warps of a program that makes several products of one operand stand side by side.
 _STEPS = {
     "sm_80": {
-        "half": (Tile(16, 16, 128, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 4, 3)),
-        "fp32": (Tile(4, 32, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
+        "half": (Tile(16, 32, 32, 4, 4), Tile(32, 64, 32, 8, 3)),
+        "fp32": (Tile(4, 32, 32, 4, 3), Tile(32, 32, 16, 8, 3)),
+        "fp64": (Tile(16, 16, 16, 4, 3),),
+    },
+    "sm_90": {
+        "half": (Tile(16, 32, 32, 4, 4), Tile(64, 32, 64, 8, 3)),
+        "fp32": (Tile(4, 32, 32, 4, 3), Tile(32, 32, 16, 8, 3)),
         "fp64": (Tile(16, 16, 16, 4, 3),),
     },
     "gfx942": {
-        "half": (Tile(16, 16, 64, 4, 2), Tile(32, 32, 64, 4, 2), Tile(64, 32, 32, 4, 2)),
-        "fp32": (Tile(16, 16, 32, 4, 2), Tile(32, 32, 16, 4, 2)),
-        "fp64": (Tile(16, 16, 16, 4, 2),),
+        "half": (Tile(16, 32, 64, 4, 2),),
+        "fp32": (Tile(16, 32, 32, 4, 2), Tile(32, 32, 16, 4, 2)),
+        "fp64": (Tile(16, 16, 16, 4),),
     },
     # The interpreter pays per program and operation, not per element.
     "interpret": {kind: (Tile(16, 64, 64, 1),) for kind in ("half", "fp32", "fp64")},
 }
-_STEPS["sm_90"] = _STEPS["sm_120"] = _STEPS["sm_80"]
+_STEPS["sm_120"] = _STEPS["sm_80"]
+_PROGRAMS = 2 * 132  # more of them wait for each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +86,15 @@ def _loops() -> Loops:
     return _LOOPS[name]
 
 
-def step_tile(kind: str, batch: int) -> Tile:
-    """For one step of a launch of its own.
+def step_tile(kind: str, batch: int, units: int) -> Tile:
+    """For one step in a launch of its own.
 
     Args:
         kind: half, fp32 or fp64.
     """
     tiles = _STEPS[architecture()][kind]
-    return next((tile for tile in tiles if batch <= tile.rows), tiles[-1])
+    fitting = (t for t in tiles if triton.cdiv(batch, t.rows) * triton.cdiv(units, t.units) <= _PROGRAMS)
+    return next(fitting, tiles[-1])
 
 
 def loop_tile(kind: str, gates: int, hidden: int, *, backward: bool) -> tuple[Tile, bool] | None:
