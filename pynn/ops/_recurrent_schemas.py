@@ -1,7 +1,8 @@
 """Schemas and shape rules of the recurrent ops. Gradients that output_mask leaves out have 0 elements.
 
 T steps, B batch, S width of the state (hidden or projected), H hidden, G gates. input is (T, B, I), or (T, B, G * H)
-and already the product with weight_ih where that is None. gates and cells are what backward needs, of 0 elements
+and already the product with weight_ih where that is None. States are (B, width) or (1, B, width), last states and
+gradients come likewise. gates and cells are what backward needs, of 0 elements
 without `save`; gates hold 4 values per hidden unit, the state c in cells is float32 for 16-bit input.
 """
 
@@ -37,8 +38,8 @@ def _(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
     rows, state = weight_hh.shape
     return (
         input.new_empty((steps, batch, state)),
-        input.new_empty((batch, state)),
-        input.new_empty((batch, rows // 4), dtype=cx.dtype),
+        hx.new_empty(hx.shape),
+        cx.new_empty(cx.shape),
         input.new_empty((steps, batch, rows) if save else 0),
         input.new_empty((steps, batch, rows // 4) if save else 0, dtype=compute_dtype(input)),
     )
@@ -76,7 +77,7 @@ def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, save)
     hidden = weight_hh.shape[1]
     return (
         input.new_empty((steps, batch, hidden)),
-        input.new_empty((batch, hidden)),
+        hx.new_empty(hx.shape),
         input.new_empty((steps, batch, 4 * hidden) if save else 0),
     )
 
@@ -110,7 +111,7 @@ def _(
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse):
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
-    return input.new_empty((steps, batch, hidden)), input.new_empty((batch, hidden))
+    return input.new_empty((steps, batch, hidden)), hx.new_empty(hx.shape)
 
 
 @define(

@@ -1,0 +1,222 @@
+// The matrix products of recurrent layers: register tiles, packed panels of weights, and sums in one order.
+//
+// A panel is a few vectors wide: up to 24 accumulators stand in registers, rows x vectors. Every element is a sum over
+// k in chains of at most kChain fused multiply-adds, each chain started at 0 and added to what was there before. The
+// chains depend on the depth of the product alone, so neither the height of a tile nor the number of rows, nor the
+// path by which weights come - packed panels, or read where they lie - touches a bit of the result.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "vec_load.h"
+
+namespace pynn::cpu::recurrent {
+
+inline constexpr int64_t kChain = 256;
+inline constexpr int kPanelVectors = 4;
+template <class A>
+inline constexpr int64_t kPanelWidth = kPanelVectors * kLanes<A>;
+template <int NV>
+inline constexpr int kTileHeight = (kVectorRegisters == 32 ? 24 : 9) / NV;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The left operand of a product: element (r, k) is base[r * stride + k / run * run_stride + k % run].
+template <class A>
+struct LeftRows {
+  const A* base;
+  int64_t stride, run, run_stride;
+};
+
+// c[i * c_stride + :] += sum over runs r, k < length of a[r * run_stride + i * a_row + k * a_step] * b[k * b_step + :]
+// for MR rows of NV vectors; b goes on from run to run.
+template <int MR, int NV, class A>
+[[gnu::noinline]] void multiply_tile(const A* a, int64_t a_row, int64_t a_step, int64_t runs, int64_t length,
+                                     int64_t run_stride, const A* b, int64_t b_step, A* c, int64_t c_stride) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[MR][NV] = {};
+  for (; runs > 0; --runs, a += run_stride) {
+    const A *from = a, *const end = a + length * a_step;
+    for (; from != end; from += a_step, b += b_step) {
+      Vec<A> column[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) column[v] = load(b + v * L);
+      __builtin_prefetch(b + 16 * NV * L);
+      __builtin_prefetch(b + 17 * NV * L - L);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const Vec<A> value = broadcast(from[i * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[i][v] = fma(value, column[v], sum[i][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      A* to = c + i * c_stride + v * L;
+      store(to, load(to) + sum[i][v]);
+    }
+  }
+}
+
+template <int NV, class A, int... I>
+inline constexpr auto make_tiles(std::integer_sequence<int, I...>) {
+  return std::array<decltype(&multiply_tile<1, NV, A>), sizeof...(I)>{&multiply_tile<I + 1, NV, A>...};
+}
+template <int NV, class A>
+inline constexpr auto kTiles = make_tiles<NV, A>(std::make_integer_sequence<int, kTileHeight<NV>>{});
+
+// Calls body(first, height) for tiles of about the same height.
+template <int NV, class Body>
+inline void each_tile(int64_t rows, const Body& body) {
+  const int64_t tiles = ceil_div(rows, kTileHeight<NV>);
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int64_t height = rows / tiles + (t < rows % tiles);
+    body(first, height);
+    first += height;
+  }
+}
+
+// One panel: c[r * c_stride + :] += sum over k < depth of a(r, k) * b[k * NV * L + :] for `rows` rows.
+template <int NV, class A>
+void multiply(const LeftRows<A>& a, int64_t depth, const A* b, int64_t rows, A* c, int64_t c_stride) {
+  constexpr int64_t width = NV * kLanes<A>;
+  const int64_t runs = a.run < kChain ? kChain / a.run : 1, chain = a.run < kChain ? runs * a.run : kChain;
+  for (int64_t k = 0; k < depth; k += chain, b += chain * width) {
+    const int64_t count = std::min(chain, depth - k), length = a.run < kChain ? a.run : count;
+    const A* from = a.base + (a.run < kChain ? k / a.run * a.run_stride : k);
+    each_tile<NV>(rows, [&](int64_t first, int64_t height) {
+      kTiles<NV, A>[height - 1](from + first * a.stride, a.stride, 1, count / length, length, a.run_stride, b, width,
+                                c + first * c_stride, c_stride);
+    });
+  }
+}
+
+// One panel of a weight gradient: c[i * NV * L + :] += sum over r < rows of a[r * L + i] * b[r * b_step + :], i < count.
+template <int NV, class A>
+void multiply_outer(const A* a, int64_t count, const A* b, int64_t b_step, int64_t rows, A* c) {
+  constexpr int64_t L = kLanes<A>, width = NV * L;
+  each_tile<NV>(count, [&](int64_t first, int64_t height) {
+    kTiles<NV, A>[height - 1](a + first, 1, L, 1, rows, 0, b, b_step, c + first * width, width);
+  });
+}
+
+// a0 b0 a1 b1 ... of the low or the high halves.
+template <class V, int... I>
+PYNN_HD V interleave(V a, V b, int first, std::integer_sequence<int, I...>) {
+  constexpr int half = sizeof...(I) / 2;
+  return first ? __builtin_shufflevector(a, b, (half + I / 2 + (I & 1) * 2 * half)...)
+               : __builtin_shufflevector(a, b, (I / 2 + (I & 1) * 2 * half)...);
+}
+// L vectors of L lanes, in place.
+template <class A>
+PYNN_HD void transpose(Vec<A> (&x)[kLanes<A>]) {
+  constexpr int L = kLanes<A>;
+  constexpr auto lanes = std::make_integer_sequence<int, L>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Vec<A> y[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      y[2 * i] = interleave(x[i], x[i + L / 2], 0, lanes);
+      y[2 * i + 1] = interleave(x[i], x[i + L / 2], 1, lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) x[i] = y[i];
+  }
+}
+
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> load_some(const T* from, int64_t count) {
+  if (count >= kComputeLanes<T>) [[likely]]
+    return load_compute(from);
+  return load_part(from, count, accumulate_t<T>(0));
+}
+template <class T>
+PYNN_HD void store_some(T* to, int64_t count, Vec<accumulate_t<T>> v) {
+  if (count >= kComputeLanes<T>) [[likely]]
+    store_compute(to, v);
+  else
+    store_part(to, count, v);
+}
+
+// Which rows of a weight matrix are the columns of a panel: vector v holds rows first[v] to first[v] + count[v].
+struct PanelRows {
+  int64_t first[kPanelVectors], count[kPanelVectors];
+};
+
+// Columns k to k + L of one vector's rows, as vectors over the rows; 0 outside.
+template <class T>
+PYNN_HD void load_transposed(const T* w, int64_t depth, int64_t count, int64_t k,
+                             Vec<accumulate_t<T>> (&x)[kComputeLanes<T>]) {
+  constexpr int L = kComputeLanes<T>;
+  if (count >= L && k + L <= depth) [[likely]] {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) x[i] = load_compute(w + i * depth + k);
+  } else {
+    for (int i = 0; i < L; ++i)
+      x[i] = i < count ? load_some(w + i * depth + k, depth - k) : Vec<accumulate_t<T>>{};
+  }
+  transpose<accumulate_t<T>>(x);
+}
+
+// A panel of the transpose of w, (rows, depth): to[k][v * L + lane] = w[first[v] + lane][k].
+template <int NV, class T>
+[[gnu::noinline]] void pack_transposed(const T* w, int64_t depth, const PanelRows& rows, accumulate_t<T>* to) {
+  constexpr int L = kComputeLanes<T>;
+  for (int64_t k = 0; k < depth; k += L)
+    for (int v = 0; v < NV; ++v) {
+      Vec<accumulate_t<T>> x[L];
+      load_transposed(w + rows.first[v] * depth, depth, rows.count[v], k, x);
+      for (int64_t j = 0; j < std::min<int64_t>(L, depth - k); ++j) store(to + ((k + j) * NV + v) * L, x[j]);
+    }
+}
+
+// The product of multiply() with weights where they lie, for MR rows: faster than packing what is used once.
+template <int NV, int MR, class T, class A = accumulate_t<T>>
+[[gnu::noinline]] void multiply_in_place(const A* a, int64_t a_stride, int64_t depth, const T* w, const PanelRows& rows,
+                                         A* c, int64_t c_stride) {
+  constexpr int L = kLanes<A>;
+  for (int64_t begin = 0; begin < depth; begin += kChain) {
+    Vec<A> sum[MR][NV] = {};
+    const int64_t end = std::min(begin + kChain, depth);
+    for (int64_t k = begin; k < end; k += L) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        Vec<A> x[L];
+        load_transposed(w + rows.first[v] * depth, depth, rows.count[v], k, x);
+        if (k + L <= end) [[likely]] {
+#pragma GCC unroll 16
+          for (int j = 0; j < L; ++j)
+            for (int i = 0; i < MR; ++i) sum[i][v] = fma(broadcast(a[i * a_stride + k + j]), x[j], sum[i][v]);
+        } else {
+          for (int j = 0; j < end - k; ++j)
+            for (int i = 0; i < MR; ++i) sum[i][v] = fma(broadcast(a[i * a_stride + k + j]), x[j], sum[i][v]);
+        }
+      }
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < NV; ++v) store(c + i * c_stride + v * L, load(c + i * c_stride + v * L) + sum[i][v]);
+  }
+}
+
+// A panel of w, (depth, columns), itself: to[:] = w[k][first ...] for `count` columns, 0 after them.
+template <class T>
+PYNN_HD void pack_row(const T* from, int64_t count, accumulate_t<T>* to) {
+  constexpr int L = kComputeLanes<T>;
+  for (int v = 0; v < kPanelVectors; ++v)
+    store(to + v * L, count > v * L ? load_some(from + v * L, count - v * L) : Vec<accumulate_t<T>>{});
+}
+
+// Converts `count` values, and fills with 0 up to a whole number of vectors.
+template <class T>
+PYNN_HD void convert(const T* from, int64_t count, accumulate_t<T>* to) {
+  constexpr int L = kComputeLanes<T>;
+  for (int64_t i = 0; i < count; i += L) store(to + i, load_some(from + i, count - i));
+}
+
+}  // namespace pynn::cpu::recurrent
