@@ -13,32 +13,41 @@ import triton
 
 from .conv2d_configs import architecture
 
+_REGISTERS = 255
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Rows of the batch, units, length of a step of the product, and how a program is run."""
+    """Rows of the batch, units, length of a step of the product, and how a program is run.
+
+    Args:
+        free: a thread may take all the registers it can have. Without this ptxas saves some for more programs, to the
+            point of spilling; but steps wait for each other, so there are few programs.
+    """
 
     rows: int
     units: int
     depth: int
     num_warps: int
     num_stages: int = 1
+    free: bool = False
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": _REGISTERS} if self.free and architecture().startswith("sm_") else {})
 
 
 # kind -> tiles of one step: the first whose programs are not too many. Tiles for tensor cores are wider than high:
 # the warps of a program that makes several products of one operand stand side by side.
 _STEPS = {
     "sm_80": {
-        "half": (Tile(16, 32, 32, 4, 4), Tile(32, 64, 32, 8, 3)),
+        "half": (Tile(16, 32, 32, 4, 4, free=True), Tile(32, 64, 32, 8, 3)),
         "fp32": (Tile(4, 32, 32, 4, 3), Tile(32, 32, 16, 8, 3)),
         "fp64": (Tile(16, 16, 16, 4, 3),),
     },
     "sm_90": {
-        "half": (Tile(16, 32, 32, 4, 4), Tile(64, 32, 64, 8, 3)),
+        "half": (Tile(16, 32, 32, 4, 4, free=True), Tile(64, 32, 64, 8, 3)),
         "fp32": (Tile(4, 32, 32, 4, 3), Tile(32, 32, 16, 8, 3)),
         "fp64": (Tile(16, 16, 16, 4, 3),),
     },
@@ -86,13 +95,16 @@ def _loops() -> Loops:
     return _LOOPS[name]
 
 
-def step_tile(kind: str, batch: int, units: int) -> Tile:
+def step_tile(kind: str, batch: int, units: int, packed: bool) -> Tile:
     """For one step in a launch of its own.
 
     Args:
         kind: half, fp32 or fp64.
+        packed: rows are made of 16 bytes. Others are read element by element, and each takes an address.
     """
     tiles = _STEPS[architecture()][kind]
+    if not packed:
+        return dataclasses.replace(tiles[0], depth=16, num_stages=1)
     fitting = (t for t in tiles if triton.cdiv(batch, t.rows) * triton.cdiv(units, t.units) <= _PROGRAMS)
     return next(fitting, tiles[-1])
 
@@ -107,6 +119,7 @@ def loop_tile(kind: str, gates: int, hidden: int, *, backward: bool) -> tuple[Ti
         kept = gates * units * units * 2
         full = kept > 96 << 10
         warps = 2 * loops.num_warps if full and loops.num_warps > 1 else loops.num_warps
-        return (Tile(16, units, 0, warps), not full) if kept <= loops.resident else None
+        return (Tile(16, units, 0, warps, free=not full), not full) if kept <= loops.resident else None
     depth = 2 * loops.depth if backward and kind == "fp32" else loops.depth
-    return (Tile(loops.rows, units, depth, loops.num_warps), False) if hidden <= loops.most[kind] else None
+    tile = Tile(loops.rows, units, depth, loops.num_warps, free=True)
+    return (tile, False) if hidden <= loops.most[kind] else None

@@ -111,7 +111,7 @@ class Sequence:
                 )  # fmt: skip
                 return
             loop = tile is not None
-            tile = tile or configs.step_tile(self._kind, self.batch, self.hidden)
+            tile = tile or configs.step_tile(self._kind, self.batch, self.hidden, self._pack > 1)
             slot = self.steps
             if slot > 1:
                 states[slot].copy_(h0)
@@ -156,7 +156,7 @@ class Sequence:
                     launch = self._launcher(resident_bwd_kernel, self.hidden, tile, {"CELL": self.cell})
                     launch(*operands, *self._sizes[:3])
                 return
-            tile = configs.step_tile(self._kind, self.batch, self.hidden)
+            tile = configs.step_tile(self._kind, self.batch, self.hidden, self._pack > 1)
             constants = {"CELL": self.cell, "LOOP": False, "BLOCK_K": tile.depth}
             if not self.projected:
                 step = self._launcher(step_bwd_kernel, self.hidden, tile, constants)
