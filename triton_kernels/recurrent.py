@@ -50,15 +50,20 @@ def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _matrix(state: torch.Tensor) -> torch.Tensor:
+    """(batch, width) of a state that torch.nn shapes (1, batch, width), contiguous."""
+    return state.reshape(state.shape[-2:]).contiguous()
+
+
 def _forward(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, save):
     sequence = _sequence(cell, input, weight_hh, weight_hr, reverse)
     steps, batch, hidden = sequence.steps, sequence.batch, sequence.hidden
     save = save and sequence.saved > 0
     states = sequence.new_states()
-    output = states[:steps]
+    output = states.new_empty(0).set_(states.untyped_storage(), 0, (steps, *states.shape[1:]), states.stride())
     gates = input.new_empty((steps, batch, 4 * hidden) if save else 0)
     cells = sequence.wide(*((steps, batch, hidden) if save and cell == LSTM else (0,)))
-    c_n = None if cx is None else sequence.wide(batch, hidden)
+    c_n = None if cx is None else sequence.wide(*cx.shape)
     if not batch * steps or not hidden:
         return output, hx.clone(), None if cx is None else cx.clone(), gates, cells
     if lengths is None:
@@ -71,8 +76,8 @@ def _forward(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight
         products = _product(products.flatten(0, 1), weight_ih.t())
     sequence.forward(
         states, h_n, c_n, gates if save else None, cells if save and cell == LSTM else None, products,
-        _dense(weight_hh), _dense(bias_ih), _dense(bias_hh), _dense(weight_hr), hx.contiguous(),
-        None if cx is None else cx.to(sequence.compute).contiguous(), _dense(lengths),
+        _dense(weight_hh), _dense(bias_ih), _dense(bias_hh), _dense(weight_hr), _matrix(hx),
+        None if cx is None else _matrix(cx).to(sequence.compute), _dense(lengths),
     )  # fmt: skip
     return output, h_n, None if cx is None else c_n.to(cx.dtype), gates, cells
 
@@ -124,7 +129,7 @@ def gru_bwd(
 
     grad_input, grad_weight_ih = empty, empty
     if for_input and weight_ih is None:
-        grad_input = torch.cat((of_input[:, hidden:], of_input[:, :hidden]), 1).view_as(input)
+        grad_input = torch._unsafe_view(torch.cat((of_input[:, hidden:], of_input[:, :hidden]), 1), input.shape)
     elif for_input:
         n_first = torch.cat((weight_ih[2 * hidden :], weight_ih[: 2 * hidden]))
         grad_input = _input_gradient(of_input, n_first, input)
@@ -136,8 +141,8 @@ def gru_bwd(
         grad_h.to(hx.dtype),
         grad_weight_ih,
         _product(of_hidden.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else empty,
-        empty if sums is None or bias_ih is None else gate_order(sums[: 3 * hidden]),
-        empty if sums is None or bias_hh is None else sums[hidden:].clone(),
+        empty if sums is None else gate_order(sums[: 3 * hidden]),
+        empty if sums is None else sums[hidden:].clone(),
     )
 
 
@@ -172,21 +177,21 @@ def _steps_back(
     """
     steps, batch, hidden, state = sequence.steps, sequence.batch, sequence.hidden, sequence.state
 
-    def flowing(grad: torch.Tensor | None, width: int) -> torch.Tensor:
+    def flowing(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         if grad is None:
-            return sequence.wide(batch, width).zero_()
+            return sequence.wide(*like.shape).zero_()
         return grad.to(sequence.compute, copy=True, memory_format=torch.contiguous_format)
 
     create = output.new_empty if lengths is None else output.new_zeros
     grad_gates = create(steps, batch, max(sequence.saved, 1) * hidden)
-    grad_h = flowing(grad_h_n, state)
-    grad_c = None if cx is None else flowing(grad_c_n, hidden)
+    grad_h = flowing(grad_h_n, hx)
+    grad_c = None if cx is None else flowing(grad_c_n, cx)
     grad_states = create(steps, batch, state) if sequence.projected else None
     hiddens = create(steps, batch, hidden) if sequence.projected else None
     if grad_gates.numel():
         sequence.backward(
             grad_gates, grad_states, hiddens, grad_h, grad_c, _dense(grad_output), _dense(gates), _dense(cells),
-            output.contiguous(), hx.contiguous(), None if cx is None else cx.to(sequence.compute).contiguous(),
+            output.contiguous(), _matrix(hx), None if cx is None else _matrix(cx).to(sequence.compute),
             weight_hh.contiguous(), _dense(weight_hr), _dense(lengths),
         )  # fmt: skip
     return grad_gates.flatten(0, 1), grad_h, grad_c, grad_states, hiddens
@@ -194,12 +199,13 @@ def _steps_back(
 
 def _states_before(output, hx, lengths, reverse) -> torch.Tensor:
     """(steps, batch, state): h before each step, where a row is alive."""
+    hx = _matrix(hx)[None]
     if not reverse:
-        return torch.cat((hx[None], output[:-1]))
-    states = torch.cat((output[1:], hx[None]))
+        return torch.cat((hx, output[:-1]))
+    states = torch.cat((output[1:], hx))
     if lengths is not None:
-        first = (lengths.clamp(max=output.shape[0]) - 1).clamp(min=0)[None, :, None].expand(1, *hx.shape)
-        states.scatter_(0, first, hx[None])
+        first = (lengths.clamp(max=output.shape[0]) - 1).clamp(min=0)[None, :, None].expand(hx.shape)
+        states.scatter_(0, first, hx)
     return states
 
 
@@ -219,7 +225,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _input_gradient(d, weight_ih, input) -> torch.Tensor:
-    return d.view_as(input) if weight_ih is None else _product(d, weight_ih).view_as(input)
+    return torch._unsafe_view(d if weight_ih is None else _product(d, weight_ih), input.shape)
 
 
 def _sum(d: torch.Tensor) -> torch.Tensor:
