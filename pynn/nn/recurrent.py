@@ -13,7 +13,10 @@ from ..ops.recurrent import apply_gru, apply_lstm, apply_rnn
 
 
 class _Sequence(torch.nn.RNNBase):
-    """What LSTM, GRU and RNN share: layers, directions, layouts, packed sequences. States travel as tuples."""
+    """What LSTM, GRU and RNN share: layers, directions, layouts, packed sequences. States travel as tuples.
+
+    The layers are torch.nn.RNNBase, but not torch.nn.LSTM, GRU and RNN: torch.compile refuses whatever is one of those.
+    """
 
     # Whether hx is a pair (h, c), the number of weights of a layer without projection, the name in messages.
     _pair = False
@@ -184,7 +187,7 @@ class _Sequence(torch.nn.RNNBase):
         raise NotImplementedError
 
 
-class LSTM(_Sequence, torch.nn.LSTM):
+class LSTM(_Sequence):
     """torch.nn.LSTM computed by pynn.ops.lstm; also takes `lengths`, and stops each row at its own.
 
     Args:
@@ -196,12 +199,15 @@ class LSTM(_Sequence, torch.nn.LSTM):
 
     _pair, _name = True, "LSTM"
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         h, c = states
         return apply_lstm(input, h, c, weights, lengths, reverse)[:3]
 
 
-class GRU(_Sequence, torch.nn.GRU):
+class GRU(_Sequence):
     """torch.nn.GRU computed by pynn.ops.gru; also takes `lengths`, and stops each row at its own.
 
     Args:
@@ -213,11 +219,16 @@ class GRU(_Sequence, torch.nn.GRU):
 
     _name = "GRU"
 
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         return apply_gru(input, states[0], weights[:4], lengths, reverse)[:2]
 
 
-class RNN(_Sequence, torch.nn.RNN):
+class RNN(_Sequence):
     """torch.nn.RNN computed by pynn.ops.rnn; also takes `lengths`, and stops each row at its own.
 
     Args:
@@ -228,6 +239,15 @@ class RNN(_Sequence, torch.nn.RNN):
     """
 
     _name = "RNN"
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
+        self.nonlinearity = nonlinearity
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         return apply_rnn(input, states[0], weights[:4], lengths, self.mode == "RNN_RELU", reverse)
