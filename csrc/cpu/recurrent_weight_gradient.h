@@ -23,9 +23,10 @@ inline void add_outer(const A* left, int64_t capacity, int64_t columns, const A*
                        to + column * NV * L);
 }
 
-// to[first[v] + lane][column] = from[column][v * L + lane]
+// to[(first[v] + lane) * stride + column] = from[column][v * L + lane]
 template <int NV, class T>
-[[gnu::noinline]] void put_transposed(const accumulate_t<T>* from, int64_t columns, const PanelRows& rows, T* to) {
+[[gnu::noinline]] void put_transposed(const accumulate_t<T>* from, int64_t columns, const PanelRows& rows, T* to,
+                                      int64_t stride) {
   constexpr int L = kComputeLanes<T>;
   for (int64_t column = 0; column < columns; column += L)
     for (int v = 0; v < NV && rows.count[v] > 0; ++v) {
@@ -34,7 +35,7 @@ template <int NV, class T>
         x[j] = column + j < columns ? load(from + ((column + j) * NV + v) * L) : Vec<accumulate_t<T>>{};
       transpose<accumulate_t<T>>(x);
       for (int64_t i = 0; i < rows.count[v]; ++i)
-        store_some(to + (rows.first[v] + i) * columns + column, columns - column, x[i]);
+        store_some(to + (rows.first[v] + i) * stride + column, columns - column, x[i]);
     }
 }
 
