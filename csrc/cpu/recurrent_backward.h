@@ -46,9 +46,10 @@ class BackwardPass {
     packed_hh_ = arena.take<A>(ready_hh_ ? state_panels_ * depth_ * kWidth : 0);
     packed_ih_ = arena.take<A>(single_ ? 0 : input_panels_ * depth_ * kWidth);
     packed_hr_ = arena.take<A>(hidden_panels_ * state_panels_ * kWidth * kWidth);
-    sum_ih_ = arena.take<A>(single_ ? 0 : depth_ * shape.input);
-    sum_hh_ = arena.take<A>(single_ ? 0 : depth_ * shape.state);
-    sum_hr_ = arena.take<A>(hidden_panels_ ? state_panels_ * kWidth * shape.hidden : 0);
+    const int64_t weights = gates_of(kCell) * shape.hidden;
+    weight_ih_ = {call.grad_weight_ih, weights, shape.input, true, arena};
+    weight_hh_ = {call.grad_weight_hh, weights, shape.state, true, arena};
+    weight_hr_ = {call.grad_weight_hr, shape.state, shape.hidden, shape.projected, arena};
     sum_bias_ = arena.take<A>(panels_ * kWidth);
     gradients_[0] = arena.take<A>(panels_ * capacity_ * kWidth);
     gradients_[1] = single_ ? gradients_[0] : arena.take<A>(panels_ * capacity_ * kWidth);
@@ -57,9 +58,9 @@ class BackwardPass {
     hiddens_ = arena.take<A>(hidden_panels_ * rows_ * kWidth);
     cell_ = arena.take<A>(kCell == Cell::lstm ? rows_ * panels_ * L : 0);
     through_ = arena.take<A>(kCell == Cell::gru ? rows_ * panels_ * L : 0);
-    left_input_ = arena.take<A>(round_up(shape.input, L) * capacity_);
-    left_state_ = arena.take<A>(round_up(shape.state, L) * capacity_);
-    left_hidden_ = arena.take<A>(hidden_panels_ ? round_up(shape.hidden, L) * capacity_ : 0);
+    left_input_ = arena.take<A>(input_panels_ * capacity_ * kWidth);
+    left_state_ = arena.take<A>(state_panels_ * capacity_ * kWidth);
+    left_hidden_ = arena.take<A>(hidden_panels_ * capacity_ * kWidth);
     offsets_ = arena.take<int64_t>(capacity_ + 1);
     bytes_ = arena.used;
   }
@@ -91,15 +92,7 @@ class BackwardPass {
       for (int64_t k = 0; k < state_panels_ * kWidth; ++k)
         pack_row(call_.weights.hr + k * shape_.hidden + p * kWidth, k < shape_.state ? shape_.hidden - p * kWidth : 0,
                  packed_hr_ + (p * state_panels_ * kWidth + k) * kWidth);
-    std::fill_n(sum_ih_, call_.grad_weight_ih && !single_ ? depth_ * shape_.input : 0, A(0));
-    std::fill_n(sum_hh_, call_.grad_weight_hh && !single_ ? depth_ * shape_.state : 0, A(0));
-    std::fill_n(sum_hr_, call_.grad_weight_hr ? state_panels_ * kWidth * shape_.hidden : 0, A(0));
     std::fill_n(sum_bias_, panels_ * kWidth, A(0));
-    if (single_ && (shape_.batch == 0 || schedule_.lengths[0] == 0)) {  // no chunk at all
-      const int64_t weights = gates_of(shape_.cell) * shape_.hidden;
-      if (call_.grad_weight_ih) std::fill_n(call_.grad_weight_ih, weights * shape_.input, T{});
-      if (call_.grad_weight_hh) std::fill_n(call_.grad_weight_hh, weights * shape_.state, T{});
-    }
   }
   // Panels of columns of a weight, its rows in the order of the pre-activations' gradients.
   void pack(const T* weight, int64_t columns, int64_t count, bool of_hidden, A* packed) const {
@@ -237,7 +230,7 @@ class BackwardPass {
           const Vec<A> cell = load_some(call_.cells + row * hidden + unit, count);
           const Vec<A> state = lstm_backward<T>(load(grad + v * L), gates, cell, load_some(from + unit, count),
                                                 cell_ + j * panels_ * L + unit, to);
-          if (shape_.projected) store(left_hidden_ + (unit / L * capacity_ + offset + j) * L, state);
+          if (shape_.projected) store(left_hidden_ + (panel * capacity_ + offset + j) * kWidth + v * L, state);
         }
       }
     }
@@ -246,50 +239,41 @@ class BackwardPass {
   // The rows of the input and of the previous state, as the weight gradients read them.
   void keep_left_rows(int64_t s, int64_t first, int64_t from, int64_t rows, int64_t offset) {
     const auto keep = [&](const T* row, int64_t size, A* to) {
-      for (int64_t k = 0; k < size; k += L) store(to + k * capacity_, load_some(row + k, size - k));
+      for (int64_t k = 0; k < size; k += kWidth) pack_row(row + k, size - k, to + k * capacity_);
     };
     for (int64_t j = from; j < from + rows; ++j) {
       const int64_t place = first + j, size = shape_.state;
-      if (call_.grad_weight_ih)
-        keep(call_.input + schedule_.row(s, place) * shape_.input, shape_.input, left_input_ + (offset + j) * L);
-      if (call_.grad_weight_hh)
+      if (weight_ih_.wanted())
+        keep(call_.input + schedule_.row(s, place) * shape_.input, shape_.input, left_input_ + (offset + j) * kWidth);
+      if (weight_hh_.wanted())
         keep(s > 0 ? call_.output + schedule_.row(s - 1, place) * size : call_.h0 + schedule_.order[place] * size, size,
-             left_state_ + (offset + j) * L);
+             left_state_ + (offset + j) * kWidth);
     }
   }
 
+  // A chunk's part of the gradients of weights and biases.
   void add_weights(int64_t rows) {
-    const int64_t width = (call_.grad_weight_ih ? shape_.input : 0) + (call_.grad_weight_hh ? shape_.state : 0);
+    const bool first = none_;
+    none_ = false;
+    const int64_t width = (weight_ih_.wanted() ? shape_.input : 0) + (weight_hh_.wanted() ? shape_.state : 0);
     each_panels(true, panels_, rows * P::kProduct * width, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const A* const from = gradients_[0] + p * capacity_ * kWidth;
         if (call_.grad_bias_ih || call_.grad_bias_hh) add_rows(from, rows, sum_bias_ + p * kWidth);
-        if (call_.grad_weight_ih)
-          add_weight(p, false, left_input_, shape_.input, from, rows, sum_ih_, call_.grad_weight_ih);
-        if (call_.grad_weight_hh)
-          add_weight(p, true, left_state_, shape_.state, from + P::kHiddenOffset, rows, sum_hh_, call_.grad_weight_hh);
+        if (weight_ih_.wanted())
+          weight_ih_.template add<P::kVectors>(from, P::rows(p, shape_.hidden, false), left_input_, capacity_, rows,
+                                               first);
+        if (weight_hh_.wanted())
+          weight_hh_.template add<P::kVectors>(from + P::kHiddenOffset, P::rows(p, shape_.hidden, true), left_state_,
+                                               capacity_, rows, first);
       }
     });
-    if (!call_.grad_weight_hr) return;
+    if (!weight_hr_.wanted()) return;
     each_panels(true, state_panels_, rows * kWidth * shape_.hidden, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        add_outer<4>(left_hidden_, capacity_, shape_.hidden, states_ + p * state_rows_ * kWidth, rows,
-                     sum_hr_ + p * shape_.hidden * kWidth);
+        weight_hr_.template add<kPanelVectors>(states_ + p * state_rows_ * kWidth, plain_rows<A>(p, shape_.state),
+                                               left_hidden_, capacity_, rows, first);
     });
-  }
-
-  // A chunk's part of the gradient of a weight's panel; all of it, and so the end of it, where there is a single chunk.
-  void add_weight(int64_t panel, bool of_hidden, const A* left, int64_t columns, const A* right, int64_t rows, A* sums,
-                  T* to) const {
-    if (!single_)
-      return add_outer<P::kVectors>(left, capacity_, columns, right, rows, sums + panel * columns * P::kProduct);
-    const PanelRows places = P::rows(panel, shape_.hidden, of_hidden);
-    for (int64_t column = 0; column < columns; column += kWidth) {
-      const int64_t count = std::min(kWidth, columns - column);
-      alignas(64) A part[kWidth * P::kProduct] = {};
-      add_outer<P::kVectors>(left + column * capacity_, capacity_, count, right, rows, part);
-      put_transposed<P::kVectors>(part, count, places, to + column, columns);
-    }
   }
 
   // Calls body(r, row) for the rows of a chunk.
@@ -344,24 +328,15 @@ class BackwardPass {
   }
 
   void finish_weights() {
-    const int64_t hidden = shape_.hidden;
-    each_panels(true, panels_, (shape_.input + shape_.state) * kWidth * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const PanelRows input = P::rows(p, hidden, false), state = P::rows(p, hidden, true);
-        const A* const bias = sum_bias_ + p * kWidth;
-        if (call_.grad_bias_ih) put_transposed<P::kVectors>(bias, 1, input, call_.grad_bias_ih, 1);
-        if (call_.grad_bias_hh) put_transposed<P::kVectors>(bias + P::kHiddenOffset, 1, state, call_.grad_bias_hh, 1);
-        if (call_.grad_weight_ih && !single_)
-          put_transposed<P::kVectors>(sum_ih_ + p * shape_.input * P::kProduct, shape_.input, input,
-                                      call_.grad_weight_ih, shape_.input);
-        if (call_.grad_weight_hh && !single_)
-          put_transposed<P::kVectors>(sum_hh_ + p * shape_.state * P::kProduct, shape_.state, state,
-                                      call_.grad_weight_hh, shape_.state);
-      }
-    });
-    for (int64_t p = 0; call_.grad_weight_hr && p < state_panels_; ++p)
-      put_transposed<4>(sum_hr_ + p * hidden * kWidth, hidden, plain_rows<A>(p, shape_.state), call_.grad_weight_hr,
-                        hidden);
+    const auto put = [&](const A* sums, const PanelRows& places, T* to) {
+      for (int v = 0; to && v < P::kVectors && places.count[v] > 0; ++v)
+        store_some(to + places.first[v], places.count[v], load(sums + v * L));
+    };
+    for (int64_t p = 0; p < panels_; ++p) {
+      put(sum_bias_ + p * kWidth, P::rows(p, shape_.hidden, false), call_.grad_bias_ih);
+      put(sum_bias_ + p * kWidth + P::kHiddenOffset, P::rows(p, shape_.hidden, true), call_.grad_bias_hh);
+    }
+    for (const auto* weight : {&weight_ih_, &weight_hh_, &weight_hr_}) weight->finish(none_);
   }
 
   const RecurrentBackward<T>& call_;
@@ -370,11 +345,13 @@ class BackwardPass {
   const bool single_, ready_hh_;  // all rows are one chunk; weight_hh is packed for several products
   int64_t state_rows_;
   Schedule schedule_;
-  A *packed_hh_, *packed_ih_, *packed_hr_, *sum_ih_, *sum_hh_, *sum_hr_, *sum_bias_;
+  A *packed_hh_, *packed_ih_, *packed_hr_, *sum_bias_;
+  WeightGradient<T> weight_ih_, weight_hh_, weight_hr_;
+  bool none_ = true;                            // no chunk has added to the weight gradients yet
   A* gradients_[2];                             // of the pre-activations, [panel][row of the chunk][kWidth]
   A *states_, *hiddens_;                        // gradients of h and, with a projection, of what it projects
   A *cell_, *through_;                          // of c, and of h past the gates: what a step hands to the one before
-  A *left_input_, *left_state_, *left_hidden_;  // [vector of columns][row of the chunk][L]
+  A *left_input_, *left_state_, *left_hidden_;  // panels of the rows that the weights multiplied
   int64_t* offsets_;                            // (steps of the chunk + 1): where the rows of a step begin
   int64_t bytes_;
 };
