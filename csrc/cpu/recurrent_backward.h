@@ -67,6 +67,10 @@ class BackwardPass {
   }
 
  private:
+  // Threads that share the rows of a recurrence among them; with one, the threads share the panels of each product.
+  static int64_t threads_of(int64_t rows) {
+    return std::min<int64_t>(torch::stable::get_num_threads(), rows / kThreadRows);
+  }
   bool wants_input() const { return call_.grad_input && call_.weights.ih; }
 
   void prepare() {
@@ -75,31 +79,52 @@ class BackwardPass {
         for (int64_t t = schedule_.lengths[j]; t < shape_.steps; ++t)
           memset(static_cast<void*>(call_.grad_input + (t * shape_.batch + schedule_.order[j]) * shape_.input), 0,
                  size_t(shape_.input) * sizeof(T));
-    pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
-    if (wants_input()) pack(call_.weights.ih, shape_.input, input_panels_, false, packed_ih_);
+    const int64_t steps = shape_.batch > 0 ? schedule_.lengths[0] : 0;
+    int64_t rows = 0;
+    for (int64_t s = 0; s < steps; ++s) rows += schedule_.alive[s];
+    single_ = rows > 0 && rows <= capacity_ && shape_.batch <= rows_;
+    ready_hh_ = steps > 1 || shape_.batch > rows_ || threads_of(rows_) > 1;
+    if (ready_hh_) pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
+    if (wants_input() && !single_) pack(call_.weights.ih, shape_.input, input_panels_, false, packed_ih_);
     for (int64_t p = 0; p < hidden_panels_; ++p)
       for (int64_t k = 0; k < state_panels_ * kWidth; ++k)
         pack_row(call_.weights.hr + k * shape_.hidden + p * kWidth, k < shape_.state ? shape_.hidden - p * kWidth : 0,
                  packed_hr_ + (p * state_panels_ * kWidth + k) * kWidth);
-    std::fill_n(sum_ih_, call_.grad_weight_ih ? depth_ * shape_.input : 0, A(0));
-    std::fill_n(sum_hh_, call_.grad_weight_hh ? depth_ * shape_.state : 0, A(0));
+    std::fill_n(sum_ih_, call_.grad_weight_ih && !single_ ? depth_ * shape_.input : 0, A(0));
+    std::fill_n(sum_hh_, call_.grad_weight_hh && !single_ ? depth_ * shape_.state : 0, A(0));
     std::fill_n(sum_hr_, call_.grad_weight_hr ? state_panels_ * kWidth * shape_.hidden : 0, A(0));
     std::fill_n(sum_bias_, panels_ * kWidth, A(0));
   }
   // Panels of columns of a weight, its rows in the order of the pre-activations' gradients.
   void pack(const T* weight, int64_t columns, int64_t count, bool of_hidden, A* packed) const {
     each_panels(true, count, depth_ * kWidth * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        A* to = packed + p * depth_ * kWidth;
-        for (int64_t q = 0; q < panels_; ++q) {
-          const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
-          for (int v = 0; v < P::kVectors; ++v)
-            for (int64_t i = 0; i < L; ++i, to += kWidth)
-              pack_row(weight + (rows.first[v] + i) * columns + p * kWidth,
-                       i < rows.count[v] ? columns - p * kWidth : 0, to);
-        }
-      }
+      for (int64_t p = begin; p < end; ++p)
+        pack_block(weight, columns, p, of_hidden, 0, panels_, packed + p * depth_ * kWidth);
     });
+  }
+  // Columns of a panel; rows of the panels begin to end of the pre-activations.
+  void pack_block(const T* weight, int64_t columns, int64_t panel, bool of_hidden, int64_t begin, int64_t end,
+                  A* to) const {
+    for (int64_t q = begin; q < end; ++q) {
+      const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
+      for (int v = 0; v < P::kVectors; ++v)
+        for (int64_t i = 0; i < L; ++i, to += kWidth)
+          pack_row(weight + (rows.first[v] + i) * columns + panel * kWidth,
+                   i < rows.count[v] ? columns - panel * kWidth : 0, to);
+    }
+  }
+  // sums[r] += gradients[r] weight, for a panel of columns. `spare` is where parts that are not packed may go.
+  void product(const T* weight, int64_t columns, bool of_hidden, const A* packed, bool ready, int64_t panel, A* spare,
+               const A* gradients, int64_t rows, A* sums) const {
+    const LeftRows<A> left{gradients, kWidth, P::kProduct, capacity_ * kWidth};
+    if (ready) return multiply<4>(left, depth_, packed + panel * depth_ * kWidth, rows, sums, kWidth);
+    multiply_blocks<4>(
+        left, depth_,
+        [&](int64_t k, int64_t count) {
+          pack_block(weight, columns, panel, of_hidden, k / P::kProduct, (k + count) / P::kProduct, spare);
+          return spare;
+        },
+        rows, sums, kWidth);
   }
 
   // All steps of the rows at places first to last.
@@ -110,7 +135,7 @@ class BackwardPass {
       std::fill_n(to, panels_ * L, A(0));
       if (call_.grad_c_n) convert(call_.grad_c_n + schedule_.order[first + j] * shape_.hidden, shape_.hidden, to);
     }
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), rows / kThreadRows);
+    const int64_t threads = threads_of(rows);
     const auto each_part = [&](const auto& body) {
       if (threads <= 1) return body(int64_t(0), rows, true);
       parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
@@ -138,7 +163,8 @@ class BackwardPass {
   }
 
   // The gradients of the states of one step, or with s = -1 of h0, for a panel of units of the rows from .. from + rows.
-  A* state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset, const A* next) {
+  A* state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset, const A* next,
+                    A* spare) {
     const int64_t rows = (s < 0 ? to - from : schedule_.count(s, first + from, first + to));
     const int64_t going_on = schedule_.count(s + 1, first + from, first + to), size = shape_.state;
     A* const sums = states_ + (panel * capacity_ + (shape_.projected ? offset : 0) + from) * kWidth;
@@ -156,8 +182,8 @@ class BackwardPass {
         store(sums + j * kWidth + v * L, sum);
       }
     if (going_on)
-      multiply<4>(LeftRows<A>{next + from * kWidth + P::kHiddenOffset, kWidth, P::kProduct, capacity_ * kWidth}, depth_,
-                  packed_hh_ + panel * depth_ * kWidth, going_on, sums, kWidth);
+      product(call_.weights.hh, size, true, packed_hh_, ready_hh_, panel, spare,
+              next + from * kWidth + P::kHiddenOffset, going_on, sums);
     return sums;
   }
 
@@ -166,7 +192,7 @@ class BackwardPass {
     keep_left_rows(s, first, from, rows, offset);
     each_panels(threads, state_panels_, rows * depth_ * kWidth, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        const A* const sums = state_gradient(p, s, first, from, to, offset, next);
+        const A* const sums = state_gradient(p, s, first, from, to, offset, next, packed_hh_ + begin * depth_ * kWidth);
         for (int64_t j = 0; !shape_.projected && j < rows; ++j) finish(p, s, first, from + j, offset, sums + j * kWidth);
       }
     });
@@ -233,11 +259,10 @@ class BackwardPass {
         const A* const from = gradients_[0] + p * capacity_ * kWidth;
         if (call_.grad_bias_ih || call_.grad_bias_hh) add_rows(from, rows, sum_bias_ + p * kWidth);
         if (call_.grad_weight_ih)
-          add_outer<P::kVectors>(left_input_, capacity_, shape_.input, from, rows,
-                                 sum_ih_ + p * shape_.input * P::kProduct);
+          add_weight(p, begin, false, left_input_, shape_.input, from, rows, sum_ih_, call_.grad_weight_ih);
         if (call_.grad_weight_hh)
-          add_outer<P::kVectors>(left_state_, capacity_, shape_.state, from + P::kHiddenOffset, rows,
-                                 sum_hh_ + p * shape_.state * P::kProduct);
+          add_weight(p, begin, true, left_state_, shape_.state, from + P::kHiddenOffset, rows, sum_hh_,
+                     call_.grad_weight_hh);
       }
     });
     if (!call_.grad_weight_hr) return;
@@ -246,6 +271,15 @@ class BackwardPass {
         add_outer<4>(left_hidden_, capacity_, shape_.hidden, states_ + p * capacity_ * kWidth, rows,
                      sum_hr_ + p * shape_.hidden * kWidth);
     });
+  }
+
+  // A chunk's part of the gradient of a weight's panel; all of it, and so the end of it, where there is a single chunk.
+  void add_weight(int64_t panel, int64_t begin, bool of_hidden, const A* left, int64_t columns, const A* right,
+                  int64_t rows, A* sums, T* to) const {
+    sums += (single_ ? begin : panel) * columns * P::kProduct;
+    if (single_) std::fill_n(sums, columns * P::kProduct, A(0));
+    add_outer<P::kVectors>(left, capacity_, columns, right, rows, sums);
+    if (single_) put_transposed<P::kVectors>(sums, columns, P::rows(panel, shape_.hidden, of_hidden), to);
   }
 
   // Calls body(r, row) for the rows of a chunk.
@@ -273,8 +307,8 @@ class BackwardPass {
       for (int64_t p = from; p < to; ++p) {
         A* const sums = grad_input_ + from * capacity_ * kWidth;
         std::fill_n(sums, rows * kWidth, A(0));
-        multiply<4>(LeftRows<A>{gradients_[0], kWidth, P::kProduct, capacity_ * kWidth}, depth_,
-                    packed_ih_ + p * depth_ * kWidth, rows, sums, kWidth);
+        product(call_.weights.ih, size, false, packed_ih_, !single_, p, packed_ih_ + from * depth_ * kWidth,
+                gradients_[0], rows, sums);
         each_row(begin, end, first, last, [&](int64_t r, int64_t row) {
           for (int64_t v = 0, column = p * kWidth; v < kPanelVectors && column < size; ++v, column += L)
             store_some(call_.grad_input + row * size + column, size - column, load(sums + r * kWidth + v * L));
@@ -288,7 +322,7 @@ class BackwardPass {
     const int64_t size = shape_.state;
     each_panels(threads, state_panels_, (to - from) * depth_ * kWidth, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        const A* const sums = state_gradient(p, -1, first, from, to, 0, gradients_[1]);
+        const A* const sums = state_gradient(p, -1, first, from, to, 0, gradients_[1], packed_hh_ + begin * depth_ * kWidth);
         for (int64_t j = from; j < to; ++j)
           for (int64_t v = 0, unit = p * kWidth; v < kPanelVectors && unit < size; ++v, unit += L)
             store_some(call_.grad_h0 + schedule_.order[first + j] * size + unit, size - unit,
@@ -308,10 +342,10 @@ class BackwardPass {
         const A* const bias = sum_bias_ + p * kWidth;
         if (call_.grad_bias_ih) put_transposed<P::kVectors>(bias, 1, input, call_.grad_bias_ih);
         if (call_.grad_bias_hh) put_transposed<P::kVectors>(bias + P::kHiddenOffset, 1, state, call_.grad_bias_hh);
-        if (call_.grad_weight_ih)
+        if (call_.grad_weight_ih && !single_)
           put_transposed<P::kVectors>(sum_ih_ + p * shape_.input * P::kProduct, shape_.input, input,
                                       call_.grad_weight_ih);
-        if (call_.grad_weight_hh)
+        if (call_.grad_weight_hh && !single_)
           put_transposed<P::kVectors>(sum_hh_ + p * shape_.state * P::kProduct, shape_.state, state,
                                       call_.grad_weight_hh);
       }
@@ -330,6 +364,7 @@ class BackwardPass {
   A *cell_, *through_;                             // of c, and of h past the gates: what a step hands to the one before
   A *left_input_, *left_state_, *left_hidden_;     // [vector of columns][row of the chunk][L]
   A* grad_input_;
+  bool single_, ready_hh_;  // all rows are one chunk; weight_hh is packed
   int64_t* offsets_;  // (steps of the chunk + 1): where the rows of a step begin
   int64_t bytes_;
 };

@@ -93,12 +93,13 @@ class ForwardPass {
       }
     });
     for (int64_t p = 0; p < state_panels_; ++p)
-      pack_transposed<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state),
+      pack_transposed<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state), 0, shape_.hidden,
                          packed_hr_ + p * shape_.hidden * kPanelWidth<A>);
   }
   template <int NV>
   void pack_panel(const T* weight, int64_t depth, int64_t panel, bool of_hidden, A* packed) const {
-    pack_transposed<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), packed + panel * depth * P::kProduct);
+    pack_transposed<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), 0, depth,
+                        packed + panel * depth * P::kProduct);
   }
   void set_bias(int64_t panel) {
     A* const to = bias_ + panel * P::kWidth;
@@ -118,18 +119,22 @@ class ForwardPass {
   void product(const T* weight, bool of_hidden, const A* packed, bool ready, int64_t panel, A* spare, const A* a,
                int64_t a_stride, int64_t rows, A* c) const {
     const int64_t depth = of_hidden ? shape_.state : shape_.input;
-    if (!ready && rows <= 2) {
-      const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
-      if (rows == 1) multiply_in_place<P::kVectors, 1>(a, a_stride, depth, weight, columns, c, P::kWidth);
-      if (rows == 2) multiply_in_place<P::kVectors, 2>(a, a_stride, depth, weight, columns, c, P::kWidth);
-      return;
-    }
-    const A* b = packed + panel * depth * P::kProduct;
-    if (!ready) {
-      pack_transposed<P::kVectors>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), spare);
-      b = spare;
-    }
-    multiply<P::kVectors>(LeftRows<A>{a, a_stride, depth, 0}, depth, b, rows, c, P::kWidth);
+    const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
+    const LeftRows<A> left{a, a_stride, depth, 0};
+    if (ready)
+      multiply<P::kVectors>(left, depth, packed + panel * depth * P::kProduct, rows, c, P::kWidth);
+    else if (rows == 1)
+      multiply_in_place<P::kVectors, 1>(a, a_stride, depth, weight, columns, c, P::kWidth);
+    else if (rows == 2)
+      multiply_in_place<P::kVectors, 2>(a, a_stride, depth, weight, columns, c, P::kWidth);
+    else
+      multiply_blocks<P::kVectors>(
+          left, depth,
+          [&](int64_t k, int64_t count) {
+            pack_transposed<P::kVectors>(weight, depth, columns, k, k + count, spare);
+            return spare;
+          },
+          rows, c, P::kWidth);
   }
 
   // All steps of the rows at places first to last.

@@ -13,7 +13,7 @@ using OptionalTensor = std::optional<Tensor>;
 inline const char* name_of(Cell cell) { return cell == Cell::lstm ? "lstm" : cell == Cell::gru ? "gru" : "rnn"; }
 
 // What forward and backward of every cell take. Without weight_ih, input is the product (steps, batch, gates * hidden)
-// already, shape.input is 0 and the gradient of input is that of the product.
+// already, as wide is shape.input and the gradient of input.
 struct RecurrentOperands {
   Cell cell;
   const Tensor &input, &hx;
@@ -86,7 +86,7 @@ inline RecurrentShape check(const RecurrentOperands& o) {
   const RecurrentShape shape{o.cell,
                              input.size(0),
                              input.size(1),
-                             o.weight_ih ? input.size(2) : 0,
+                             input.size(2),
                              rows / gates,
                              state,
                              o.projection().has_value(),

@@ -13,7 +13,10 @@ from ..ops.recurrent import apply_gru, apply_lstm, apply_rnn
 
 
 class _Sequence(torch.nn.RNNBase):
-    """What LSTM, GRU and RNN share: layers, directions, layouts, packed sequences. States travel as tuples."""
+    """What LSTM, GRU and RNN share: layers, directions, layouts, packed sequences. States travel as tuples.
+
+    The layers are torch.nn.RNNBase, but not torch.nn.LSTM, GRU and RNN: torch.compile refuses whatever is one of those.
+    """
 
     # Whether hx is a pair (h, c), the number of weights of a layer without projection, the name in messages.
     _pair = False
@@ -136,11 +139,9 @@ class _Sequence(torch.nn.RNNBase):
         dtype = input.dtype
         if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
-        zeros = input.new_zeros((*leading, input.shape[1], self.hidden_size), dtype=dtype)
-        if not self._pair:
-            return (zeros,)
-        projected = (*leading, input.shape[1], self.proj_size)
-        return (input.new_zeros(projected, dtype=dtype) if self.proj_size else zeros), zeros
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._pair else 1]
+        # One tensor each: torch.compile takes no tensor twice.
+        return [input.new_zeros((*leading, input.shape[1], size), dtype=dtype) for size in sizes]
 
     def _weights(self, names):
         """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none."""
@@ -184,7 +185,7 @@ class _Sequence(torch.nn.RNNBase):
         raise NotImplementedError
 
 
-class LSTM(_Sequence, torch.nn.LSTM):
+class LSTM(_Sequence):
     """torch.nn.LSTM computed by pynn.ops.lstm; also takes `lengths`, and stops each row at its own.
 
     Args:
@@ -196,12 +197,15 @@ class LSTM(_Sequence, torch.nn.LSTM):
 
     _pair, _name = True, "LSTM"
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         h, c = states
         return apply_lstm(input, h, c, weights, lengths, reverse)[:3]
 
 
-class GRU(_Sequence, torch.nn.GRU):
+class GRU(_Sequence):
     """torch.nn.GRU computed by pynn.ops.gru; also takes `lengths`, and stops each row at its own.
 
     Args:
@@ -213,11 +217,16 @@ class GRU(_Sequence, torch.nn.GRU):
 
     _name = "GRU"
 
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         return apply_gru(input, states[0], weights[:4], lengths, reverse)[:2]
 
 
-class RNN(_Sequence, torch.nn.RNN):
+class RNN(_Sequence):
     """torch.nn.RNN computed by pynn.ops.rnn; also takes `lengths`, and stops each row at its own.
 
     Args:
@@ -228,6 +237,15 @@ class RNN(_Sequence, torch.nn.RNN):
     """
 
     _name = "RNN"
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
+        self.nonlinearity = nonlinearity
 
     def _run(self, input, states: Any, weights: Any, lengths, reverse) -> Any:
         return apply_rnn(input, states[0], weights[:4], lengths, self.mode == "RNN_RELU", reverse)
@@ -259,8 +277,7 @@ class _Cell(torch.nn.RNNCellBase):
         if size != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {size} expected {self.input_size}")
         if hx is None:
-            zeros = input.new_zeros((batch, self.hidden_size))
-            states: Any = (zeros, zeros) if self._pair else (zeros,)
+            states: Any = [input.new_zeros((batch, self.hidden_size)) for _ in range(2 if self._pair else 1)]
         else:
             states = self._states(hx, rank, batch)
         states = self._step(input.unsqueeze(0), states)

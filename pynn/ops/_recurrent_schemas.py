@@ -20,6 +20,12 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype is torch.float64 else torch.float32
 
 
+def _check_devices(*operands: Tensor | None) -> None:
+    """An operand on meta beside real ones comes to the shape rule instead of the kernel."""
+    if len({t.device for t in operands if t is not None}) > 1:
+        raise RuntimeError("expected all operands to be on the same device")
+
+
 def _wanted(wanted: bool, like: Tensor) -> Tensor:
     return like.new_empty(like.shape if wanted else 0)
 
@@ -34,6 +40,7 @@ def _bias(wanted: bool, weight_hh: Tensor) -> Tensor:
     triton="recurrent",
 )
 def _(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, save):
+    _check_devices(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths)
     steps, batch, _ = input.shape
     rows, state = weight_hh.shape
     return (
@@ -56,6 +63,9 @@ def _(
     grad_output, grad_h_n, grad_c_n, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
     output, gates, cells, reverse, output_mask,
 ):  # fmt: skip
+    _check_devices(
+        input, grad_output, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, output, gates
+    )
     return (
         _wanted(output_mask[0], input),
         _wanted(True, hx),
@@ -73,6 +83,7 @@ def _(
     triton="recurrent",
 )
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, save):
+    _check_devices(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
     return (
@@ -92,6 +103,7 @@ def _(
     grad_output, grad_h_n, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates, reverse,
     output_mask,
 ):  # fmt: skip
+    _check_devices(input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates)
     biases = output_mask[3] and (bias_ih is not None or bias_hh is not None)
     return (
         _wanted(output_mask[0], input),
@@ -109,6 +121,7 @@ def _(
     triton="recurrent",
 )
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse):
+    _check_devices(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
     return input.new_empty((steps, batch, hidden)), hx.new_empty(hx.shape)
@@ -124,6 +137,7 @@ def _(
     grad_output, grad_h_n, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, relu, reverse,
     output_mask,
 ):  # fmt: skip
+    _check_devices(input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output)
     return (
         _wanted(output_mask[0], input),
         _wanted(True, hx),
