@@ -15,7 +15,14 @@ namespace recurrent {
 
 template <class T>
 __device__ __forceinline__ accumulate_t<T> sigmoid(accumulate_t<T> x) {
-  return divide<T>(1, 1 + exp_of<T>(-x));  // exp may be infinite, the result is then 0
+  if constexpr (sizeof(T) != 4) {
+    return divide<T>(1, 1 + exp_of<T>(-x));  // exp may be infinite, the result is then 0
+  } else {
+    // To the error of exp: what 1 + e and the quotient lose is added to the result.
+    const float e = expf(-x > 88 ? 88 : -x), sum = 1 + e;
+    const float lost = e < 1 ? e - (sum - 1) : 1 - (sum - e), quotient = __fdividef(1, sum);
+    return fma(quotient, fma(-sum, quotient, 1.0f) - lost * quotient, quotient);
+  }
 }
 // The library's own: forms made of exp lose small results or turn large arguments into NaN.
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }

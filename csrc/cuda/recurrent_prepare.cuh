@@ -61,8 +61,9 @@ struct Begin {
   int gates;
 };
 
+// Four blocks of a processor: left alone, ptxas spills rather than use more than 32 registers.
 template <class T>
-__global__ void __launch_bounds__(kCopyThreads) begin_kernel(Begin<T> b) {
+__global__ void __launch_bounds__(kCopyThreads, 4) begin_kernel(Begin<T> b) {
   using A = accumulate_t<T>;
   for (int64_t row = blockIdx.x; row < b.batch; row += gridDim.x) {
     for (int64_t i = threadIdx.x; i < b.state; i += kCopyThreads)
