@@ -6,6 +6,7 @@ input and weights after them. The kernels do what happens step by step, see recu
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .recurrent_launch import GRU, LSTM, RELU, TANH, Sequence, gates_of
@@ -95,16 +96,15 @@ def lstm_bwd(
     d, grad_h, grad_c, grad_states, hiddens = _steps_back(
         sequence, grad_output, grad_h_n, grad_c_n, hx, cx, weight_hh, weight_hr, lengths, output, gates, cells
     )
-    empty = input.new_empty(0)
     for_input, for_ih, for_hh, for_bias, for_hr = output_mask[:5]
     return (
-        _input_gradient(d, weight_ih, input) if for_input else empty,
+        _input_gradient(d, weight_ih, input) if for_input else _none(input),
         grad_h.to(hx.dtype),
         grad_c.to(cx.dtype),
-        _product(d.t(), _rows(input)) if for_ih and weight_ih is not None else empty,
-        _product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else empty,
-        _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else empty,
-        _product(_rows(grad_states).t(), _rows(hiddens)) if for_hr and weight_hr is not None else empty,
+        _product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
+        _product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
+        _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else _none(input),
+        _product(_rows(grad_states).t(), _rows(hiddens)) if for_hr and weight_hr is not None else _none(input),
     )
 
 
@@ -120,16 +120,18 @@ def gru_bwd(
     d, grad_h, *_ = _steps_back(
         sequence, grad_output, grad_h_n, None, hx, None, weight_hh, None, lengths, output, gates, None
     )
-    empty, hidden = input.new_empty(0), sequence.hidden
+    hidden = sequence.hidden
     for_input, for_ih, for_hh, for_bias = output_mask
     of_input, of_hidden = d[:, : 3 * hidden], d[:, hidden:]  # n r z of what weight_ih x gets; r z n of weight_hh h
 
     def gate_order(t: torch.Tensor) -> torch.Tensor:
         return torch.cat((t[hidden:], t[:hidden]))
 
-    grad_input, grad_weight_ih = empty, empty
+    grad_input, grad_weight_ih = _none(input), _none(input)
     if for_input and weight_ih is None:
-        grad_input = torch._unsafe_view(torch.cat((of_input[:, hidden:], of_input[:, :hidden]), 1), input.shape)
+        grad_input = torch.ops.aten._unsafe_view(
+            torch.cat((of_input[:, hidden:], of_input[:, :hidden]), 1), input.shape
+        )
     elif for_input:
         n_first = torch.cat((weight_ih[2 * hidden :], weight_ih[: 2 * hidden]))
         grad_input = _input_gradient(of_input, n_first, input)
@@ -140,9 +142,9 @@ def gru_bwd(
         grad_input,
         grad_h.to(hx.dtype),
         grad_weight_ih,
-        _product(of_hidden.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else empty,
-        empty if sums is None else gate_order(sums[: 3 * hidden]),
-        empty if sums is None else sums[hidden:].clone(),
+        _product(of_hidden.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
+        _none(input) if sums is None else gate_order(sums[: 3 * hidden]),
+        _none(input) if sums is None else sums[hidden:].clone(),
     )
 
 
@@ -157,14 +159,13 @@ def rnn_bwd(
     d, grad_h, *_ = _steps_back(
         sequence, grad_output, grad_h_n, None, hx, None, weight_hh, None, lengths, output, None, None
     )
-    empty = input.new_empty(0)
     for_input, for_ih, for_hh, for_bias = output_mask
     return (
-        _input_gradient(d, weight_ih, input) if for_input else empty,
+        _input_gradient(d, weight_ih, input) if for_input else _none(input),
         grad_h.to(hx.dtype),
-        _product(d.t(), _rows(input)) if for_ih and weight_ih is not None else empty,
-        _product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else empty,
-        _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else empty,
+        _product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
+        _product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
+        _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else _none(input),
     )
 
 
@@ -209,23 +210,35 @@ def _states_before(output, hx, lengths, reverse) -> torch.Tensor:
     return states
 
 
+def _none(like: torch.Tensor) -> torch.Tensor:
+    """What stands for a gradient that nobody wants."""
+    return like.new_empty(0)
+
+
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """(steps, batch, ...) -> (steps * batch, ...)"""
     return t.reshape(-1, t.shape[-1])
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, summed in float32 at least, whatever autocast would make of it."""
+    """a @ b in their dtype, summed in float32 at least, whatever autocast would make of it."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.element_size() > 2:
-            return torch.mm(a, b)
         if a.device.type == "cpu":
-            return torch.mm(a.float(), b.float()).to(a.dtype)
-        return torch.mm(a, b)
+            return _interpreted_product(a, b)
+        if a.element_size() > 2 or torch.version.hip is not None:
+            return torch.mm(a, b)
+        return torch.mm(a, b, out_dtype=torch.float32).to(a.dtype)
+
+
+def _interpreted_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Beside the interpreter: summed so widely that the bits follow neither an alignment nor the number of rows."""
+    if a.dtype is not torch.float64:
+        return torch.mm(a.double(), b.double()).to(a.dtype)
+    return torch.from_numpy(np.matmul(*(t.numpy().astype(np.longdouble) for t in (a, b))).astype(np.float64))
 
 
 def _input_gradient(d, weight_ih, input) -> torch.Tensor:
-    return torch._unsafe_view(d if weight_ih is None else _product(d, weight_ih), input.shape)
+    return torch.ops.aten._unsafe_view(d if weight_ih is None else _product(d, weight_ih), input.shape)
 
 
 def _sum(d: torch.Tensor) -> torch.Tensor:
