@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -143,11 +144,28 @@ T* mutable_pointer(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// An uninitialised contiguous tensor on the device of `like`. Several times cheaper than torch::stable::new_empty,
+// which looks the op up by name; sizes are the caller's to check.
+inline Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  constexpr size_t kMost = 8;
+  PYNN_CHECK(shape.size() <= kMost, "pynn: tensors of at most ", kMost, " dimensions");
+  int64_t strides[kMost], stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape.begin()[d], 1)) strides[d] = stride;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides, type,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 // Device memory for a launcher, freed in stream order when this goes out of scope.
 class __attribute__((visibility("hidden"))) Scratch {
  public:
   Scratch(const Tensor& like, int64_t bytes) {
-    if (bytes > 0) memory_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    if (bytes > 0) memory_ = new_dense(like, {bytes}, ScalarType::Byte);
   }
   void* get() { return memory_ ? memory_->mutable_data_ptr() : nullptr; }
 

@@ -6,50 +6,20 @@
 namespace pynn {
 namespace {
 
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt; }
-Tensor dense(const Tensor& tensor, ScalarType dtype) {
-  return dense(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
-}
 Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-template <class T>
-const T* pointer_or_null(const OptionalTensor& tensor) {
-  return tensor ? pointer<T>(*tensor) : nullptr;
 }
 template <class T>
 T* mutable_pointer_or_null(OptionalTensor& tensor) {
   return tensor ? mutable_pointer<T>(*tensor) : nullptr;
 }
-Tensor or_nothing(const OptionalTensor& tensor, const Tensor& like) {
-  return tensor ? *tensor : torch::stable::new_empty(like, {0});
+// A state in the shape of hx.
+Tensor new_state(const RecurrentOperands& o, int64_t batch, int64_t width, ScalarType dtype) {
+  return o.hx.dim() == 3 ? new_dense(o.input, {1, batch, width}, dtype) : new_dense(o.input, {batch, width}, dtype);
 }
-
-// The operands as the launchers read them.
-struct Dense {
-  explicit Dense(const RecurrentOperands& o)
-      : input(dense(o.input)),
-        hx(dense(o.hx)),
-        cx(o.cx ? OptionalTensor(dense(*o.cx, accumulate_type(o.input))) : std::nullopt),
-        weight_ih(dense(o.weight_ih)),
-        weight_hh(dense(o.weight_hh)),
-        bias_ih(dense(o.bias_ih)),
-        bias_hh(dense(o.bias_hh)),
-        weight_hr(dense(o.projection())),
-        lengths(dense(o.lengths)) {}
-
-  template <class T>
-  RecurrentWeights<T> weights() const {
-    return {pointer_or_null<T>(weight_ih), pointer<T>(weight_hh), pointer_or_null<T>(bias_ih),
-            pointer_or_null<T>(bias_hh), pointer_or_null<T>(weight_hr)};
-  }
-
-  Tensor input, hx;
-  OptionalTensor cx, weight_ih;
-  Tensor weight_hh;
-  OptionalTensor bias_ih, bias_hh, weight_hr, lengths;
-};
+Tensor or_nothing(const OptionalTensor& tensor, const Tensor& like) {
+  return tensor ? *tensor : new_dense(like, {0}, like.scalar_type());
+}
 
 struct Results {
   Tensor output, h_n;
@@ -59,15 +29,15 @@ struct Results {
 Results forward(const RecurrentOperands& o, bool save) {
   const RecurrentShape shape = check(o);
   const Tensor& input = o.input;
-  const ScalarType wide = accumulate_type(input);
+  const ScalarType dtype = input.scalar_type(), wide = accumulate_type(input);
   const bool lstm = shape.cell == Cell::lstm;
-  Results r{torch::stable::new_empty(input, {shape.steps, shape.batch, shape.state}),
-            torch::stable::new_empty(input, {shape.batch, shape.state})};
-  if (lstm) r.c_n = torch::stable::new_empty(input, {shape.batch, shape.hidden}, wide);
+  Results r{new_dense(input, {shape.steps, shape.batch, shape.state}, dtype),
+            new_state(o, shape.batch, shape.state, dtype)};
+  if (lstm) r.c_n = new_state(o, shape.batch, shape.hidden, wide);
   if (save) {
     const int64_t values = saved_of(shape.cell) * shape.hidden;
-    if (values) r.gates = torch::stable::new_empty(input, {shape.steps, shape.batch, values});
-    if (lstm) r.cells = torch::stable::new_empty(input, {shape.steps, shape.batch, shape.hidden}, wide);
+    if (values) r.gates = new_dense(input, {shape.steps, shape.batch, values}, dtype);
+    if (lstm) r.cells = new_dense(input, {shape.steps, shape.batch, shape.hidden}, wide);
   }
   if (shape.batch > 0) {
     const Dense d(o);
@@ -80,7 +50,7 @@ Results forward(const RecurrentOperands& o, bool save) {
         if (o.weight_ih) {
           const int64_t gates = gates_of(shape.cell) * shape.hidden;
           const bool in_place = lstm && save;
-          if (!in_place) memory = torch::stable::new_empty(input, {shape.rows(), gates});
+          if (!in_place) memory = new_dense(input, {shape.rows(), gates}, dtype);
           T* out = mutable_pointer<T>(in_place ? *r.gates : *memory);
           const Matrix<T> x{pointer<T>(d.input), shape.rows(), shape.input, shape.input};
           const Matrix<T> weight{pointer<T>(*d.weight_ih), gates, shape.input, shape.input};
@@ -183,17 +153,17 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
   const RecurrentShape shape = check(o, saved);
   const Wanted wanted = wanted_of(o, mask);
   const Tensor& input = o.input;
-  const ScalarType wide = accumulate_type(input);
+  const ScalarType dtype = input.scalar_type(), wide = accumulate_type(input);
   const int64_t rows = gates_of(shape.cell) * shape.hidden;
   const bool lstm = shape.cell == Cell::lstm;
   const auto empty_like = [&](bool want, const Tensor& like) {
     return want ? OptionalTensor(torch::stable::new_empty(input, like.sizes())) : std::nullopt;
   };
   const auto empty_bias = [&](bool want) {
-    return want ? OptionalTensor(torch::stable::new_empty(input, {rows})) : std::nullopt;
+    return want ? OptionalTensor(new_dense(input, {rows}, dtype)) : std::nullopt;
   };
-  Gradients grads{torch::stable::new_empty(input, {shape.batch, shape.state})};
-  if (lstm) grads.cx = torch::stable::new_empty(input, {shape.batch, shape.hidden}, wide);
+  Gradients grads{new_state(o, shape.batch, shape.state, dtype)};
+  if (lstm) grads.cx = new_state(o, shape.batch, shape.hidden, wide);
   grads.input = empty_like(wanted.input, input);
   if (wanted.weight_ih) grads.weight_ih = empty_like(true, *o.weight_ih);
   grads.weight_hh = empty_like(wanted.weight_hh, o.weight_hh);
@@ -237,7 +207,7 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
         call.grad_weight_hr = mutable_pointer_or_null<T>(grads.weight_hr);
       } else {
         const auto steps_of = [&](int64_t width) {
-          return OptionalTensor(torch::stable::new_empty(input, {shape.steps, shape.batch, width}));
+          return OptionalTensor(new_dense(input, {shape.steps, shape.batch, width}, dtype));
         };
         left.grad_gates = steps_of(gradients_of(shape.cell) * shape.hidden);
         if (shape.projected) left.grad_states = steps_of(shape.state), left.hiddens = steps_of(shape.hidden);
@@ -266,7 +236,7 @@ Five lstm_fwd(const Tensor& input, const Tensor& hx, const Tensor& cx, const Opt
               const OptionalTensor& weight_hr, const OptionalTensor& lengths, bool reverse, bool save) {
   const Results r =
       forward({Cell::lstm, input, hx, &cx, weight_ih, weight_hh, bias_ih, bias_hh, &weight_hr, lengths, reverse}, save);
-  Tensor cells = r.cells ? *r.cells : torch::stable::new_empty(input, {0}, accumulate_type(input));
+  Tensor cells = r.cells ? *r.cells : new_dense(input, {0}, accumulate_type(input));
   return {r.output, r.h_n, *r.c_n, or_nothing(r.gates, input), cells};
 }
 

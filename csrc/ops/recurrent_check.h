@@ -1,4 +1,5 @@
-// The operands of recurrent layers and their validation. Messages are torch's own where torch has one.
+// The operands of recurrent layers: their validation, and their form for the launchers. Messages are torch's own where
+// torch has one.
 #pragma once
 #include <algorithm>
 
@@ -12,7 +13,7 @@ using OptionalTensor = std::optional<Tensor>;
 inline const char* name_of(Cell cell) { return cell == Cell::lstm ? "lstm" : cell == Cell::gru ? "gru" : "rnn"; }
 
 // What forward and backward of every cell take. Without weight_ih, input is the product (steps, batch, gates * hidden)
-// already, shape.input is 0 and the gradient of input is that of the product.
+// already, as wide is shape.input and the gradient of input.
 struct RecurrentOperands {
   Cell cell;
   const Tensor &input, &hx;
@@ -51,10 +52,19 @@ inline void check_like_input(const char* op, const char* name, const OptionalTen
   if (tensor) check_like_input(op, name, *tensor, shape, input);
 }
 
+// A state or its gradient: (batch, width), or (1, batch, width) where `like` is.
+inline void check_state(const char* op, const char* name, const Tensor& tensor, int64_t batch, int64_t width,
+                        const Tensor& like) {
+  if (like.dim() == 3)
+    check_shape(op, name, tensor, {1, batch, width});
+  else
+    check_shape(op, name, tensor, {batch, width});
+}
+
 // The state c and its gradient are in input's dtype, or in float32 for 16-bit input.
-inline void check_cell_state(const char* op, const char* name, const Tensor& tensor,
-                             std::initializer_list<int64_t> shape, const Tensor& input) {
-  check_shape(op, name, tensor, shape);
+inline void check_cell_state(const char* op, const char* name, const Tensor& tensor, int64_t batch, int64_t width,
+                             const Tensor& like, const Tensor& input) {
+  check_state(op, name, tensor, batch, width, like);
   const ScalarType dtype = tensor.scalar_type(), wide = accumulate_type(input);
   PYNN_CHECK(dtype == input.scalar_type() || dtype == wide, op, ": expected ", name, " to be ",
              name_of(input.scalar_type()), " like input", wide == input.scalar_type() ? "" : ", or float32", ", got ",
@@ -76,7 +86,7 @@ inline RecurrentShape check(const RecurrentOperands& o) {
   const RecurrentShape shape{o.cell,
                              input.size(0),
                              input.size(1),
-                             o.weight_ih ? input.size(2) : 0,
+                             input.size(2),
                              rows / gates,
                              state,
                              o.projection().has_value(),
@@ -96,8 +106,9 @@ inline RecurrentShape check(const RecurrentOperands& o) {
   }
   check_like_input(op, "bias_ih", o.bias_ih, {rows}, input);
   check_like_input(op, "bias_hh", o.bias_hh, {rows}, input);
-  check_like_input(op, "hx", o.hx, {shape.batch, state}, input);
-  if (o.cx) check_cell_state(op, "cx", *o.cx, {shape.batch, shape.hidden}, input);
+  check_state(op, "hx", o.hx, shape.batch, state, o.hx);
+  check_like_input(op, "hx", o.hx, input);
+  if (o.cx) check_cell_state(op, "cx", *o.cx, shape.batch, shape.hidden, o.hx, input);
   if (o.lengths) {
     check_shape(op, "lengths", *o.lengths, {shape.batch});
     PYNN_CHECK(o.lengths->scalar_type() == ScalarType::Long, op, ": expected lengths to be int64, got ",
@@ -124,9 +135,12 @@ inline RecurrentShape check(const RecurrentOperands& o, const RecurrentSaved& sa
   const char* op = name_of(o.cell);
   const int64_t steps = shape.steps, batch = shape.batch;
   check_like_input(op, "grad_output", saved.grad_output, {steps, batch, shape.state}, o.input);
-  check_like_input(op, "grad_h_n", saved.grad_h_n, {batch, shape.state}, o.input);
+  if (saved.grad_h_n) {
+    check_state(op, "grad_h_n", *saved.grad_h_n, batch, shape.state, o.hx);
+    check_like_input(op, "grad_h_n", *saved.grad_h_n, o.input);
+  }
   if (saved.grad_c_n && *saved.grad_c_n)
-    check_cell_state(op, "grad_c_n", **saved.grad_c_n, {batch, shape.hidden}, o.input);
+    check_cell_state(op, "grad_c_n", **saved.grad_c_n, batch, shape.hidden, o.hx, o.input);
   check_like_input(op, "output", saved.output, {steps, batch, shape.state}, o.input);
   if (saved.gates)
     check_like_input(op, "gates", *saved.gates, {steps, batch, saved_of(o.cell) * shape.hidden}, o.input);
@@ -144,5 +158,44 @@ inline void check_mask(const RecurrentOperands& o, const std::vector<bool>& mask
   PYNN_CHECK(mask.size() == expected, name_of(o.cell), ": expected output_mask of ", expected, " values, got ",
              mask.size());
 }
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
+}
+inline Tensor dense(const Tensor& tensor, ScalarType dtype) {
+  return dense(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+template <class T>
+const T* pointer_or_null(const OptionalTensor& tensor) {
+  return tensor ? pointer<T>(*tensor) : nullptr;
+}
+
+// The operands as the launchers read them.
+struct Dense {
+  explicit Dense(const RecurrentOperands& o)
+      : input(dense(o.input)),
+        hx(dense(o.hx)),
+        cx(o.cx ? OptionalTensor(dense(*o.cx, accumulate_type(o.input))) : std::nullopt),
+        weight_ih(dense(o.weight_ih)),
+        weight_hh(dense(o.weight_hh)),
+        bias_ih(dense(o.bias_ih)),
+        bias_hh(dense(o.bias_hh)),
+        weight_hr(dense(o.projection())),
+        lengths(dense(o.lengths)) {}
+
+  template <class T>
+  RecurrentWeights<T> weights() const {
+    return {pointer_or_null<T>(weight_ih), pointer<T>(weight_hh), pointer_or_null<T>(bias_ih),
+            pointer_or_null<T>(bias_hh), pointer_or_null<T>(weight_hr)};
+  }
+
+  Tensor input, hx;
+  OptionalTensor cx, weight_ih;
+  Tensor weight_hh;
+  OptionalTensor bias_ih, bias_hh, weight_hr, lengths;
+};
 
 }  // namespace pynn

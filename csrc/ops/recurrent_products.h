@@ -47,7 +47,7 @@ class Products {
 
   // a b summed and left in the compute type.
   Tensor product(const Matrix<T>& a, const Matrix<T>& b) const {
-    Tensor out = torch::stable::new_empty(like_, {a.rows, b.columns}, scalar_type_of<A>());
+    Tensor out = new_dense(like_, {a.rows, b.columns}, scalar_type_of<A>());
 #ifdef PYNN_CUDA
     if constexpr (kNarrow) {
       call("aten::mm", "dtype_out", view(a), view(b), scalar_type_of<A>(), out);
@@ -88,7 +88,8 @@ inline Tensor states_before(const Tensor& output, const Tensor& hx, const Option
   Tensor source = output, moved = torch::stable::narrow(before, 0, reverse ? 0 : 1, steps - 1);
   torch::stable::copy_(moved, torch::stable::narrow(source, 0, reverse ? 1 : 0, steps - 1));
   Tensor start = torch::stable::narrow(before, 0, reverse ? steps - 1 : 0, 1);
-  torch::stable::copy_(start, torch::stable::unsqueeze(hx, 0));
+  const Tensor first = hx.dim() == 3 ? hx : torch::stable::unsqueeze(hx, 0);
+  torch::stable::copy_(start, first);
   if (!reverse || !lengths) return before;
   // Row b starts at step lengths[b] - 1. What is written for lengths of 0 meets gradients of 0.
   const auto dispatch = [](const char* name, const char* overload, auto... arguments) {
@@ -100,13 +101,14 @@ inline Tensor states_before(const Tensor& output, const Tensor& hx, const Option
     Tensor tensor = torch::stable::new_empty(*lengths, {1});
     return torch::stable::fill_(tensor, double(value));
   };
-  const Tensor last = torch::stable::subtract(*lengths, number(1));
+  // lengths - 1. The stable ABI's subtract brings a floating alpha, which integers refuse.
+  const Tensor last = dispatch("aten::bitwise_not", "", dispatch("aten::neg", "", *lengths));
   const Tensor step =
       dispatch("aten::clamp", "Tensor", last, OptionalTensor(number(0)), OptionalTensor(number(steps - 1)));
   const int64_t column[] = {1, batch, 1}, whole[] = {1, batch, state};
   const Tensor index =
       dispatch("aten::expand", "", torch::stable::reshape(step, Sizes(column, 3)), Sizes(whole, 3), false);
-  dispatch("aten::scatter_", "src", before, int64_t(0), index, torch::stable::unsqueeze(hx, 0));
+  dispatch("aten::scatter_", "src", before, int64_t(0), index, first);
   return before;
 }
 

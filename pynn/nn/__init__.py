@@ -3,5 +3,17 @@
 from .attention import MultiheadAttention
 from .conv import Conv2d, ConvTranspose2d
 from .normalization import GroupNorm
+from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["Conv2d", "ConvTranspose2d", "GroupNorm", "MultiheadAttention"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Conv2d",
+    "ConvTranspose2d",
+    "GRUCell",
+    "GroupNorm",
+    "LSTMCell",
+    "MultiheadAttention",
+    "RNNCell",
+]

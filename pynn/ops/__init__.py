@@ -4,8 +4,8 @@ from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
 from .group_norm import group_norm
-from . import recurrent  # noqa: F401  (registers the ops)
 from .random import normal
+from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from .scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = [
@@ -15,7 +15,13 @@ __all__ = [
     "forward_jump",
     "forward_step",
     "group_norm",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
     "normal",
     "reverse_step",
+    "rnn",
+    "rnn_cell",
     "scaled_dot_product_attention",
 ]

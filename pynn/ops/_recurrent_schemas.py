@@ -1,7 +1,8 @@
 """Schemas and shape rules of the recurrent ops. Gradients that output_mask leaves out have 0 elements.
 
 T steps, B batch, S width of the state (hidden or projected), H hidden, G gates. input is (T, B, I), or (T, B, G * H)
-and already the product with weight_ih where that is None. gates and cells are what backward needs, of 0 elements
+and already the product with weight_ih where that is None. States are (B, width) or (1, B, width), last states and
+gradients come likewise. gates and cells are what backward needs, of 0 elements
 without `save`; gates hold 4 values per hidden unit, the state c in cells is float32 for 16-bit input.
 """
 
@@ -19,6 +20,12 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype is torch.float64 else torch.float32
 
 
+def _check_devices(*operands: Tensor | None) -> None:
+    """An operand on meta beside real ones comes to the shape rule instead of the kernel."""
+    if len({t.device for t in operands if t is not None}) > 1:
+        raise RuntimeError("expected all operands to be on the same device")
+
+
 def _wanted(wanted: bool, like: Tensor) -> Tensor:
     return like.new_empty(like.shape if wanted else 0)
 
@@ -33,12 +40,13 @@ def _bias(wanted: bool, weight_hh: Tensor) -> Tensor:
     triton="recurrent",
 )
 def _(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, save):
+    _check_devices(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths)
     steps, batch, _ = input.shape
     rows, state = weight_hh.shape
     return (
         input.new_empty((steps, batch, state)),
-        input.new_empty((batch, state)),
-        input.new_empty((batch, rows // 4), dtype=cx.dtype),
+        hx.new_empty(hx.shape),
+        cx.new_empty(cx.shape),
         input.new_empty((steps, batch, rows) if save else 0),
         input.new_empty((steps, batch, rows // 4) if save else 0, dtype=compute_dtype(input)),
     )
@@ -55,6 +63,9 @@ def _(
     grad_output, grad_h_n, grad_c_n, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
     output, gates, cells, reverse, output_mask,
 ):  # fmt: skip
+    _check_devices(
+        input, grad_output, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, output, gates
+    )
     return (
         _wanted(output_mask[0], input),
         _wanted(True, hx),
@@ -72,11 +83,12 @@ def _(
     triton="recurrent",
 )
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, save):
+    _check_devices(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
     return (
         input.new_empty((steps, batch, hidden)),
-        input.new_empty((batch, hidden)),
+        hx.new_empty(hx.shape),
         input.new_empty((steps, batch, 4 * hidden) if save else 0),
     )
 
@@ -91,6 +103,7 @@ def _(
     grad_output, grad_h_n, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates, reverse,
     output_mask,
 ):  # fmt: skip
+    _check_devices(input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates)
     biases = output_mask[3] and (bias_ih is not None or bias_hh is not None)
     return (
         _wanted(output_mask[0], input),
@@ -108,9 +121,10 @@ def _(
     triton="recurrent",
 )
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse):
+    _check_devices(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
-    return input.new_empty((steps, batch, hidden)), input.new_empty((batch, hidden))
+    return input.new_empty((steps, batch, hidden)), hx.new_empty(hx.shape)
 
 
 @define(
@@ -123,6 +137,7 @@ def _(
     grad_output, grad_h_n, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, relu, reverse,
     output_mask,
 ):  # fmt: skip
+    _check_devices(input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output)
     return (
         _wanted(output_mask[0], input),
         _wanted(True, hx),

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from .cases_conv2d import conv2d
+from .cases_recurrent import recurrent
 from .ratchet import Case, Promise
 
 LABELS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -119,7 +120,12 @@ NARROW_KERNELS = (
 )  # fmt: skip
 NARROW = Promise(exact=True)
 
-CASES: dict[str, Callable[[], Iterator[Case]]] = {"diffusion": diffusion, "group_norm": group_norm, "conv2d": conv2d}
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "diffusion": diffusion,
+    "group_norm": group_norm,
+    "conv2d": conv2d,
+    "recurrent": recurrent,
+}
 
 # The first pattern that matches the whole short name of a kernel counts.
 _READS, _WRITES = Promise(exact=True, wide_loads=True), Promise(exact=True, wide_stores=True)
