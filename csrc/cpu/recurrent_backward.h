@@ -13,7 +13,7 @@
 
 namespace pynn::cpu::recurrent {
 
-inline constexpr int64_t kBackwardRows = kChain;
+inline constexpr int64_t kBackwardRows = 256;
 inline constexpr int64_t kThreadRows = 8;  // rows of the recurrence that are worth a thread
 
 template <Cell kCell, class T>

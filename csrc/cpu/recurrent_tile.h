@@ -13,7 +13,7 @@
 
 namespace pynn::cpu::recurrent {
 
-inline constexpr int64_t kChain = 256;
+inline constexpr int64_t kChain = 128;
 inline constexpr int kPanelVectors = 4;
 template <class A>
 inline constexpr int64_t kPanelWidth = kPanelVectors * kLanes<A>;
