@@ -8,14 +8,18 @@
 
 namespace pynn::cpu::recurrent {
 
-// to[:] += the sum of `rows` rows of a panel.
+// to[:] += the sum of `rows` rows of a panel, summed in short runs whose sums are added.
 template <class A>
 inline void add_rows(const A* from, int64_t rows, A* to) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[kPanelVectors] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int v = 0; v < kPanelVectors; ++v) sum[v] = sum[v] + load(from + (r * kPanelVectors + v) * L);
-  for (int v = 0; v < kPanelVectors; ++v) store(to + v * L, load(to + v * L) + sum[v]);
+  constexpr int64_t L = kLanes<A>, kRun = 16;
+  Vec<A> total[kPanelVectors] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRun) {
+    Vec<A> sum[kPanelVectors] = {};
+    for (int64_t r = begin; r < std::min(begin + kRun, rows); ++r)
+      for (int v = 0; v < kPanelVectors; ++v) sum[v] = sum[v] + load(from + (r * kPanelVectors + v) * L);
+    for (int v = 0; v < kPanelVectors; ++v) total[v] = total[v] + sum[v];
+  }
+  for (int v = 0; v < kPanelVectors; ++v) store(to + v * L, load(to + v * L) + total[v]);
 }
 
 // Rows of a chain of fused multiply-adds: short ones keep the error of long sums small, and the sums between them stay
