@@ -13,7 +13,7 @@
 
 namespace pynn::cpu::recurrent {
 
-inline constexpr int64_t kBackwardRows = kChain;
+inline constexpr int64_t kBackwardRows = 256;
 inline constexpr int64_t kThreadRows = 8;  // rows of the recurrence that are worth a thread
 
 template <Cell kCell, class T>
@@ -94,11 +94,19 @@ class BackwardPass {
                  packed_hr_ + (p * state_panels_ * kWidth + k) * kWidth);
     std::fill_n(sum_bias_, panels_ * kWidth, A(0));
   }
-  // Panels of columns of a weight, its rows in the order of the pre-activations' gradients.
+  // Panels of columns of a weight, its rows in the order of the pre-activations' gradients; read row by row.
   void pack(const T* weight, int64_t columns, int64_t count, bool of_hidden, A* packed) const {
-    each_panels(true, count, depth_ * kWidth * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p)
-        pack_block(weight, columns, p, of_hidden, 0, panels_, packed + p * depth_ * kWidth);
+    each_panels(true, panels_, P::kProduct * columns * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t q = begin; q < end; ++q) {
+        const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
+        for (int64_t v = 0; v < P::kVectors; ++v)
+          for (int64_t i = 0; i < L; ++i) {
+            const T* const from = weight + (rows.first[v] + i) * columns;
+            A* const to = packed + (q * P::kProduct + v * L + i) * kWidth;
+            for (int64_t p = 0; p < count; ++p)
+              pack_row(from + p * kWidth, i < rows.count[v] ? columns - p * kWidth : 0, to + p * depth_ * kWidth);
+          }
+      }
     });
   }
   // Columns of a panel; rows of the panels begin to end of the pre-activations.

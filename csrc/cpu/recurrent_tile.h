@@ -13,7 +13,7 @@
 
 namespace pynn::cpu::recurrent {
 
-inline constexpr int64_t kChain = 256;
+inline constexpr int64_t kChain = 128;
 inline constexpr int kPanelVectors = 4;
 template <class A>
 inline constexpr int64_t kPanelWidth = kPanelVectors * kLanes<A>;
@@ -204,22 +204,25 @@ PYNN_HD void load_transposed(const T* w, int64_t depth, int64_t count, int64_t k
 }
 
 // Rows begin to end of a panel of the transpose of w, (rows, depth): to[k - begin][v * L + lane] = w[first[v] +
-// lane][k].
+// lane][k]. One vector after the other, so that the memory sees few streams.
 template <int NV, class T>
 [[gnu::noinline]] void pack_transposed(const T* w, int64_t depth, const PanelRows& rows, int64_t begin, int64_t end,
                                        accumulate_t<T>* to) {
   constexpr int L = kComputeLanes<T>;
-  for (int64_t k = begin; k < end; k += L, to += L * NV * L)
-    for (int v = 0; v < NV; ++v) {
+  for (int v = 0; v < NV; ++v) {
+    const T* const from = w + rows.first[v] * depth;
+    accumulate_t<T>* place = to + v * L;
+    for (int64_t k = begin; k < end; k += L, place += L * NV * L) {
       Vec<accumulate_t<T>> x[L];
-      load_transposed(w + rows.first[v] * depth, depth, rows.count[v], k, x);
+      load_transposed(from, depth, rows.count[v], k, x);
       if (k + L <= end) [[likely]] {
 #pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) store(to + (j * NV + v) * L, x[j]);
+        for (int j = 0; j < L; ++j) store(place + j * NV * L, x[j]);
       } else {
-        for (int64_t j = 0; j < end - k; ++j) store(to + (j * NV + v) * L, x[j]);
+        for (int64_t j = 0; j < end - k; ++j) store(place + j * NV * L, x[j]);
       }
     }
+  }
 }
 
 // multiply() with a panel of the transpose of w that is packed chain by chain, as it is used.

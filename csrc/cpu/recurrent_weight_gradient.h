@@ -8,15 +8,23 @@
 
 namespace pynn::cpu::recurrent {
 
-// to[:] += the sum of `rows` rows of a panel.
+// to[:] += the sum of `rows` rows of a panel, summed in short runs whose sums are added.
 template <class A>
 inline void add_rows(const A* from, int64_t rows, A* to) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[kPanelVectors] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int v = 0; v < kPanelVectors; ++v) sum[v] = sum[v] + load(from + (r * kPanelVectors + v) * L);
-  for (int v = 0; v < kPanelVectors; ++v) store(to + v * L, load(to + v * L) + sum[v]);
+  constexpr int64_t L = kLanes<A>, kRun = 16;
+  Vec<A> total[kPanelVectors] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRun) {
+    Vec<A> sum[kPanelVectors] = {};
+    for (int64_t r = begin; r < std::min(begin + kRun, rows); ++r)
+      for (int v = 0; v < kPanelVectors; ++v) sum[v] = sum[v] + load(from + (r * kPanelVectors + v) * L);
+    for (int v = 0; v < kPanelVectors; ++v) total[v] = total[v] + sum[v];
+  }
+  for (int v = 0; v < kPanelVectors; ++v) store(to + v * L, load(to + v * L) + total[v]);
 }
+
+// Rows of a chain of fused multiply-adds: short ones keep the error of long sums small, and the sums between them stay
+// in the first-level cache.
+inline constexpr int64_t kRowChain = 64;
 
 // to[(first[v] + lane) * columns + n] (+)= sum over r < rows of gradients[r][v * L + lane] * panels[n][r], for the rows
 // of a weight that a panel of gradients belongs to. `panels` are `capacity` rows long.
@@ -29,12 +37,17 @@ void add_outer(const A* gradients, const PanelRows& places, const A* panels, int
       each_tile<kPanelVectors>(places.count[v], [&](int64_t first, int64_t height) {
         const A* const left = gradients + v * L + first;
         A* const target = to + (places.first[v] + first) * columns + n;
-        if (n + width <= columns) {
-          kTiles<kPanelVectors, kAdd, A>[height - 1](left, 1, width, 1, rows, 0, panels, width, target, columns);
-          return;
-        }
+        const auto multiply_chains = [&](bool add, A* sums, int64_t stride) {
+          for (int64_t r = 0; r < rows; r += kRowChain, add = true) {
+            const auto tile =
+                add ? kTiles<kPanelVectors, true, A>[height - 1] : kTiles<kPanelVectors, false, A>[height - 1];
+            tile(left + r * width, 1, width, 1, std::min(kRowChain, rows - r), 0, panels + r * width, width, sums,
+                 stride);
+          }
+        };
+        if (n + width <= columns) return multiply_chains(kAdd, target, columns);
         alignas(64) A part[kTileHeight<kPanelVectors> * width];
-        kTiles<kPanelVectors, false, A>[height - 1](left, 1, width, 1, rows, 0, panels, width, part, width);
+        multiply_chains(false, part, width);
         for (int64_t i = 0; i < height; ++i)
           for (int64_t j = n; j < columns; j += L) {
             const Vec<A> sum = load(part + i * width + j - n);
