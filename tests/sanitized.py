@@ -52,7 +52,7 @@ def check_self_tests(variant: str) -> str:
 
 
 def check_launchers(variant: str) -> str:
-    outcome = simulator.run([launchers(variant)])
+    outcome = simulator.run([launchers(variant)], timeout=300)
     if outcome.status != 0:
         raise RuntimeError(outcome.text)
     return outcome.text.strip()
