@@ -104,7 +104,8 @@ def step_tile(kind: str, batch: int, units: int, packed: bool) -> Tile:
     """
     tiles = _STEPS[architecture()][kind]
     if not packed:
-        return dataclasses.replace(tiles[0], depth=16, num_stages=1)
+        warps = 2 if kind == "half" and architecture().startswith("sm_") else 1
+        return dataclasses.replace(tiles[0], depth=16, num_warps=warps * tiles[0].num_warps, num_stages=1)
     fitting = (t for t in tiles if triton.cdiv(batch, t.rows) * triton.cdiv(units, t.units) <= _PROGRAMS)
     return next(fitting, tiles[-1])
 
