@@ -136,6 +136,7 @@ def torch_library(directory: Path, name: str, sources: list[Path], variant: str)
     """Builds a library of ops for torch over the sim; .cpp files may use torch's stable ABI."""
     torch_include = Path(torch.__file__).parent / "include"
     flags = [
+        "-fvisibility=hidden",  # as setup.py builds it: torch's types are hidden
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         f"-I{ROOT / 'csrc/ops'}",
         f"-isystem{torch_include}",

@@ -63,6 +63,16 @@ def calls() -> dict[str, Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor,
         y = ops.conv2d(x, weight, bias, padding=1, activation="silu", residual=o["output"])
         return y, *torch.autograd.grad(y, [x, weight, bias], o["noise"])
 
+    def lstm(o):
+        hidden, x = 8, o["x"].detach().reshape(6, 27, 7).requires_grad_()
+        weight_ih, weight_hh = (
+            o[name].detach().flatten()[: 4 * hidden * width].view(4 * hidden, width).requires_grad_()
+            for name, width in (("variance", 7), ("noise", hidden))
+        )
+        y, (h, c) = ops.lstm(x, None, weight_ih, weight_hh, lengths=o["t"].repeat(5)[:27])
+        leaves = [x, weight_ih, weight_hh]
+        return y, h, c, *torch.autograd.grad([y, c], leaves, [torch.ones_like(y), torch.ones_like(c)])
+
     return {
         "normal": lambda o: (pynn.backends.op("normal", o["x"])(o["x"], o["keys"]),),
         "forward_jump": lambda o: ops.forward_jump(o["x"], o["t"], forward, seed=o["key"], return_noise=True),
@@ -75,6 +85,7 @@ def calls() -> dict[str, Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor,
         "diffusion_loss_backward": loss,
         "group_norm_backward": group_norm,
         "conv2d_backward": conv2d,
+        "lstm_backward": lstm,
     }
 
 
@@ -88,8 +99,9 @@ NAMES = (
     "diffusion_loss_backward",
     "group_norm_backward",
     "conv2d_backward",
+    "lstm_backward",
 )
-KERNELS = {"group_norm_backward": "group_norm_fwd", "conv2d_backward": "conv2d_fwd"}
+KERNELS = {"group_norm_backward": "group_norm_fwd", "conv2d_backward": "conv2d_fwd", "lstm_backward": "lstm_fwd"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

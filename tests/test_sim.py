@@ -48,6 +48,7 @@ STOPPED = {
     "partial_warp_mma": r"mma_m16n8k8_tf32 \(planted.cuh:\d+\) needs a warp of 32 threads; the block has 16",
     "pending_copy": r"exits with cp.async copies pending",
     "too_many_resident": r"expected a cooperative grid of at most 65536 threads, got 65 blocks of 1024",
+    "too_many_resident_by_shared_memory": r"expected a cooperative grid of at most 132 blocks, got 133",
     "too_much_dynamic_shared": r"expected at most 232448 bytes of shared memory, got 232449",
     "too_much_static_shared": r"expected at most 49152 bytes of static shared memory, got 49156",
 }

@@ -32,27 +32,35 @@ class BackwardPass {
         hidden_panels_(shape.projected ? ceil_div(shape.hidden, kWidth) : 0),
         input_panels_(ceil_div(shape.input, kWidth)),
         rows_(std::min(shape.batch, kBackwardRows)),
-        capacity_(std::min(std::max(shape.rows(), shape.batch), kBackwardRows)) {
+        capacity_(std::min(std::max(shape.rows(), shape.batch), kBackwardRows)),
+        single_(shape.rows() <= capacity_),
+        ready_hh_(shape.steps > 1 || shape.batch > rows_ || threads_of(rows_) > 1) {
     const int64_t batch = shape.batch;
     Arena arena{static_cast<char*>(scratch)};
-    schedule_ = {shape.steps, batch, shape.reverse, arena.take<int64_t>(batch), arena.take<int64_t>(batch),
+    schedule_ = {shape.steps,
+                 batch,
+                 shape.reverse,
+                 arena.take<int64_t>(batch),
+                 arena.take<int64_t>(batch),
                  arena.take<int64_t>(shape.steps + 1)};
-    packed_hh_ = arena.take<A>(state_panels_ * depth_ * kWidth);
-    packed_ih_ = arena.take<A>(input_panels_ * depth_ * kWidth);
+    packed_hh_ = arena.take<A>(ready_hh_ ? state_panels_ * depth_ * kWidth : 0);
+    packed_ih_ = arena.take<A>(single_ ? 0 : input_panels_ * depth_ * kWidth);
     packed_hr_ = arena.take<A>(hidden_panels_ * state_panels_ * kWidth * kWidth);
-    sum_ih_ = arena.take<A>(depth_ * shape.input);
-    sum_hh_ = arena.take<A>(depth_ * shape.state);
-    sum_hr_ = arena.take<A>(hidden_panels_ ? state_panels_ * kWidth * shape.hidden : 0);
+    const int64_t weights = gates_of(kCell) * shape.hidden;
+    weight_ih_ = {call.grad_weight_ih, weights, shape.input, true, arena};
+    weight_hh_ = {call.grad_weight_hh, weights, shape.state, true, arena};
+    weight_hr_ = {call.grad_weight_hr, shape.state, shape.hidden, shape.projected, arena};
     sum_bias_ = arena.take<A>(panels_ * kWidth);
-    for (A*& gradients : gradients_) gradients = arena.take<A>(panels_ * capacity_ * kWidth);
-    states_ = arena.take<A>(state_panels_ * capacity_ * kWidth);
+    gradients_[0] = arena.take<A>(panels_ * capacity_ * kWidth);
+    gradients_[1] = single_ ? gradients_[0] : arena.take<A>(panels_ * capacity_ * kWidth);
+    state_rows_ = shape.projected ? capacity_ : rows_;
+    states_ = arena.take<A>(state_panels_ * state_rows_ * kWidth);
     hiddens_ = arena.take<A>(hidden_panels_ * rows_ * kWidth);
     cell_ = arena.take<A>(kCell == Cell::lstm ? rows_ * panels_ * L : 0);
     through_ = arena.take<A>(kCell == Cell::gru ? rows_ * panels_ * L : 0);
-    left_input_ = arena.take<A>(round_up(shape.input, L) * capacity_);
-    left_state_ = arena.take<A>(round_up(shape.state, L) * capacity_);
-    left_hidden_ = arena.take<A>(hidden_panels_ ? round_up(shape.hidden, L) * capacity_ : 0);
-    grad_input_ = arena.take<A>(input_panels_ * capacity_ * kWidth);
+    left_input_ = arena.take<A>(input_panels_ * capacity_ * kWidth);
+    left_state_ = arena.take<A>(state_panels_ * capacity_ * kWidth);
+    left_hidden_ = arena.take<A>(hidden_panels_ * capacity_ * kWidth);
     offsets_ = arena.take<int64_t>(capacity_ + 1);
     bytes_ = arena.used;
   }
@@ -61,12 +69,15 @@ class BackwardPass {
   void run() {
     schedule_.fill(call_.lengths);
     prepare();
-    for (int64_t first = 0; first < shape_.batch; first += rows_)
-      piece(first, std::min(first + rows_, shape_.batch));
+    for (int64_t first = 0; first < shape_.batch; first += rows_) piece(first, std::min(first + rows_, shape_.batch));
     finish_weights();
   }
 
  private:
+  // Threads that share the rows of a recurrence among them; with one, the threads share the panels of each product.
+  static int64_t threads_of(int64_t rows) {
+    return std::min<int64_t>(torch::stable::get_num_threads(), rows / kThreadRows);
+  }
   bool wants_input() const { return call_.grad_input && call_.weights.ih; }
 
   void prepare() {
@@ -75,31 +86,43 @@ class BackwardPass {
         for (int64_t t = schedule_.lengths[j]; t < shape_.steps; ++t)
           memset(static_cast<void*>(call_.grad_input + (t * shape_.batch + schedule_.order[j]) * shape_.input), 0,
                  size_t(shape_.input) * sizeof(T));
-    pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
-    if (wants_input()) pack(call_.weights.ih, shape_.input, input_panels_, false, packed_ih_);
+    if (ready_hh_) pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
+    if (wants_input() && !single_) pack(call_.weights.ih, shape_.input, input_panels_, false, packed_ih_);
     for (int64_t p = 0; p < hidden_panels_; ++p)
       for (int64_t k = 0; k < state_panels_ * kWidth; ++k)
         pack_row(call_.weights.hr + k * shape_.hidden + p * kWidth, k < shape_.state ? shape_.hidden - p * kWidth : 0,
                  packed_hr_ + (p * state_panels_ * kWidth + k) * kWidth);
-    std::fill_n(sum_ih_, call_.grad_weight_ih ? depth_ * shape_.input : 0, A(0));
-    std::fill_n(sum_hh_, call_.grad_weight_hh ? depth_ * shape_.state : 0, A(0));
-    std::fill_n(sum_hr_, call_.grad_weight_hr ? state_panels_ * kWidth * shape_.hidden : 0, A(0));
     std::fill_n(sum_bias_, panels_ * kWidth, A(0));
   }
   // Panels of columns of a weight, its rows in the order of the pre-activations' gradients.
   void pack(const T* weight, int64_t columns, int64_t count, bool of_hidden, A* packed) const {
     each_panels(true, count, depth_ * kWidth * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        A* to = packed + p * depth_ * kWidth;
-        for (int64_t q = 0; q < panels_; ++q) {
-          const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
-          for (int v = 0; v < P::kVectors; ++v)
-            for (int64_t i = 0; i < L; ++i, to += kWidth)
-              pack_row(weight + (rows.first[v] + i) * columns + p * kWidth,
-                       i < rows.count[v] ? columns - p * kWidth : 0, to);
-        }
-      }
+      for (int64_t p = begin; p < end; ++p)
+        pack_block(weight, columns, p, of_hidden, 0, panels_, packed + p * depth_ * kWidth);
     });
+  }
+  // Columns of a panel; rows of the panels begin to end of the pre-activations.
+  void pack_block(const T* weight, int64_t columns, int64_t panel, bool of_hidden, int64_t begin, int64_t end,
+                  A* to) const {
+    for (int64_t q = begin; q < end; ++q) {
+      const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
+      for (int v = 0; v < P::kVectors; ++v)
+        for (int64_t i = 0; i < L; ++i, to += kWidth)
+          pack_row(weight + (rows.first[v] + i) * columns + panel * kWidth,
+                   i < rows.count[v] ? columns - panel * kWidth : 0, to);
+    }
+  }
+  // sums[r] += gradients[r] weight, for a panel of columns.
+  void product(const T* weight, int64_t columns, bool of_hidden, const A* packed, bool ready, int64_t panel,
+               const A* gradients, int64_t rows, A* sums) const {
+    const LeftRows<A> left{gradients, kWidth, P::kProduct, capacity_ * kWidth};
+    if (ready) return multiply<4>(left, depth_, packed + panel * depth_ * kWidth, rows, sums, kWidth);
+    alignas(64) A part[kChain * kWidth];
+    const auto block = [&](int64_t k, int64_t count) -> const A* {
+      pack_block(weight, columns, panel, of_hidden, k / P::kProduct, (k + count) / P::kProduct, part);
+      return part;
+    };
+    multiply_blocks<4>(left, depth_, block, rows, sums, kWidth);
   }
 
   // All steps of the rows at places first to last.
@@ -110,7 +133,7 @@ class BackwardPass {
       std::fill_n(to, panels_ * L, A(0));
       if (call_.grad_c_n) convert(call_.grad_c_n + schedule_.order[first + j] * shape_.hidden, shape_.hidden, to);
     }
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), rows / kThreadRows);
+    const int64_t threads = threads_of(rows);
     const auto each_part = [&](const auto& body) {
       if (threads <= 1) return body(int64_t(0), rows, true);
       parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
@@ -137,11 +160,12 @@ class BackwardPass {
     each_part([&](int64_t from, int64_t to, bool panels_on_threads) { initial(first, from, to, panels_on_threads); });
   }
 
-  // The gradients of the states of one step, or with s = -1 of h0, for a panel of units of the rows from .. from + rows.
+  // The gradients of the states of one step, or with s = -1 of h0, for a panel of units of the rows from .. from +
+  // rows.
   A* state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset, const A* next) {
     const int64_t rows = (s < 0 ? to - from : schedule_.count(s, first + from, first + to));
     const int64_t going_on = schedule_.count(s + 1, first + from, first + to), size = shape_.state;
-    A* const sums = states_ + (panel * capacity_ + (shape_.projected ? offset : 0) + from) * kWidth;
+    A* const sums = states_ + (panel * state_rows_ + (shape_.projected ? offset : 0) + from) * kWidth;
     for (int64_t j = 0; j < rows; ++j)
       for (int64_t v = 0; v < kPanelVectors; ++v) {
         const int64_t unit = panel * kWidth + v * L, place = first + from + j;
@@ -156,8 +180,8 @@ class BackwardPass {
         store(sums + j * kWidth + v * L, sum);
       }
     if (going_on)
-      multiply<4>(LeftRows<A>{next + from * kWidth + P::kHiddenOffset, kWidth, P::kProduct, capacity_ * kWidth}, depth_,
-                  packed_hh_ + panel * depth_ * kWidth, going_on, sums, kWidth);
+      product(call_.weights.hh, size, true, packed_hh_, ready_hh_, panel, next + from * kWidth + P::kHiddenOffset,
+              going_on, sums);
     return sums;
   }
 
@@ -167,7 +191,8 @@ class BackwardPass {
     each_panels(threads, state_panels_, rows * depth_ * kWidth, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const A* const sums = state_gradient(p, s, first, from, to, offset, next);
-        for (int64_t j = 0; !shape_.projected && j < rows; ++j) finish(p, s, first, from + j, offset, sums + j * kWidth);
+        for (int64_t j = 0; !shape_.projected && j < rows; ++j)
+          finish(p, s, first, from + j, offset, sums + j * kWidth);
       }
     });
     if (!shape_.projected) return;
@@ -175,7 +200,7 @@ class BackwardPass {
       for (int64_t p = begin; p < end; ++p) {
         A* const sums = hiddens_ + (p * rows_ + from) * kWidth;
         std::fill_n(sums, rows * kWidth, A(0));
-        multiply<4>(LeftRows<A>{states_ + (offset + from) * kWidth, kWidth, kWidth, capacity_ * kWidth},
+        multiply<4>(LeftRows<A>{states_ + (offset + from) * kWidth, kWidth, kWidth, state_rows_ * kWidth},
                     state_panels_ * kWidth, packed_hr_ + p * state_panels_ * kWidth * kWidth, rows, sums, kWidth);
         for (int64_t j = 0; j < rows; ++j) finish(p, s, first, from + j, offset, sums + j * kWidth);
       }
@@ -205,7 +230,7 @@ class BackwardPass {
           const Vec<A> cell = load_some(call_.cells + row * hidden + unit, count);
           const Vec<A> state = lstm_backward<T>(load(grad + v * L), gates, cell, load_some(from + unit, count),
                                                 cell_ + j * panels_ * L + unit, to);
-          if (shape_.projected) store(left_hidden_ + (unit / L * capacity_ + offset + j) * L, state);
+          if (shape_.projected) store(left_hidden_ + (panel * capacity_ + offset + j) * kWidth + v * L, state);
         }
       }
     }
@@ -214,37 +239,40 @@ class BackwardPass {
   // The rows of the input and of the previous state, as the weight gradients read them.
   void keep_left_rows(int64_t s, int64_t first, int64_t from, int64_t rows, int64_t offset) {
     const auto keep = [&](const T* row, int64_t size, A* to) {
-      for (int64_t k = 0; k < size; k += L) store(to + k * capacity_, load_some(row + k, size - k));
+      for (int64_t k = 0; k < size; k += kWidth) pack_row(row + k, size - k, to + k * capacity_);
     };
     for (int64_t j = from; j < from + rows; ++j) {
       const int64_t place = first + j, size = shape_.state;
-      if (call_.grad_weight_ih)
-        keep(call_.input + schedule_.row(s, place) * shape_.input, shape_.input, left_input_ + (offset + j) * L);
-      if (call_.grad_weight_hh)
+      if (weight_ih_.wanted())
+        keep(call_.input + schedule_.row(s, place) * shape_.input, shape_.input, left_input_ + (offset + j) * kWidth);
+      if (weight_hh_.wanted())
         keep(s > 0 ? call_.output + schedule_.row(s - 1, place) * size : call_.h0 + schedule_.order[place] * size, size,
-             left_state_ + (offset + j) * L);
+             left_state_ + (offset + j) * kWidth);
     }
   }
 
+  // A chunk's part of the gradients of weights and biases.
   void add_weights(int64_t rows) {
-    const int64_t width = (call_.grad_weight_ih ? shape_.input : 0) + (call_.grad_weight_hh ? shape_.state : 0);
+    const bool first = none_;
+    none_ = false;
+    const int64_t width = (weight_ih_.wanted() ? shape_.input : 0) + (weight_hh_.wanted() ? shape_.state : 0);
     each_panels(true, panels_, rows * P::kProduct * width, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const A* const from = gradients_[0] + p * capacity_ * kWidth;
         if (call_.grad_bias_ih || call_.grad_bias_hh) add_rows(from, rows, sum_bias_ + p * kWidth);
-        if (call_.grad_weight_ih)
-          add_outer<P::kVectors>(left_input_, capacity_, shape_.input, from, rows,
-                                 sum_ih_ + p * shape_.input * P::kProduct);
-        if (call_.grad_weight_hh)
-          add_outer<P::kVectors>(left_state_, capacity_, shape_.state, from + P::kHiddenOffset, rows,
-                                 sum_hh_ + p * shape_.state * P::kProduct);
+        if (weight_ih_.wanted())
+          weight_ih_.template add<P::kVectors>(from, P::rows(p, shape_.hidden, false), left_input_, capacity_, rows,
+                                               first);
+        if (weight_hh_.wanted())
+          weight_hh_.template add<P::kVectors>(from + P::kHiddenOffset, P::rows(p, shape_.hidden, true), left_state_,
+                                               capacity_, rows, first);
       }
     });
-    if (!call_.grad_weight_hr) return;
+    if (!weight_hr_.wanted()) return;
     each_panels(true, state_panels_, rows * kWidth * shape_.hidden, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        add_outer<4>(left_hidden_, capacity_, shape_.hidden, states_ + p * capacity_ * kWidth, rows,
-                     sum_hr_ + p * shape_.hidden * kWidth);
+        weight_hr_.template add<kPanelVectors>(states_ + p * state_rows_ * kWidth, plain_rows<A>(p, shape_.state),
+                                               left_hidden_, capacity_, rows, first);
     });
   }
 
@@ -271,10 +299,9 @@ class BackwardPass {
       });
     each_panels(true, input_panels_, rows * depth_ * kWidth, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
-        A* const sums = grad_input_ + from * capacity_ * kWidth;
+        alignas(64) A sums[kBackwardRows * kWidth];
         std::fill_n(sums, rows * kWidth, A(0));
-        multiply<4>(LeftRows<A>{gradients_[0], kWidth, P::kProduct, capacity_ * kWidth}, depth_,
-                    packed_ih_ + p * depth_ * kWidth, rows, sums, kWidth);
+        product(call_.weights.ih, size, false, packed_ih_, !single_, p, gradients_[0], rows, sums);
         each_row(begin, end, first, last, [&](int64_t r, int64_t row) {
           for (int64_t v = 0, column = p * kWidth; v < kPanelVectors && column < size; ++v, column += L)
             store_some(call_.grad_input + row * size + column, size - column, load(sums + r * kWidth + v * L));
@@ -301,36 +328,31 @@ class BackwardPass {
   }
 
   void finish_weights() {
-    const int64_t hidden = shape_.hidden;
-    each_panels(true, panels_, (shape_.input + shape_.state) * kWidth * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const PanelRows input = P::rows(p, hidden, false), state = P::rows(p, hidden, true);
-        const A* const bias = sum_bias_ + p * kWidth;
-        if (call_.grad_bias_ih) put_transposed<P::kVectors>(bias, 1, input, call_.grad_bias_ih);
-        if (call_.grad_bias_hh) put_transposed<P::kVectors>(bias + P::kHiddenOffset, 1, state, call_.grad_bias_hh);
-        if (call_.grad_weight_ih)
-          put_transposed<P::kVectors>(sum_ih_ + p * shape_.input * P::kProduct, shape_.input, input,
-                                      call_.grad_weight_ih);
-        if (call_.grad_weight_hh)
-          put_transposed<P::kVectors>(sum_hh_ + p * shape_.state * P::kProduct, shape_.state, state,
-                                      call_.grad_weight_hh);
-      }
-    });
-    for (int64_t p = 0; call_.grad_weight_hr && p < state_panels_; ++p)
-      put_transposed<4>(sum_hr_ + p * hidden * kWidth, hidden, plain_rows<A>(p, shape_.state), call_.grad_weight_hr);
+    const auto put = [&](const A* sums, const PanelRows& places, T* to) {
+      for (int v = 0; to && v < P::kVectors && places.count[v] > 0; ++v)
+        store_some(to + places.first[v], places.count[v], load(sums + v * L));
+    };
+    for (int64_t p = 0; p < panels_; ++p) {
+      put(sum_bias_ + p * kWidth, P::rows(p, shape_.hidden, false), call_.grad_bias_ih);
+      put(sum_bias_ + p * kWidth + P::kHiddenOffset, P::rows(p, shape_.hidden, true), call_.grad_bias_hh);
+    }
+    for (const auto* weight : {&weight_ih_, &weight_hh_, &weight_hr_}) weight->finish(none_);
   }
 
   const RecurrentBackward<T>& call_;
   const RecurrentShape& shape_;
   const int64_t panels_, depth_, state_panels_, hidden_panels_, input_panels_, rows_, capacity_;
+  const bool single_, ready_hh_;  // all rows are one chunk; weight_hh is packed for several products
+  int64_t state_rows_;
   Schedule schedule_;
-  A *packed_hh_, *packed_ih_, *packed_hr_, *sum_ih_, *sum_hh_, *sum_hr_, *sum_bias_;
-  A* gradients_[2];                                // of the pre-activations, [panel][row of the chunk][kWidth]
-  A *states_, *hiddens_;                           // gradients of h and, with a projection, of what it projects
-  A *cell_, *through_;                             // of c, and of h past the gates: what a step hands to the one before
-  A *left_input_, *left_state_, *left_hidden_;     // [vector of columns][row of the chunk][L]
-  A* grad_input_;
-  int64_t* offsets_;  // (steps of the chunk + 1): where the rows of a step begin
+  A *packed_hh_, *packed_ih_, *packed_hr_, *sum_bias_;
+  WeightGradient<T> weight_ih_, weight_hh_, weight_hr_;
+  bool none_ = true;                            // no chunk has added to the weight gradients yet
+  A* gradients_[2];                             // of the pre-activations, [panel][row of the chunk][kWidth]
+  A *states_, *hiddens_;                        // gradients of h and, with a projection, of what it projects
+  A *cell_, *through_;                          // of c, and of h past the gates: what a step hands to the one before
+  A *left_input_, *left_state_, *left_hidden_;  // panels of the rows that the weights multiplied
+  int64_t* offsets_;                            // (steps of the chunk + 1): where the rows of a step begin
   int64_t bytes_;
 };
 

@@ -19,7 +19,7 @@ PYNN_HD Vec<accumulate_t<T>> rounded(Vec<accumulate_t<T>> v) {
 template <class T>
 struct Units {
   int64_t hidden, count;
-  T* gates;           // or nullptr
+  T* gates;                // or nullptr
   accumulate_t<T>* cells;  // or nullptr
 };
 
@@ -85,7 +85,8 @@ PYNN_HD V lstm_backward(V grad, const SavedGates<T>& gates, V cell, V previous, 
   return o * activated;
 }
 
-// The gradients of n r z and n's hidden share to `to`. Returns the part of the gradient of h[t - 1] that skips the gates.
+// The gradients of n r z and n's hidden share to `to`. Returns the part of the gradient of h[t - 1] that skips the
+// gates.
 template <class T, class V = Vec<accumulate_t<T>>>
 PYNN_HD V gru_backward(V grad, const SavedGates<T>& gates, V previous, accumulate_t<T>* to) {
   constexpr int L = kComputeLanes<T>;

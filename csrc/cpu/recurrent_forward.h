@@ -31,11 +31,18 @@ class ForwardPass {
     pieces_ = std::max(ceil_div(batch, kForwardRows), std::min(threads, batch / kPieceRows));
     slots_ = std::clamp<int64_t>(threads, 1, std::max<int64_t>(pieces_, 1));
     Arena arena{static_cast<char*>(scratch)};
-    schedule_ = {shape.steps, batch, shape.reverse, arena.take<int64_t>(batch), arena.take<int64_t>(batch),
+    schedule_ = {shape.steps,
+                 batch,
+                 shape.reverse,
+                 arena.take<int64_t>(batch),
+                 arena.take<int64_t>(batch),
                  arena.take<int64_t>(shape.steps + 1)};
+    // Weights that several products take are packed for all of them; the others as they are used.
+    ready_ih_ = pieces_ > 1 || shape.rows() > capacity_;
+    ready_hh_ = pieces_ > 1 || shape.steps > 2 || (shape.steps == 2 && batch > 2);
     bias_ = arena.take<A>(panels_ * P::kWidth);
-    packed_ih_ = arena.take<A>(panels_ * shape.input * P::kProduct);
-    packed_hh_ = arena.take<A>(panels_ * shape.state * P::kProduct);
+    packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * shape.input * P::kProduct : 0);
+    packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * shape.state * P::kProduct : 0);
     packed_hr_ = arena.take<A>(state_panels_ * shape.hidden * kPanelWidth<A>);
     slot_ = arena.used;
     take(arena);
@@ -78,13 +85,7 @@ class ForwardPass {
                size_t(shape_.state) * sizeof(T));
   }
 
-  // Weights that several products take are packed for all of them; the others as they are used.
   void pack() {
-    const int64_t steps = shape_.batch > 0 ? schedule_.lengths[0] : 0, rows = shape_.batch;
-    int64_t total = 0;
-    for (int64_t s = 0; s < steps; ++s) total += schedule_.alive[s];
-    ready_ih_ = pieces_ > 1 || total > capacity_;
-    ready_hh_ = pieces_ > 1 || steps > 2 || (steps == 2 && rows > 2);
     each_panels(true, panels_, (shape_.input + shape_.state) * P::kProduct * 4, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         set_bias(p);
@@ -93,12 +94,13 @@ class ForwardPass {
       }
     });
     for (int64_t p = 0; p < state_panels_; ++p)
-      pack_transposed<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state),
+      pack_transposed<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state), 0, shape_.hidden,
                          packed_hr_ + p * shape_.hidden * kPanelWidth<A>);
   }
   template <int NV>
   void pack_panel(const T* weight, int64_t depth, int64_t panel, bool of_hidden, A* packed) const {
-    pack_transposed<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), packed + panel * depth * P::kProduct);
+    pack_transposed<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), 0, depth,
+                        packed + panel * depth * P::kProduct);
   }
   void set_bias(int64_t panel) {
     A* const to = bias_ + panel * P::kWidth;
@@ -114,22 +116,20 @@ class ForwardPass {
     }
   }
 
-  // c[r] += weight a[r] for one panel. `spare` is where a panel that is not packed may go.
-  void product(const T* weight, bool of_hidden, const A* packed, bool ready, int64_t panel, A* spare, const A* a,
+  // c[r] += weight a[r] for one panel.
+  void product(const T* weight, bool of_hidden, const A* packed, bool ready, int64_t panel, const A* a,
                int64_t a_stride, int64_t rows, A* c) const {
     const int64_t depth = of_hidden ? shape_.state : shape_.input;
-    if (!ready && rows <= 2) {
-      const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
-      if (rows == 1) multiply_in_place<P::kVectors, 1>(a, a_stride, depth, weight, columns, c, P::kWidth);
-      if (rows == 2) multiply_in_place<P::kVectors, 2>(a, a_stride, depth, weight, columns, c, P::kWidth);
-      return;
-    }
-    const A* b = packed + panel * depth * P::kProduct;
-    if (!ready) {
-      pack_transposed<P::kVectors>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), spare);
-      b = spare;
-    }
-    multiply<P::kVectors>(LeftRows<A>{a, a_stride, depth, 0}, depth, b, rows, c, P::kWidth);
+    const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
+    const LeftRows<A> left{a, a_stride, depth, 0};
+    if (ready)
+      multiply<P::kVectors>(left, depth, packed + panel * depth * P::kProduct, rows, c, P::kWidth);
+    else if (rows == 1)
+      multiply_in_place<P::kVectors, 1>(a, a_stride, depth, weight, columns, c, P::kWidth);
+    else if (rows == 2)
+      multiply_in_place<P::kVectors, 2>(a, a_stride, depth, weight, columns, c, P::kWidth);
+    else
+      multiply_transposed<P::kVectors>(left, depth, weight, columns, rows, c, P::kWidth);
   }
 
   // All steps of the rows at places first to last.
@@ -173,7 +173,8 @@ class ForwardPass {
     };
     const int64_t stride = padded<A>(shape_.input), width = gates_of(kCell) * shape_.hidden;
     if (!call_.products)
-      each_row([&](int64_t r, int64_t row) { convert(call_.input + row * shape_.input, shape_.input, b.x + r * stride); });
+      each_row(
+          [&](int64_t r, int64_t row) { convert(call_.input + row * shape_.input, shape_.input, b.x + r * stride); });
     each_panels(threads, panels_, rows * shape_.input * P::kProduct, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
         A* const pre = b.pre + p * capacity_ * P::kWidth;
@@ -189,8 +190,7 @@ class ForwardPass {
             }
           });
         } else {
-          product(call_.weights.ih, false, packed_ih_, ready_ih_, p, packed_ih_ + from * shape_.input * P::kProduct,
-                  b.x, stride, rows, pre);
+          product(call_.weights.ih, false, packed_ih_, ready_ih_, p, b.x, stride, rows, pre);
         }
       }
     });
@@ -202,8 +202,7 @@ class ForwardPass {
     each_panels(threads, panels_, alive * shape_.state * P::kProduct, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
         A* const pre = b.pre + (p * capacity_ + offset) * P::kWidth;
-        product(call_.weights.hh, true, packed_hh_, ready_hh_, p, packed_hh_ + from * shape_.state * P::kProduct,
-                b.h[0], stride, alive, pre + P::kHiddenOffset);
+        product(call_.weights.hh, true, packed_hh_, ready_hh_, p, b.h[0], stride, alive, pre + P::kHiddenOffset);
         for (int64_t j = 0; j < alive; ++j) finish(b, p, j, schedule_.row(s, first + j), pre + j * P::kWidth);
       }
     });
@@ -229,7 +228,8 @@ class ForwardPass {
 
   void finish(const Buffers& b, int64_t panel, int64_t j, int64_t row, const A* pre) const {
     const int64_t hidden = shape_.hidden, unit = panel * P::kUnits;
-    const Units<T> units{hidden, hidden - unit, call_.gates ? call_.gates + row * saved_of(kCell) * hidden + unit : nullptr,
+    const Units<T> units{hidden, hidden - unit,
+                         call_.gates ? call_.gates + row * saved_of(kCell) * hidden + unit : nullptr,
                          call_.cells ? call_.cells + row * hidden + unit : nullptr};
     if constexpr (kCell == Cell::lstm) {
       const Vec<A> h = lstm_forward<T>(pre, b.c + j * panels_ * L + unit, units);

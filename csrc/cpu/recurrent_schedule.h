@@ -8,8 +8,8 @@
 
 namespace pynn::cpu::recurrent {
 
-// Rows are sorted by length, longest first, so that at every step of the recurrence a prefix of them is alive: rows that
-// are not cost nothing. Steps count in the order of the recurrence, from 0 for the first one of a row.
+// Rows are sorted by length, longest first, so that at every step of the recurrence a prefix of them is alive: rows
+// that are not cost nothing. Steps count in the order of the recurrence, from 0 for the first one of a row.
 struct Schedule {
   int64_t steps, batch;
   bool reverse;
@@ -25,14 +25,11 @@ struct Schedule {
   }
 
   void fill(const int64_t* row_lengths) {
-    const auto length = [&](int64_t b) {
-      return row_lengths ? std::clamp<int64_t>(row_lengths[b], 0, steps) : steps;
-    };
+    const auto length = [&](int64_t b) { return row_lengths ? std::clamp<int64_t>(row_lengths[b], 0, steps) : steps; };
     for (int64_t b = 0; b < batch; ++b) order[b] = b;
     if (row_lengths)
-      std::sort(order, order + batch, [&](int64_t a, int64_t b) {
-        return length(a) != length(b) ? length(a) > length(b) : a < b;
-      });
+      std::sort(order, order + batch,
+                [&](int64_t a, int64_t b) { return length(a) != length(b) ? length(a) > length(b) : a < b; });
     for (int64_t b = 0; b < batch; ++b) lengths[b] = length(order[b]);
     for (int64_t s = 0, rows = batch; s <= steps; ++s) {
       while (rows > 0 && lengths[rows - 1] <= s) --rows;
@@ -62,7 +59,7 @@ struct Panels {
   static constexpr bool kGru = kCell == Cell::gru, kSingle = kCell != Cell::gru && kCell != Cell::lstm;
   static constexpr int kVectors = kGru ? 3 : 4;  // of one product
   static constexpr int64_t L = kLanes<A>, kUnits = kSingle ? 4 * L : L, kWidth = kPanelWidth<A>;
-  static constexpr int64_t kProduct = kVectors * L;        // columns of one product
+  static constexpr int64_t kProduct = kVectors * L;       // columns of one product
   static constexpr int64_t kHiddenOffset = kGru ? L : 0;  // where those of weight_hh begin
 
   static int64_t count(int64_t hidden) { return ceil_div(hidden, kUnits); }

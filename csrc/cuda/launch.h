@@ -4,6 +4,8 @@
 //   LAUNCH_COOPERATIVE(...)           the same; all blocks are resident at once, so they may wait for each other
 //   SHARED_ARRAY(T, name, count)      static shared memory, `T name[count]`; T may be an array type: float[17]
 //   DYNAMIC_SHARED(T, name)           `T* name`, the launch's dynamic shared memory, 128-byte aligned
+//   device_now()                      processors of the device, and the shared memory that one block may ask for
+//   resident_blocks(kernel, threads, shared_bytes)   of one processor: a cooperative launch may have no more
 //
 // Built by nvcc they are CUDA's; built by g++ with PYNN_SIM they run the kernel on the CPU (csrc/sim/README.md).
 #pragma once
@@ -46,6 +48,26 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 bl
   config.attrs = &cooperative;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+struct Device {
+  int processors;
+  size_t shared_bytes;
+};
+inline Device device_now() {
+  int device = 0, processors = 0, bytes = 0;
+  check_launch("a kernel", cudaGetDevice(&device));
+  check_launch("a kernel", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_launch("a kernel", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {processors, size_t(bytes)};
+}
+
+template <class Kernel>
+int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+  int blocks = 0;
+  allow_dynamic_shared("a kernel", kernel, shared_bytes);
+  check_launch("a kernel", cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  return blocks;
 }
 
 template <class T>

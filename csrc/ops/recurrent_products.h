@@ -101,7 +101,8 @@ inline Tensor states_before(const Tensor& output, const Tensor& hx, const Option
     Tensor tensor = torch::stable::new_empty(*lengths, {1});
     return torch::stable::fill_(tensor, double(value));
   };
-  const Tensor last = torch::stable::subtract(*lengths, number(1));
+  // lengths - 1. The stable ABI's subtract brings a floating alpha, which integers refuse.
+  const Tensor last = dispatch("aten::bitwise_not", "", dispatch("aten::neg", "", *lengths));
   const Tensor step =
       dispatch("aten::clamp", "Tensor", last, OptionalTensor(number(0)), OptionalTensor(number(steps - 1)));
   const int64_t column[] = {1, batch, 1}, whole[] = {1, batch, state};

@@ -50,6 +50,15 @@ inline int __syncthreads_and(int predicate, pynn::sim::Site site = pynn::sim::Si
       ::pynn::sim::shared_array(&name##_declaration, sizeof(name##_array), alignof(name##_array)))
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::pynn::sim::dynamic_shared())
 
+namespace pynn::cuda {
+using sim::Device;
+using sim::device_now;
+template <class Kernel>
+int resident_blocks(Kernel*, int threads, size_t shared_bytes) {
+  return sim::resident_blocks(threads, shared_bytes);
+}
+}  // namespace pynn::cuda
+
 #define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...) \
   ::pynn::sim::launch<true>(#kernel, (grid), (block), (shared), kernel, __VA_ARGS__)
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \

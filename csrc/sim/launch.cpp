@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
@@ -10,6 +11,7 @@ namespace pynn::sim {
 namespace {
 
 Configuration configuration_now;
+Device device;
 uint64_t launches = 0;
 
 template <class... Parts>
@@ -30,15 +32,24 @@ void check_limits(const Launch& launch) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
     refuse("expected a grid of at least one block with x <= ", kMaxGridX, ", y and z <= ", kMaxGridYZ, ", got ",
            describe(uint3{grid.x, grid.y, grid.z}));
-  if (launch.dynamic_shared_bytes > kMaxSharedBytes)
-    refuse("expected at most ", kMaxSharedBytes, " bytes of shared memory, got ", launch.dynamic_shared_bytes);
+  if (launch.dynamic_shared_bytes > device.shared_bytes)
+    refuse("expected at most ", device.shared_bytes, " bytes of shared memory, got ", launch.dynamic_shared_bytes);
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   if (launch.cooperative && blocks * threads > kMaxResidentThreads)
     refuse("expected a cooperative grid of at most ", kMaxResidentThreads, " threads, got ", blocks, " blocks of ",
            threads);
+  const int most = resident_blocks(int(threads), launch.dynamic_shared_bytes) * device.processors;
+  if (launch.cooperative && blocks > size_t(most))
+    refuse("expected a cooperative grid of at most ", most, " blocks, got ", blocks);
 }
 
 }  // namespace
+
+const Device& device_now() { return device; }
+
+int resident_blocks(int threads, size_t shared_bytes) {
+  return int(std::min<size_t>(2048 / unsigned(threads), (device.shared_bytes + 1024) / (shared_bytes + 1024)));
+}
 
 const Configuration& configuration() { return configuration_now; }
 
@@ -57,6 +68,12 @@ void run_launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared
 int pynn_sim_configure(int order, uint64_t seed, int resident_blocks) {
   if (order < 0 || order > 2 || resident_blocks < 1 || resident_blocks > 64) return -1;
   pynn::sim::configuration_now = {static_cast<pynn::sim::Order>(order), seed, resident_blocks};
+  return 0;
+}
+
+int pynn_sim_device(int processors, int shared_bytes) {
+  if (processors < 1 || shared_bytes < 0 || size_t(shared_bytes) > pynn::sim::kMaxSharedBytes) return -1;
+  pynn::sim::device = {processors, size_t(shared_bytes)};
   return 0;
 }
 

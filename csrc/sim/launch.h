@@ -9,7 +9,8 @@
 
 namespace pynn::sim {
 
-// Limits of sm_90; the smallest device we build for has less shared memory (99 KB), which a launcher must ask about.
+// Limits of sm_90. The smallest device we build for has less shared memory (99 KB), which a launcher must ask about:
+// pynn_sim_device() makes the sim such a device.
 constexpr size_t kMaxSharedBytes = 227 * 1024, kMaxStaticSharedBytes = 48 * 1024;
 constexpr unsigned kMaxBlockThreads = 1024, kMaxBlockZ = 64, kMaxGridX = 2147483647u, kMaxGridYZ = 65535;
 // Threads of a cooperative launch, all of which are resident here at once (an H200 has 132 * 2048).
@@ -25,6 +26,15 @@ struct Configuration {
   int resident_blocks = 1;
 };
 const Configuration& configuration();
+
+struct Device {
+  int processors = 132;
+  size_t shared_bytes = kMaxSharedBytes;  // of a block, at most
+};
+const Device& device_now();
+
+// Blocks that a processor holds at once, by threads and shared memory. The sim knows no registers.
+int resident_blocks(int threads, size_t shared_bytes);
 
 void run_launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, bool cooperative,
                 void (*body)(const void* arguments), const void* arguments);
@@ -50,6 +60,9 @@ extern "C" {
 // Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled. Returns 0, or -1 when an
 // argument is out of range (then nothing changes).
 [[gnu::visibility("default")]] int pynn_sim_configure(int order, uint64_t seed, int resident_blocks);
+// Chooses the device that launchers ask about: processors, and the bytes of shared memory of a block. Returns 0, or -1
+// when an argument is out of range (then nothing changes).
+[[gnu::visibility("default")]] int pynn_sim_device(int processors, int shared_bytes);
 // Launches so far, to prove that a test ran kernels.
 [[gnu::visibility("default")]] uint64_t pynn_sim_launches();
 }

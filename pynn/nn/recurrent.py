@@ -139,11 +139,9 @@ class _Sequence(torch.nn.RNNBase):
         dtype = input.dtype
         if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
-        zeros = input.new_zeros((*leading, input.shape[1], self.hidden_size), dtype=dtype)
-        if not self._pair:
-            return (zeros,)
-        projected = (*leading, input.shape[1], self.proj_size)
-        return (input.new_zeros(projected, dtype=dtype) if self.proj_size else zeros), zeros
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._pair else 1]
+        # One tensor each: torch.compile takes no tensor twice.
+        return [input.new_zeros((*leading, input.shape[1], size), dtype=dtype) for size in sizes]
 
     def _weights(self, names):
         """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none."""
@@ -279,8 +277,7 @@ class _Cell(torch.nn.RNNCellBase):
         if size != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {size} expected {self.input_size}")
         if hx is None:
-            zeros = input.new_zeros((batch, self.hidden_size))
-            states: Any = (zeros, zeros) if self._pair else (zeros,)
+            states: Any = [input.new_zeros((batch, self.hidden_size)) for _ in range(2 if self._pair else 1)]
         else:
             states = self._states(hx, rank, batch)
         states = self._step(input.unsqueeze(0), states)

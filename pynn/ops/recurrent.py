@@ -25,15 +25,14 @@ from ._function import autocast
 from ._recurrent_functions import GRU, LSTM, RNN, run
 
 
-def _states(name: str, hx, input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _states(name: str, hx, input: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
     """(h, c) of lstm, zeros where none are given."""
     if hx is not None:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             raise TypeError(f"{name}: expected hx to be a pair of tensors (h, c), got {type(hx).__name__}")
         return tuple(hx)
-    batch, hidden = input.shape[-2], weight_hh.shape[0] // 4
-    c = input.new_zeros((batch, hidden))
-    return (c, c) if weight_hr is None else (input.new_zeros((batch, weight_hh.shape[1])), c)
+    batch, hidden, state = input.shape[-2], weight_hh.shape[0] // 4, weight_hh.shape[-1]
+    return input.new_zeros((batch, state)), input.new_zeros((batch, hidden))
 
 
 def _relu(name: str, nonlinearity: str) -> bool:
@@ -104,7 +103,7 @@ def lstm(
         RuntimeError: shapes, dtypes or devices do not fit. TypeError: hx is not a pair.
     """
     _check_rank("lstm", "input", input, 3)
-    h, c = _states("lstm", hx, input, weight_hh, weight_hr)
+    h, c = _states("lstm", hx, input, weight_hh)
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     output, h, c, *_ = apply_lstm(input, h, c, weights, lengths, bool(reverse))
     return output, (h, c)

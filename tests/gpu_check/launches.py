@@ -34,8 +34,22 @@ CONVOLUTIONS = (
     ((2, 24, 9, 11), (24, 1, 5, 5), {"padding": 2, "groups": 24}),
     ((2, 16, 9, 8), (16, 16, 3, 3), {"padding": 2, "dilation": 2, "padding_mode": "reflect"}),
 )
+# (cell, (steps, batch, input, hidden), options): one block per 16 rows, processors that wait for each other, a launch
+# per step for few rows and for many, a projection.
+RECURRENT = (
+    ("lstm", (5, 18, 6, 40), {}),
+    ("gru", (4, 3, 5, 19), {"reverse": True}),
+    ("rnn", (4, 5, 3, 65), {"nonlinearity": "relu"}),
+    ("lstm", (4, 35, 9, 264), {"reverse": True}),
+    ("gru", (4, 17, 9, 264), {}),
+    ("rnn", (3, 18, 8, 530), {}),
+    ("lstm", (1, 70, 4, 31), {}),
+    ("lstm", (3, 5, 7, 24), {"projection": 9}),
+)
 # Where another order of summation or another libm is allowed: result -> difference relative to the largest element.
 SUMMED = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Differences go from step to step.
+REPEATED = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 TOLERANCE = {
     "loss": SUMMED,
     "learned range": {torch.float64: 1e-12},
@@ -44,6 +58,7 @@ TOLERANCE = {
     "convolution": SUMMED,
     "convolution channels last": SUMMED,
     "transposed convolution": SUMMED,
+    "recurrent": REPEATED,
 }
 
 Results = dict[str, torch.Tensor]
@@ -120,6 +135,35 @@ def convolution(device: str, dtype: torch.dtype, number: int) -> Results:
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def recurrent(device: str, dtype: torch.dtype, number: int) -> Results:
+    """A layer whose rows have lengths of their own, from given states, and all its gradients."""
+    cell, (steps, batch, size, hidden), options = RECURRENT[number]
+    options = dict(options)
+    gates, state = {"lstm": 4, "gru": 3, "rnn": 1}[cell], options.pop("projection", hidden)
+    generator = torch.Generator().manual_seed(7)
+
+    def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator) * scale
+        return values.to(dtype).to(device).requires_grad_()
+
+    x, hx = leaf(steps, batch, size), [leaf(batch, state)]
+    weights = [leaf(gates * hidden, size, scale=size**-0.5), leaf(gates * hidden, state, scale=hidden**-0.5)]
+    weights += [leaf(gates * hidden) for _ in range(2)]
+    if cell == "lstm":
+        hx.append(leaf(batch, hidden))
+    if state != hidden:
+        weights.append(leaf(state, hidden, scale=hidden**-0.5))
+    lengths = (torch.arange(batch) * 5 % (steps + 1)).to(device)
+    grad = leaf(steps, batch, state).detach()
+    states = tuple(hx) if cell == "lstm" else hx[0]
+    output, last = getattr(pynn.ops, cell)(x, states, *weights, lengths=lengths, **options)
+    last = last if cell == "lstm" else (last,)
+    leaves = [x, *hx, *weights]
+    gradients = torch.autograd.grad([output, *last], leaves, [grad, *map(torch.ones_like, last)])
+    results = {"recurrent": output} | {f"recurrent gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     kernel: str  # a dispatcher op: backends without it leave the case out
@@ -134,6 +178,10 @@ CASES |= {
 CASES |= {
     f"conv2d {shape} {weight}": Case("conv2d_fwd", functools.partial(convolution, number=number))
     for number, (shape, weight, _) in enumerate(CONVOLUTIONS)
+}
+CASES |= {
+    f"{cell} {shape}": Case(f"{cell}_fwd", functools.partial(recurrent, number=number))
+    for number, (cell, shape, _) in enumerate(RECURRENT)
 }
 
 

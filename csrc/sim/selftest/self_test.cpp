@@ -299,6 +299,8 @@ const std::map<std::string, Planted>& planted_bugs() {
       PLANTED_SHAPE("grid_too_deep", planted::nothing, dim3(1, 1, 65536), 32, 0),
       {"too_many_resident",
        {[](const float*, float* y) { LAUNCH_COOPERATIVE(planted::nothing, 65, 1024, 0, nullptr, y); }}},
+      {"too_many_resident_by_shared_memory",
+       {[](const float*, float* y) { LAUNCH_COOPERATIVE(planted::nothing, 133, 32, 150 * 1024, nullptr, y); }}},
       {"signed_overflow",
        {[](const float*, float* y) { LAUNCH(planted::signed_overflow, 1, 32, 0, nullptr, y, 2147483640); },
         [](int i) { return double(float(2147483640.0 + i)); }}},
