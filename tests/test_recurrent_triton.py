@@ -254,7 +254,7 @@ def test_what_a_program_keeps_fits_the_machine(machine, name, shared):
     configs = machine(name)
     for gates in (1, 3, 4):
         for hidden in (16, 64, 100, 128, 200, 256, 512):
-            found = configs.loop_tile("half", gates, hidden, backward=False)
+            found = configs.loop_tile("half", gates, hidden, True, backward=False)
             if found is None:
                 continue
             tile, ahead = found
@@ -262,8 +262,8 @@ def test_what_a_program_keeps_fits_the_machine(machine, name, shared):
             kept = gates * tile.units * tile.units * 2
             assert kept + tile.rows * tile.units * 2 <= shared << 10 or name == "gfx942"
             assert not (ahead and kept > 96 << 10)
-    assert configs.loop_tile("half", 4, 64, backward=False) is not None
-    assert configs.loop_tile("fp32", 4, 129, backward=True) is None
+    assert configs.loop_tile("half", 4, 64, False, backward=False) is not None
+    assert configs.loop_tile("fp32", 4, 129, True, backward=True) is None
 
 
 def test_registers_are_asked_for_where_there_is_such_an_option(machine):

@@ -70,7 +70,11 @@ class Sequence:
         return pack if self.hidden % pack == 0 and self.state % pack == 0 else 1
 
     def _loop_tile(self, *, backward: bool) -> tuple[configs.Tile, bool] | tuple[None, bool]:
-        found = None if self.projected else configs.loop_tile(self._kind, self.gates, self.hidden, backward=backward)
+        found = (
+            None
+            if self.projected
+            else configs.loop_tile(self._kind, self.gates, self.hidden, self._pack > 1, backward=backward)
+        )
         return found or (None, False)
 
     def _constants(self, tile: configs.Tile) -> dict[str, object]:
