@@ -106,7 +106,7 @@ def step_tile(kind: str, batch: int, units: int, packed: bool) -> Tile:
         packed: rows are made of 16 bytes. Others are read element by element.
     """
     tiles = _STEPS[architecture()][kind]
-    if not packed and not triton.knobs.runtime.interpret:
+    if not packed and architecture() != "interpret":
         return dataclasses.replace(tiles[0], units=min(tiles[0].units, _ODD_UNITS), depth=16, num_stages=1)
     fitting = (t for t in tiles if triton.cdiv(batch, t.rows) * triton.cdiv(units, t.units) <= _PROGRAMS)
     return next(fitting, tiles[-1])
