@@ -35,7 +35,11 @@ class Tile:
     @property
     def options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options | ({"maxnreg": _REGISTERS} if self.free and architecture().startswith("sm_") else {})
+        return options | (
+            {"maxnreg": min(_REGISTERS, 2048 // self.num_warps)}
+            if self.free and architecture().startswith("sm_")
+            else {}
+        )
 
 
 # kind -> tiles of one step: the first whose programs are not too many. Tiles for tensor cores are wider than high:
@@ -122,7 +126,7 @@ def loop_tile(kind: str, gates: int, hidden: int, packed: bool, *, backward: boo
         kept = gates * units * units * 2
         full = kept > 96 << 10
         warps = 2 * loops.num_warps if full and loops.num_warps > 1 else loops.num_warps
-        return (Tile(16, units, 0, warps, free=not full), not full) if kept <= loops.resident else None
+        return (Tile(16, units, 0, warps, free=gates == 1 or not full), not full) if kept <= loops.resident else None
     depth = 2 * loops.depth if backward and kind == "fp32" else loops.depth
     tile = Tile(loops.rows, units, depth, loops.num_warps, free=True)
     return (tile, False) if hidden <= loops.most[kind] and (packed or loops.odd) else None
