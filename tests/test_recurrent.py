@@ -18,7 +18,8 @@ from transforms import assert_all
 import pynn
 from pynn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-MARGIN = {torch.float32: 1.5, torch.bfloat16: 1.0, torch.float16: 1.0}  # of torch's own error
+# Times torch's own error: (results, gradients).
+MARGIN = {torch.float32: (1.25, 3.0), torch.bfloat16: (1.0, 1.0), torch.float16: (1.0, 1.0)}
 KERNEL = "lstm_fwd"
 CELLS = ("lstm", "gru", "rnn")
 VARIANTS = [  # cell, options
@@ -80,7 +81,7 @@ def test_error_is_no_larger_than_torchs(backend, dtype, cell):
     for name, column in columns.items():
         truth, theirs, mine = (torch.cat(column[c]) for c in ("truth", "torch", "ours"))
         # Errors of float32 are those of a sum's order, carried on from step to step; 16 bits are rounded at every step.
-        limit = max(MARGIN[dtype] * relative_error(theirs, truth), 1.25 * FLOOR[dtype])
+        limit = max(MARGIN[dtype][name != "output"] * relative_error(theirs, truth), 1.25 * FLOOR[dtype])
         error = relative_error(mine, truth)
         assert error <= limit, f"{cell} {name}: error {error:.3e} > {limit:.3e} (torch {relative_error(theirs, truth)})"
 
