@@ -53,6 +53,7 @@ class Sequence:
         return 4 if self.cell in (LSTM, GRU) else 0
 
     def wide(self, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor in `compute`."""
         return self.like.new_empty(shape, dtype=self.compute)
 
     def new_states(self) -> torch.Tensor:
