@@ -6,7 +6,6 @@ input and weights after them. The kernels do what happens step by step, see recu
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from .recurrent_launch import GRU, LSTM, RELU, TANH, Sequence, gates_of
@@ -232,6 +231,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _interpreted_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Beside the interpreter: summed so widely that the bits follow neither an alignment nor the number of rows."""
+    import numpy as np  # the interpreter needs it, a GPU does not
+
     if a.dtype is not torch.float64:
         return torch.mm(a.double(), b.double()).to(a.dtype)
     return torch.from_numpy(np.matmul(*(t.numpy().astype(np.longdouble) for t in (a, b))).astype(np.float64))

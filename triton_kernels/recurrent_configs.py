@@ -35,7 +35,11 @@ class Tile:
     @property
     def options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options | ({"maxnreg": _REGISTERS} if self.free and architecture().startswith("sm_") else {})
+        return options | (
+            {"maxnreg": min(_REGISTERS, 2048 // self.num_warps)}
+            if self.free and architecture().startswith("sm_")
+            else {}
+        )
 
 
 # kind -> tiles of one step: the first whose programs are not too many. Tiles for tensor cores are wider than high:
@@ -60,6 +64,7 @@ _STEPS = {
     "interpret": {kind: (Tile(16, 64, 64, 1),) for kind in ("half", "fp32", "fp64")},
 }
 _STEPS["sm_120"] = _STEPS["sm_80"]
+_ODD_UNITS = 16  # of a tile whose elements each take an address and a mask
 _PROGRAMS = 2 * 132  # more of them wait for each other
 
 
@@ -70,6 +75,7 @@ class Loops:
     Args:
         resident: bytes of weight_hh that a program may keep, its units padded to a power of two.
         rows, depth, most: without tensor cores weight_hh streams from the caches; up to so many units.
+        odd: also for rows that are not made of 16 bytes.
     """
 
     resident: int
@@ -77,13 +83,14 @@ class Loops:
     depth: int
     most: dict[str, int]
     num_warps: int = 8
+    odd: bool = True
 
 
 _LOOPS = {
     "sm_80": Loops(128 << 10, 4, 16, {"fp32": 128, "fp64": 64}),
     "sm_90": Loops(128 << 10, 4, 16, {"fp32": 128, "fp64": 64}),
     "sm_120": Loops(64 << 10, 4, 16, {"fp32": 128, "fp64": 64}),  # and the sm_86 and sm_89: 99 KiB of shared memory
-    "gfx942": Loops(64 << 10, 16, 16, {"fp32": 128, "fp64": 64}, 4),
+    "gfx942": Loops(64 << 10, 16, 16, {"fp32": 128, "fp64": 0}, 4, odd=False),
     "interpret": Loops(128 << 10, 16, 16, {"fp32": 64, "fp64": 64}, 1),
 }
 
@@ -100,16 +107,16 @@ def step_tile(kind: str, batch: int, units: int, packed: bool) -> Tile:
 
     Args:
         kind: half, fp32 or fp64.
-        packed: rows are made of 16 bytes. Others are read element by element, and each takes an address.
+        packed: rows are made of 16 bytes. Others are read element by element.
     """
     tiles = _STEPS[architecture()][kind]
-    if not packed:
-        return dataclasses.replace(tiles[0], depth=16, num_stages=1)
+    if not packed and architecture() != "interpret":
+        return dataclasses.replace(tiles[0], units=min(tiles[0].units, _ODD_UNITS), depth=16, num_stages=1)
     fitting = (t for t in tiles if triton.cdiv(batch, t.rows) * triton.cdiv(units, t.units) <= _PROGRAMS)
     return next(fitting, tiles[-1])
 
 
-def loop_tile(kind: str, gates: int, hidden: int, *, backward: bool) -> tuple[Tile, bool] | None:
+def loop_tile(kind: str, gates: int, hidden: int, packed: bool, *, backward: bool) -> tuple[Tile, bool] | None:
     """For whole sequences of `hidden` units in one program, or None where they are too many; whether to read ahead.
 
     A depth of 0 says that weight_hh stays on the chip.
@@ -119,7 +126,7 @@ def loop_tile(kind: str, gates: int, hidden: int, *, backward: bool) -> tuple[Ti
         kept = gates * units * units * 2
         full = kept > 96 << 10
         warps = 2 * loops.num_warps if full and loops.num_warps > 1 else loops.num_warps
-        return (Tile(16, units, 0, warps, free=not full), not full) if kept <= loops.resident else None
+        return (Tile(16, units, 0, warps, free=gates == 1 or not full), not full) if kept <= loops.resident else None
     depth = 2 * loops.depth if backward and kind == "fp32" else loops.depth
     tile = Tile(loops.rows, units, depth, loops.num_warps, free=True)
-    return (tile, False) if hidden <= loops.most[kind] else None
+    return (tile, False) if hidden <= loops.most[kind] and (packed or loops.odd) else None

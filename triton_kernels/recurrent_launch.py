@@ -53,6 +53,7 @@ class Sequence:
         return 4 if self.cell in (LSTM, GRU) else 0
 
     def wide(self, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor in `compute`."""
         return self.like.new_empty(shape, dtype=self.compute)
 
     def new_states(self) -> torch.Tensor:
@@ -70,7 +71,11 @@ class Sequence:
         return pack if self.hidden % pack == 0 and self.state % pack == 0 else 1
 
     def _loop_tile(self, *, backward: bool) -> tuple[configs.Tile, bool] | tuple[None, bool]:
-        found = None if self.projected else configs.loop_tile(self._kind, self.gates, self.hidden, backward=backward)
+        found = (
+            None
+            if self.projected
+            else configs.loop_tile(self._kind, self.gates, self.hidden, self._pack > 1, backward=backward)
+        )
         return found or (None, False)
 
     def _constants(self, tile: configs.Tile) -> dict[str, object]:
