@@ -18,6 +18,12 @@ _LAYERS: dict[type[torch.nn.Module], tuple[type[torch.nn.Module], dict[str, obje
     torch.nn.ConvTranspose2d: (nn.ConvTranspose2d, {"activation": None}),
     torch.nn.GroupNorm: (nn.GroupNorm, {"activation": None}),
     torch.nn.MultiheadAttention: (nn.MultiheadAttention, {}),
+    torch.nn.LSTM: (nn.LSTM, {}),
+    torch.nn.GRU: (nn.GRU, {}),
+    torch.nn.RNN: (nn.RNN, {}),
+    torch.nn.LSTMCell: (nn.LSTMCell, {}),
+    torch.nn.GRUCell: (nn.GRUCell, {}),
+    torch.nn.RNNCell: (nn.RNNCell, {}),
 }
 _ORIGINALS = {layer: original for original, (layer, _) in _LAYERS.items()}
 _MARK = "_pynn_patched"  # attribute of a module that `patch` changed, so that `unpatch` leaves the others alone
@@ -50,10 +56,10 @@ class Patched:
 def patch(model: torch.nn.Module) -> Patched:
     """Makes the torch.nn layers inside a model compute with pynn's kernels, in place.
 
-    Replaced are torch.nn.Conv2d, ConvTranspose2d, GroupNorm and MultiheadAttention; what else holds parameters of its
-    own is kept, and so are subclasses of these, whose own code would be lost (parametrized layers among them). Outputs
-    and gradients agree to rounding, but for the two differences that pynn.nn.MultiheadAttention documents. Patch a
-    model before compiling or scripting it.
+    Replaced are torch.nn.Conv2d, ConvTranspose2d, GroupNorm, MultiheadAttention, LSTM, GRU, RNN and their cells; what
+    else holds parameters of its own is kept, and so are subclasses of these, whose own code would be lost (parametrized
+    layers among them). Outputs and gradients agree to rounding, but for the two differences that
+    pynn.nn.MultiheadAttention documents. Patch a model before compiling or scripting it.
 
     Args:
         model: any module; a layer itself, too.
