@@ -4,6 +4,7 @@ from .attention import MultiheadAttention
 from .conv import Conv2d, ConvTranspose2d
 from .normalization import GroupNorm
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .tree import TreeLSTM
 
 __all__ = [
     "GRU",
@@ -16,4 +17,5 @@ __all__ = [
     "LSTMCell",
     "MultiheadAttention",
     "RNNCell",
+    "TreeLSTM",
 ]

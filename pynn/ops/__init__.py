@@ -7,8 +7,10 @@ from .group_norm import group_norm
 from .random import normal
 from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from .scaled_dot_product_attention import scaled_dot_product_attention
+from .tree_lstm import Forest, tree_lstm
 
 __all__ = [
+    "Forest",
     "conv2d",
     "conv_transpose2d",
     "diffusion_loss",
@@ -24,4 +26,5 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",
+    "tree_lstm",
 ]
