@@ -41,7 +41,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -fno-math-errno "
     "-fno-trapping-math -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Wno-maybe-uninitialized "
-    "-Wno-psabi"
+    "-Wno-uninitialized -Wno-psabi"
 )
 NVCC_FLAGS = (
     "-std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings --expt-relaxed-constexpr "

@@ -46,8 +46,9 @@ def versions() -> dict[str, str]:
 def availability() -> list[tuple[str, str, str]]:
     """(op, backend, '' or the reason why it cannot run) for every public op."""
     return [
-        (op, backend, backends.why_not(_KERNEL_OF.get(op, f"{op}_fwd"), backend))
+        (op, backend, backends.why_not(_KERNEL_OF.get(op, f"{op.removesuffix('_cell')}_fwd"), backend))
         for op in pynn.ops.__all__
+        if op[0].islower()  # classes go with the ops that take them
         for backend in backends.unavailable
     ]
 
@@ -76,11 +77,18 @@ def _check_attention() -> bool:
     return torch.allclose(pynn.ops.scaled_dot_product_attention(q, k, v), reference, rtol=1e-4, atol=1e-4)
 
 
+def _check_lstm() -> bool:
+    layer, x = torch.nn.LSTM(5, 7), torch.randn(4, 2, 5)
+    output, _ = pynn.ops.lstm(x, None, *(p.detach() for p in layer.parameters()))
+    return torch.allclose(output, layer(x)[0], rtol=1e-4, atol=1e-4)
+
+
 CHECKS: dict[str, Callable[[], bool]] = {
     "normal": _check_normal,
     "conv2d": _check_conv2d,
     "group_norm": _check_group_norm,
     "scaled_dot_product_attention": _check_attention,
+    "lstm": _check_lstm,
 }
 
 

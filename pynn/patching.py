@@ -12,7 +12,7 @@ import torch
 
 from . import nn
 
-# torch.nn's class -> pynn's, which derives from it, and the attributes that its constructor adds.
+# torch.nn's class -> pynn's, which keeps the same state in the same attributes, and those that its constructor adds.
 _LAYERS: dict[type[torch.nn.Module], tuple[type[torch.nn.Module], dict[str, object]]] = {
     torch.nn.Conv2d: (nn.Conv2d, {"activation": None}),
     torch.nn.ConvTranspose2d: (nn.ConvTranspose2d, {"activation": None}),

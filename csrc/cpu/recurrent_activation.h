@@ -3,7 +3,7 @@
 // NaN stays NaN, infinities give the limits, and tanh keeps its relative accuracy around 0: it is -m / (m + 2) with
 // m = e^(-2|x|) - 1 = 2^n p + (2^n - 1), where p = e^r - 1 is the polynomial of exp() without its leading 1.
 #pragma once
-#include "silu.h"
+#include "vec_math.h"
 
 namespace pynn::cpu {
 
@@ -79,13 +79,6 @@ PYNN_HD VecDouble tanh(VecDouble x) {
 }
 
 PYNN_HD VecDouble sigmoid(VecDouble x) { return 1 / (exp(VecDouble(-x)) + 1); }
-PYNN_HD VecFloat sigmoid(VecFloat x) {
-#if defined(__AVX512F__)
-  // exp_negative() takes NaN for a large number
-  return _mm512_mask_mov_ps(1 / (exp_negative<true>(x) + 1), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
-#else
-  return 1 / (exp(VecFloat(-x)) + 1);
-#endif
-}
+PYNN_HD VecFloat sigmoid(VecFloat x) { return 1 / (exp(VecFloat(-x)) + 1); }
 
 }  // namespace pynn::cpu

@@ -81,8 +81,8 @@ class TreeLSTMBackward(torch.autograd.Function):
     """Gradients of input, weights and bias; its own gradient comes from torch operations."""
 
     @staticmethod
-    def forward(*inputs):
-        return backends.op("tree_lstm_bwd", inputs[2])(*inputs)
+    def forward(grad_h, grad_c, input, *operands):
+        return backends.op("tree_lstm_bwd", input)(grad_h, grad_c, input, *operands)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -114,8 +114,9 @@ class TreeLSTM(torch.autograd.Function):
     """(h, c, gates, sums); only the first two are differentiable. Rows of the weights are i g o f."""
 
     @staticmethod
-    def forward(*inputs):
-        return backends.op("tree_lstm_fwd", inputs[0])(*inputs)
+    def forward(input, weight_ih, weight_hh, bias, child_offsets, children, levels):
+        op = backends.op("tree_lstm_fwd", input)  # no *inputs here: torch.compile counts the parameters
+        return op(input, weight_ih, weight_hh, bias, child_offsets, children, levels)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -16,6 +16,7 @@ import torch
 
 from .cases_conv2d import conv2d
 from .cases_recurrent import recurrent
+from .cases_tree_lstm import tree_lstm
 from .ratchet import Case, Promise
 
 LABELS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -125,6 +126,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "group_norm": group_norm,
     "conv2d": conv2d,
     "recurrent": recurrent,
+    "tree_lstm": tree_lstm,
 }
 
 # The first pattern that matches the whole short name of a kernel counts.
