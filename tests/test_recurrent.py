@@ -18,8 +18,8 @@ from transforms import assert_all
 import pynn
 from pynn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-# Times torch's own error: (results, gradients).
-MARGIN = {torch.float32: (1.25, 3.0), torch.bfloat16: (1.0, 1.0), torch.float16: (1.0, 1.0)}
+# Times torch's own error: (results, gradients). In float32 both are sums in some order, and as good: chance decides.
+MARGIN = {torch.float32: (1.1, 1.25), torch.bfloat16: (1.0, 1.0), torch.float16: (1.0, 1.0)}
 KERNEL = "lstm_fwd"
 CELLS = ("lstm", "gru", "rnn")
 VARIANTS = [  # cell, options

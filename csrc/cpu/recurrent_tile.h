@@ -13,7 +13,7 @@
 
 namespace pynn::cpu::recurrent {
 
-inline constexpr int64_t kChain = 128;
+inline constexpr int64_t kChain = 64;
 inline constexpr int kPanelVectors = 4;
 template <class A>
 inline constexpr int64_t kPanelWidth = kPanelVectors * kLanes<A>;
@@ -83,7 +83,7 @@ inline void each_tile(int64_t rows, const Body& body) {
 }
 
 // The longest chain of a product whose left rows come in such runs: whole runs, or parts of one.
-constexpr int64_t chain_of(int64_t run) { return run > 0 && run < kChain ? kChain / run * run : kChain; }
+constexpr int64_t chain_of(int64_t run) { return run > 0 && run <= kChain ? kChain / run * run : kChain; }
 
 // One panel: c[r * c_stride + :] += sum over k < depth of a(r, k) * b[k * NV * L + :] for `rows` rows, where
 // block(k, count) gives the rows k to k + count of b.
@@ -91,8 +91,8 @@ template <int NV, class A, class Block>
 void multiply_blocks(const LeftRows<A>& a, int64_t depth, const Block& block, int64_t rows, A* c, int64_t c_stride) {
   const int64_t chain = chain_of(a.run), width = NV * kLanes<A>;
   for (int64_t k = 0; k < depth; k += chain) {
-    const int64_t count = std::min(chain, depth - k), length = a.run < kChain ? a.run : count;
-    const A* const from = a.base + (a.run < kChain ? k / a.run * a.run_stride : k);
+    const int64_t count = std::min(chain, depth - k), length = a.run <= kChain ? a.run : count;
+    const A* const from = a.base + (a.run <= kChain ? k / a.run * a.run_stride : k);
     const A* const b = block(k, count);
     each_tile<NV>(rows, [&](int64_t first, int64_t height) {
       const A* const left = from + first * a.stride;

@@ -24,7 +24,7 @@ inline void add_rows(const A* from, int64_t rows, A* to) {
 
 // Rows of a chain of fused multiply-adds: short ones keep the error of long sums small, and the sums between them stay
 // in the first-level cache.
-inline constexpr int64_t kRowChain = 64;
+inline constexpr int64_t kRowChain = 32;
 
 // to[(first[v] + lane) * columns + n] (+)= sum over r < rows of gradients[r][v * L + lane] * panels[n][r], for the rows
 // of a weight that a panel of gradients belongs to. `panels` are `capacity` rows long.

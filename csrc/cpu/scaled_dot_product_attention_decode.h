@@ -34,27 +34,25 @@ PYNN_HD Vec<F> sum_each(Vec<F>* v) {
 // scores[0 .. kLanes) = query . key rows; rows from `count` on repeat the last one.
 template <class T, class F = accumulate_t<T>>
 void score_keys(const T* key, int64_t row, int64_t count, const F* query, int64_t dim, F* scores) {
-  constexpr int L = kLanes<F>;
+  constexpr int L = kLanes<F>, G = L < 4 ? L : 4;  // keys at once: so many chains hide the latency of fma
   const int64_t whole = dim / L * L;
   Vec<F> sum[L];
 #pragma GCC unroll 4
-  for (int first = 0; first < L; first += 4) {
-    const T* rows[4];
-    for (int j = 0; j < 4; ++j) rows[j] = key + std::min<int64_t>(first + j, count - 1) * row;
-    Vec<F> s[4] = {};
+  for (int first = 0; first < L; first += G) {
+    const T* rows[G];
+    for (int j = 0; j < G; ++j) rows[j] = key + std::min<int64_t>(first + j, count - 1) * row;
+    Vec<F> s[G] = {};
     for (int64_t d = 0; d < whole; d += L) {
       const Vec<F> q = load(query + d);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        s[j] = fma(q, load_compute(rows[j] + d), s[j]);
-      }
+      for (int j = 0; j < G; ++j) s[j] = fma(q, load_compute(rows[j] + d), s[j]);
     }
     if (whole < dim) {
       const Vec<F> q = load(query + whole);
-      for (int j = 0; j < 4; ++j) s[j] = fma(q, load_part(rows[j] + whole, dim - whole, F(0)), s[j]);
+      for (int j = 0; j < G; ++j) s[j] = fma(q, load_part(rows[j] + whole, dim - whole, F(0)), s[j]);
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[first + j] = s[j];
+    for (int j = 0; j < G; ++j) sum[first + j] = s[j];
   }
   store(scores, sum_each<F>(sum));
 }

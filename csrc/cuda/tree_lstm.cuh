@@ -10,7 +10,7 @@ namespace tree {
 using recurrent::sigmoid;
 using recurrent::tanh_of;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // four blocks on a processor leave 64 registers, which spares the compiler spilling
 
 // Calls body(node, unit) for this thread's share of a level.
 template <class Body>
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const T* h, T* sums, Tree
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(TreeLstmForward<T> call, Tree tree, TreeLevel level) {
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(TreeLstmForward<T> call, Tree tree, TreeLevel level) {
   using A = accumulate_t<T>;
   const int64_t hidden = tree.hidden;
   each_unit(tree, level, [&](int64_t n, int64_t u) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(TreeLstmForward<T> ca
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(TreeLstmBackward<T> call, Tree tree, TreeLevel level) {
+__global__ void __launch_bounds__(kThreads, 4) backward_kernel(TreeLstmBackward<T> call, Tree tree, TreeLevel level) {
   using A = accumulate_t<T>;
   const int64_t hidden = tree.hidden;
   each_unit(tree, level, [&](int64_t n, int64_t u) {

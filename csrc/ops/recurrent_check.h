@@ -83,14 +83,8 @@ inline RecurrentShape check(const RecurrentOperands& o) {
   PYNN_CHECK(rows > 0 && rows % gates == 0 && state > 0, op, ": expected weight_hh of shape [", gates,
              " * hidden_size, ", o.weight_hr ? "hidden_size or proj_size" : "hidden_size", "], got ",
              shape_of(o.weight_hh));
-  const RecurrentShape shape{o.cell,
-                             input.size(0),
-                             input.size(1),
-                             input.size(2),
-                             rows / gates,
-                             state,
-                             o.projection().has_value(),
-                             o.reverse};
+  const RecurrentShape shape{
+      o.cell, input.size(0), input.size(1), input.size(2), rows / gates, state, o.projection().has_value(), o.reverse};
   PYNN_CHECK(shape.projected || state == shape.hidden, op, ": expected weight_hh of shape [", rows, ", ", shape.hidden,
              "], got ", shape_of(o.weight_hh));
   check_like_input(op, "weight_hr", o.projection(), {state, shape.hidden}, input);
