@@ -17,8 +17,9 @@ from pynn.ops.tree_lstm import _composite
 
 ops = torch.ops.pynn
 NAMES = ("h and c", "input", "weight_ih", "weight_hh", "bias")
-# Times the error of torch's formula: (results, gradients), as in test_recurrent.py.
-MARGIN = {torch.float64: (0, 0), torch.float32: (1.1, 1.25), torch.bfloat16: (1, 1), torch.float16: (1, 1)}
+# Times the error of torch's formula: (results, gradients). In float32 the Triton kernels' sigmoid and tanh, good to 1.5
+# units in the last place, meet torch's, good to one.
+MARGIN = {torch.float64: (0, 0), torch.float32: (1.2, 1.25), torch.bfloat16: (1, 1), torch.float16: (1, 1)}
 
 
 def random_parents(nodes: int, seed: int = 0, trees: int = 2) -> torch.Tensor:
