@@ -112,7 +112,7 @@ def backward_kernel(
         b_grad += tl.load(p_from_forget + i_level * hidden + o_unit, has, 0.0)
         b_forget = tl.load(p_own + 3 * hidden + o_unit, has, 0.0).to(A)
         b_dc += tl.load(p_grad_cells + parent * hidden + o_unit, has, 0.0) * b_forget
-    b_dc += b_grad * b_o * (1.0 - b_tanh * b_tanh)
+    b_dc += b_grad * b_o * (1.0 - b_tanh) * (1.0 + b_tanh)
     tl.store(p_grad_cells + o_state, b_dc, valid)
     b_sum = tl.zeros([UNITS], A)
     begin, end = edges_of(p_offsets, i_node, edges)
@@ -120,14 +120,14 @@ def backward_kernel(
         child = tl.load(p_children + edge)
         known = (child >= 0) & (child < first)
         b_f = tl.load(p_gates + (child * 4 + 3) * hidden + o_unit, valid & known, 0.0).to(A)
-        b_child = b_dc * tl.load(p_c + child * hidden + o_unit, valid & known, 0.0) * (b_f - b_f * b_f)
+        b_child = b_dc * tl.load(p_c + child * hidden + o_unit, valid & known, 0.0) * b_f * (1.0 - b_f)
         tl.store(p_grad_forgets + child * hidden + o_unit, b_child.to(p_grad_forgets.dtype.element_ty), valid & known)
         b_sum += b_child
         tl.store(p_parents + child, i_node, known & (tl.program_id(1) == 0))
     p_to = p_grad_gates + i_node * 4 * hidden
-    tl.store(p_to + o_unit, (b_dc * b_g * (b_i - b_i * b_i)).to(p_grad_gates.dtype.element_ty), valid)
-    tl.store(p_to + hidden + o_unit, (b_dc * b_i * (1.0 - b_g * b_g)).to(p_grad_gates.dtype.element_ty), valid)
-    tl.store(p_to + 2 * hidden + o_unit, (b_grad * b_tanh * (b_o - b_o * b_o)).to(p_grad_gates.dtype.element_ty), valid)
+    tl.store(p_to + o_unit, (b_dc * b_g * b_i * (1.0 - b_i)).to(p_grad_gates.dtype.element_ty), valid)
+    tl.store(p_to + hidden + o_unit, (b_dc * b_i * (1.0 - b_g) * (1.0 + b_g)).to(p_grad_gates.dtype.element_ty), valid)
+    tl.store(p_to + 2 * hidden + o_unit, (b_grad * b_tanh * b_o * (1.0 - b_o)).to(p_grad_gates.dtype.element_ty), valid)
     tl.store(p_to + 3 * hidden + o_unit, b_sum.to(p_grad_gates.dtype.element_ty), valid)
 
 
