@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .products import compute_dtype, product
 from .recurrent_launch import GRU, LSTM, RELU, TANH, Sequence, gates_of
 
 
@@ -73,7 +74,7 @@ def _forward(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight
         h_n = hx.clone(memory_format=torch.contiguous_format)
     products = input.contiguous()
     if weight_ih is not None:
-        products = _product(products.flatten(0, 1), weight_ih.t())
+        products = product(products.flatten(0, 1), weight_ih.t())
     sequence.forward(
         states, h_n, c_n, gates if save else None, cells if save and cell == LSTM else None, products,
         _dense(weight_hh), _dense(bias_ih), _dense(bias_hh), _dense(weight_hr), _matrix(hx),
@@ -100,10 +101,10 @@ def lstm_bwd(
         _input_gradient(d, weight_ih, input) if for_input else _none(input),
         grad_h.to(hx.dtype),
         grad_c.to(cx.dtype),
-        _product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
-        _product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
+        product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
+        product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
         _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else _none(input),
-        _product(_rows(grad_states).t(), _rows(hiddens)) if for_hr and weight_hr is not None else _none(input),
+        product(_rows(grad_states).t(), _rows(hiddens)) if for_hr and weight_hr is not None else _none(input),
     )
 
 
@@ -135,13 +136,13 @@ def gru_bwd(
         n_first = torch.cat((weight_ih[2 * hidden :], weight_ih[: 2 * hidden]))
         grad_input = _input_gradient(of_input, n_first, input)
     if for_ih and weight_ih is not None:
-        grad_weight_ih = gate_order(_product(of_input.t(), _rows(input)))
+        grad_weight_ih = gate_order(product(of_input.t(), _rows(input)))
     sums = _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else None
     return (
         grad_input,
         grad_h.to(hx.dtype),
         grad_weight_ih,
-        _product(of_hidden.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
+        product(of_hidden.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
         _none(input) if sums is None else gate_order(sums[: 3 * hidden]),
         _none(input) if sums is None else sums[hidden:].clone(),
     )
@@ -162,8 +163,8 @@ def rnn_bwd(
     return (
         _input_gradient(d, weight_ih, input) if for_input else _none(input),
         grad_h.to(hx.dtype),
-        _product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
-        _product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
+        product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
+        product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
         _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else _none(input),
     )
 
@@ -219,28 +220,9 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in their dtype, summed in float32 at least, whatever autocast would make of it."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.device.type == "cpu":
-            return _interpreted_product(a, b)
-        if a.element_size() > 2 or torch.version.hip is not None:
-            return torch.mm(a, b)
-        return torch.mm(a, b, out_dtype=torch.float32).to(a.dtype)
-
-
-def _interpreted_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Beside the interpreter: summed so widely that the bits follow neither an alignment nor the number of rows."""
-    import numpy as np  # the interpreter needs it, a GPU does not
-
-    if a.dtype is not torch.float64:
-        return torch.mm(a.double(), b.double()).to(a.dtype)
-    return torch.from_numpy(np.matmul(*(t.numpy().astype(np.longdouble) for t in (a, b))).astype(np.float64))
-
-
 def _input_gradient(d, weight_ih, input) -> torch.Tensor:
-    return torch.ops.aten._unsafe_view(d if weight_ih is None else _product(d, weight_ih), input.shape)
+    return torch.ops.aten._unsafe_view(d if weight_ih is None else product(d, weight_ih), input.shape)
 
 
 def _sum(d: torch.Tensor) -> torch.Tensor:
-    return d.sum(0, dtype=torch.promote_types(d.dtype, torch.float32)).to(d.dtype)
+    return d.sum(0, dtype=compute_dtype(d)).to(d.dtype)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .products import compute_dtype, product
 from .recurrent_cells import sigmoid, tanh
 
 UNITS = 128
@@ -131,19 +132,6 @@ def backward_kernel(
     tl.store(p_to + 3 * hidden + o_unit, b_sum.to(p_grad_gates.dtype.element_ty), valid)
 
 
-def _compute(like: torch.Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype is torch.float64 else torch.float32
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in the compute dtype: the GPU's library sums 16-bit products in float32 and can leave them so."""
-    if a.dtype.itemsize > 2:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
 def _launch(kernel, level: tuple[int, int], like: torch.Tensor, hidden: int, *args) -> None:
     """Runs kernel(*args, first, hidden, edges) for every node of a level; the last of args are the tree's tensors."""
     first, last = level
@@ -160,9 +148,9 @@ def tree_lstm_fwd(input, weight_ih, weight_hh, bias, child_offsets, children, le
     Tensor children, SymInt[] levels) -> (Tensor h, Tensor c, Tensor gates, Tensor sums)"""
     nodes, hidden = input.shape[0], weight_hh.shape[1]
     h = input.new_empty((nodes, hidden))
-    c, forgets = (h.new_empty(h.shape, dtype=_compute(h)) for _ in range(2))
+    c, forgets = (h.new_empty(h.shape, dtype=compute_dtype(h)) for _ in range(2))
     sums = torch.zeros_like(h)  # of the leaves, which no launch writes
-    gates = _product(input, weight_ih.t()).to(input.dtype)
+    gates = product(input, weight_ih.t())
     tree = (child_offsets.contiguous(), children.contiguous())
     bias = None if bias is None else bias.contiguous()
     own, forget = weight_hh.split((3 * hidden, hidden))
@@ -170,10 +158,10 @@ def tree_lstm_fwd(input, weight_ih, weight_hh, bias, child_offsets, children, le
         products = None
         if number > 0:
             _launch(sum_children_kernel, (first, last), h, hidden, h, sums, *tree)
-            products = _product(sums[first:last], own.t())
+            products = product(sums[first:last], own.t(), c.dtype)
         _launch(forward_kernel, (first, last), h, hidden, gates, products, forgets, bias, h, c, *tree)
         if last < nodes:
-            forgets[first:last] = _product(h[first:last], forget.t())
+            forgets[first:last] = product(h[first:last], forget.t(), c.dtype)
     return h, c, gates, sums
 
 
@@ -185,7 +173,6 @@ def tree_lstm_bwd(
     bool[4] output_mask)
     -> (Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias)"""
     nodes, hidden = h.shape
-    dtype = input.dtype
     h, c, gates, sums = (t.contiguous() for t in (h, c, gates, sums))
     grad_h, grad_c = (None if t is None else t.contiguous() for t in (grad_h, grad_c))
     grad_gates = torch.empty_like(gates)
@@ -195,21 +182,20 @@ def tree_lstm_bwd(
     tree = (child_offsets.contiguous(), children.contiguous())
     own, forget = weight_hh.split((3 * hidden, hidden))
     for first, last in reversed(list(itertools.pairwise(levels))):
-        from_forget = _product(grad_forgets[first:last], forget) if last < nodes else None
+        from_forget = product(grad_forgets[first:last], forget, c.dtype) if last < nodes else None
         _launch(
             backward_kernel, (first, last), h, hidden, grad_h, grad_c, gates, c, grad_sums, from_forget, parents,
             grad_cells, grad_gates, grad_forgets, *tree,
         )  # fmt: skip
         if first > 0:
-            grad_sums[first:last] = _product(grad_gates[first:last, : 3 * hidden], own)
+            grad_sums[first:last] = product(grad_gates[first:last, : 3 * hidden], own, c.dtype)
     nothing = input.new_empty(0)
     grad_weight_hh = nothing
     if output_mask[2]:
-        states = _product(grad_gates[:, : 3 * hidden].t(), sums), _product(grad_forgets.t(), h)
-        grad_weight_hh = torch.cat(states).to(dtype)
+        grad_weight_hh = torch.cat((product(grad_gates[:, : 3 * hidden].t(), sums), product(grad_forgets.t(), h)))
     return (
-        _product(grad_gates, weight_ih).to(dtype) if output_mask[0] else nothing,
-        _product(grad_gates.t(), input).to(dtype) if output_mask[1] else nothing,
+        product(grad_gates, weight_ih) if output_mask[0] else nothing,
+        product(grad_gates.t(), input) if output_mask[1] else nothing,
         grad_weight_hh,
-        grad_gates.sum(0, dtype=c.dtype).to(dtype) if output_mask[3] and bias is not None else nothing,
+        grad_gates.sum(0, dtype=c.dtype).to(input.dtype) if output_mask[3] and bias is not None else nothing,
     )

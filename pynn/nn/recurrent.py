@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops.recurrent import apply_gru, apply_lstm, apply_rnn
+from ..ops._recurrent_call import apply_gru, apply_lstm, apply_rnn
 
 
 class _Sequence(torch.nn.RNNBase):

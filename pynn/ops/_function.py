@@ -56,6 +56,17 @@ def autocast(*tensors: torch.Tensor | None):
     )
 
 
+def compute_dtype(input: torch.Tensor) -> torch.dtype:
+    """What a kernel computes in, and keeps its statistics in: float64 for float64, otherwise float32."""
+    return torch.float64 if input.dtype is torch.float64 else torch.float32
+
+
+def check_devices(op: str, *operands: torch.Tensor | None) -> None:
+    """For shape rules: an operand on meta beside real ones comes to them instead of the kernel."""
+    if len({t.device for t in operands if t is not None}) > 1:
+        raise RuntimeError(f"{op}: expected all operands to be on the same device")
+
+
 def loop_vmap(cls, info, in_dims, *inputs):
     """vmap rule for any Function: one call per slice, results stacked. Right for every op, never the fastest."""
     slices = [

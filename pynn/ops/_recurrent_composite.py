@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._recurrent_schemas import compute_dtype
+from ._function import compute_dtype
 
 Step = Callable[..., tuple[Tensor, ...]]
 

@@ -6,6 +6,7 @@ import torch
 
 from .. import backends
 from . import _recurrent_composite as composite
+from . import _recurrent_schemas  # noqa: F401 (defines the ops)
 from ._function import call, double_backward, eager, loop_vmap
 
 # Operands are (input, hx, cx of lstm, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of lstm, lengths).
@@ -155,23 +156,3 @@ def _functions(name: str, states: int, saved: int):
 LSTM, LSTMBackward = _functions("lstm", states=2, saved=2)
 GRU, GRUBackward = _functions("gru", states=1, saved=1)
 RNN, RNNBackward = _functions("rnn", states=1, saved=0)
-
-
-def run(function, name: str, *inputs):
-    """Applies LSTM, GRU or RNN in the cheapest form that is right here.
-
-    Args:
-        inputs: operands and options but `save`, which is decided here.
-    """
-    functorch = torch._C._are_functorch_transforms_active()
-    if functorch or (torch.is_grad_enabled() and _requires_grad(inputs) and not torch.compiler.is_exporting()):
-        return call(function, *inputs) if name == "rnn" else call(function, *inputs, True)
-    op = backends.op(f"{name}_fwd", inputs[_INPUT])
-    return op(*inputs) if name == "rnn" else op(*inputs, False)
-
-
-def _requires_grad(inputs):
-    for value in inputs:  # noqa: SIM110
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            return True
-    return False

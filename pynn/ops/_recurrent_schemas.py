@@ -8,22 +8,12 @@ without `save`; gates hold 4 values per hidden unit, the state c in cells is flo
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ._function import check_devices, compute_dtype
 from ._registry import define
 
 _WEIGHTS = "Tensor? weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
-
-
-def compute_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype is torch.float64 else torch.float32
-
-
-def _check_devices(*operands: Tensor | None) -> None:
-    """An operand on meta beside real ones comes to the shape rule instead of the kernel."""
-    if len({t.device for t in operands if t is not None}) > 1:
-        raise RuntimeError("expected all operands to be on the same device")
 
 
 def _wanted(wanted: bool, like: Tensor) -> Tensor:
@@ -40,7 +30,7 @@ def _bias(wanted: bool, weight_hh: Tensor) -> Tensor:
     triton="recurrent",
 )
 def _(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reverse, save):
-    _check_devices(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths)
+    check_devices("lstm", input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths)
     steps, batch, _ = input.shape
     rows, state = weight_hh.shape
     return (
@@ -63,8 +53,8 @@ def _(
     grad_output, grad_h_n, grad_c_n, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
     output, gates, cells, reverse, output_mask,
 ):  # fmt: skip
-    _check_devices(
-        input, grad_output, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, output, gates
+    check_devices(
+        "lstm", input, grad_output, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, output, gates
     )
     return (
         _wanted(output_mask[0], input),
@@ -83,7 +73,7 @@ def _(
     triton="recurrent",
 )
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, save):
-    _check_devices(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
+    check_devices("gru", input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
     return (
@@ -103,7 +93,7 @@ def _(
     grad_output, grad_h_n, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates, reverse,
     output_mask,
 ):  # fmt: skip
-    _check_devices(input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates)
+    check_devices("gru", input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates)
     biases = output_mask[3] and (bias_ih is not None or bias_hh is not None)
     return (
         _wanted(output_mask[0], input),
@@ -121,7 +111,7 @@ def _(
     triton="recurrent",
 )
 def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, relu, reverse):
-    _check_devices(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
+    check_devices("rnn", input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths)
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
     return input.new_empty((steps, batch, hidden)), hx.new_empty(hx.shape)
@@ -137,7 +127,7 @@ def _(
     grad_output, grad_h_n, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, relu, reverse,
     output_mask,
 ):  # fmt: skip
-    _check_devices(input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output)
+    check_devices("rnn", input, grad_output, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output)
     return (
         _wanted(output_mask[0], input),
         _wanted(True, hx),

@@ -16,12 +16,8 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import backends
-from ._function import call, double_backward, eager, loop_vmap
+from ._function import call, compute_dtype, double_backward, eager, loop_vmap
 from ._registry import define
-
-
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype is torch.float64 else torch.float32
 
 
 @define(
@@ -31,7 +27,7 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 )
 def _(input, weight, bias, num_groups, eps, silu):
     output = torch.empty_like(input, memory_format=suggest_memory_format(input))
-    statistics = [input.new_empty((input.shape[0], num_groups), dtype=_compute_dtype(input)) for _ in range(2)]
+    statistics = [input.new_empty((input.shape[0], num_groups), dtype=compute_dtype(input)) for _ in range(2)]
     return output, *statistics
 
 
@@ -42,13 +38,13 @@ def _(input, weight, bias, num_groups, eps, silu):
 )
 def _(grad_output, input, weight, bias, mean, rstd, num_groups, silu):
     grad_input = torch.empty_like(input, memory_format=suggest_memory_format(input))
-    dtypes = [_compute_dtype(input) if p is None else p.dtype for p in (weight, bias)]
+    dtypes = [compute_dtype(input) if p is None else p.dtype for p in (weight, bias)]
     return grad_input, *(input.new_empty(input.shape[1], dtype=dtype) for dtype in dtypes)
 
 
 def _composite(input, weight, bias, num_groups, eps, silu):
     """The op in differentiable torch operations."""
-    x = input.to(_compute_dtype(input)).reshape(input.shape[0], num_groups, -1)
+    x = input.to(compute_dtype(input)).reshape(input.shape[0], num_groups, -1)
     centered = x - x.mean(-1, keepdim=True)
     y = (centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt()).reshape(input.shape)
     channel = (-1, *(1,) * (input.dim() - 2))

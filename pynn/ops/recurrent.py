@@ -18,11 +18,9 @@ the gates and, for lstm, c. The papers: Hochreiter and Schmidhuber, "Long Short-
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ._function import autocast
-from ._recurrent_functions import GRU, LSTM, RNN, run
+from ._recurrent_call import apply_gru, apply_lstm, apply_rnn
 
 
 def _states(name: str, hx, input: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,31 +46,6 @@ def _start(hx: Tensor | None, input: Tensor, weight_hh: Tensor) -> Tensor:
 def _check_rank(name: str, argument: str, tensor: Tensor, rank: int) -> None:
     if tensor.dim() != rank:
         raise RuntimeError(f"{name}: expected {argument} to have {rank} dimensions, got {tensor.dim()}")
-
-
-def _autocast(input, hx, weights):
-    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)):
-        return input, hx, weights
-    input, hx, *weights = autocast(input, hx, *weights)
-    return input, hx, weights
-
-
-def apply_lstm(input, hx, cx, weights, lengths, reverse):
-    """lstm with weights (ih, hh, bias_ih, bias_hh, hr) from a given state; returns (output, h_n, c_n, ...)."""
-    input, hx, weights = _autocast(input, hx, weights)
-    return run(LSTM, "lstm", input, hx, cx, *weights, lengths, reverse)
-
-
-def apply_gru(input, hx, weights, lengths, reverse):
-    """gru with weights (ih, hh, bias_ih, bias_hh) from a given state; returns (output, h_n, ...)."""
-    input, hx, weights = _autocast(input, hx, weights)
-    return run(GRU, "gru", input, hx, *weights, lengths, reverse)
-
-
-def apply_rnn(input, hx, weights, lengths, relu, reverse):
-    """rnn with weights (ih, hh, bias_ih, bias_hh) from a given state; returns (output, h_n)."""
-    input, hx, weights = _autocast(input, hx, weights)
-    return run(RNN, "rnn", input, hx, *weights, lengths, relu, reverse)
 
 
 def lstm(

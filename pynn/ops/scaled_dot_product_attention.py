@@ -11,10 +11,11 @@ import torch
 
 from .. import backends
 from ._attention_composite import broadcast_leading, second_order
-from ._function import autocast, call, eager
+from ._function import autocast, call, check_devices, eager
 from ._registry import define
 from .random import make_key
 
+_NAME = "scaled_dot_product_attention"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
 _OPTIONS = "float dropout_p, bool is_causal, float scale"
 
@@ -27,18 +28,13 @@ def _new_heads(like, width):  # stored as (..., L, H, width)
     return like.new_empty(sizes).transpose(-3, -2)
 
 
-def _check_devices(*operands):  # an operand on meta beside real ones reaches these rules instead of the kernels
-    if len({t.device for t in operands if t is not None}) > 1:
-        raise RuntimeError("scaled_dot_product_attention: expected all operands to be on the same device")
-
-
 def _lse_dtype(dtype):
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 @define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
-    _check_devices(query, key, value, attn_mask, dropout_key)
+    check_devices(_NAME, query, key, value, attn_mask, dropout_key)
     return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query.dtype))
 
 
@@ -47,14 +43,14 @@ def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _(grad_out, query, key, value, attn_mask, dropout_key, out, lse, dropout_p, is_causal, scale, mask_gradient):
-    _check_devices(query, grad_out, key, value, attn_mask, dropout_key, out, lse)
+    check_devices(_NAME, query, grad_out, key, value, attn_mask, dropout_key, out, lse)
     grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask)
 
 
 @define("scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor")
 def _(query, key, dropout_key, dropout_p):
-    _check_devices(query, key, dropout_key)
+    check_devices(_NAME, query, key, dropout_key)
     return query.new_empty((*query.shape[:-1], key.shape[-2]), dtype=torch.bool)
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ._forest import Forest
-from ._function import autocast, call, double_backward, eager, loop_vmap
-from ._recurrent_schemas import compute_dtype
+from ._function import autocast, call, compute_dtype, double_backward, eager, loop_vmap
 from ._registry import define
 
 _OPERANDS = "Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias"

@@ -17,9 +17,8 @@ import torch
 from .cases_conv2d import conv2d
 from .cases_recurrent import recurrent
 from .cases_tree_lstm import tree_lstm
+from .labels import LABELS
 from .ratchet import Case, Promise
-
-LABELS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _int64(*shape: int) -> torch.Tensor:

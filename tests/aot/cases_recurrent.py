@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .labels import LABELS
 from .ratchet import Case, Promise
 
-_LABELS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _PLAIN = Promise()
 _STEPS = 3
 
@@ -64,7 +64,7 @@ def recurrent() -> Iterator[Case]:
     few, many = 16, 1024  # rows
     for cell in ("lstm", "gru", "rnn"):
         for dtype in (torch.bfloat16, torch.float32):
-            name = f"{_LABELS[dtype]} {cell}"
+            name = f"{LABELS[dtype]} {cell}"
             for hidden in (64, 128):
                 yield from both(f"{name} {hidden}", cell, dtype, few, hidden)
             yield from both(f"{name} 1024, few rows", cell, dtype, few, 1024)
@@ -76,7 +76,7 @@ def recurrent() -> Iterator[Case]:
     yield from both("bf16 rnn 256", "rnn", torch.bfloat16, few, 256)
     yield from both("fp16 lstm 64", "lstm", torch.float16, few, 64)
     for dtype in (torch.bfloat16, torch.float32):
-        name = f"{_LABELS[dtype]} lstm"
+        name = f"{LABELS[dtype]} lstm"
         yield from both(f"{name} 1024 to 512", "lstm", dtype, few, 1024, projection=512)
         yield from both(f"{name} 64, reverse, lengths", "lstm", dtype, few, 64, reverse=True, lengths=True)
         yield from both(f"{name} 61", "lstm", dtype, few, 61)

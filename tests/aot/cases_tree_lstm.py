@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .labels import LABELS
 from .ratchet import Case, Promise
-
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def tree_lstm() -> Iterator[Case]:
@@ -16,7 +15,7 @@ def tree_lstm() -> Iterator[Case]:
 
     nodes, hidden, levels = 12, 64, [0, 8, 12]
     offsets, children = torch.zeros(nodes + 1, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
-    for label, dtype in _DTYPES.items():
+    for dtype, label in LABELS.items():
         x, weight = torch.zeros(nodes, 8, dtype=dtype), torch.zeros(4 * hidden, 8, dtype=dtype)
         hh, bias = torch.zeros(4 * hidden, hidden, dtype=dtype), torch.zeros(4 * hidden, dtype=dtype)
         h = torch.zeros(nodes, hidden, dtype=dtype)
