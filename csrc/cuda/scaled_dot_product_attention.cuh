@@ -18,7 +18,7 @@ template <bool wide>
 struct Engines<float, wide> {
   using Forward = std::conditional_t<wide, FmaEngine<float, 128, 4, 2>, FmaEngine<float, 64, 4, 4>>;
   using Backward = FmaEngine<float, 64, 4, 4>;
-  static constexpr int kForwardBlocks = 2, kBackwardBlocks = 1, kStages = 1;
+  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kStages = 1;
 };
 template <bool wide>
 struct Engines<double, wide> {
@@ -108,9 +108,10 @@ void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumu
     LAUNCH(zero_kernel<F>, blocks_of(count), kSumThreads, 0, stream, grad_mask, count);
     arguments.grad_mask = grad_mask;
   }
-  LAUNCH((gradient_kernel<E, true, kStages, kBlocks>), grid_of(s.heads / s.group, s.keys, E::kRows, width, E::kWidth),
-         E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
+  // Queries first: they complete the statistics.
   LAUNCH((gradient_kernel<E, false, kStages, kBlocks>), grid_of(s.heads, s.queries, E::kRows, s.dim, E::kWidth),
+         E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
+  LAUNCH((gradient_kernel<E, true, kStages, kBlocks>), grid_of(s.heads / s.group, s.keys, E::kRows, width, E::kWidth),
          E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
   if (!grad_mask || plan.whole) return;
   const MaskGradient<T> to{static_cast<mask_sum_t<T>*>(partial), arguments.statistics, plan.sharing, plan.row_parts,

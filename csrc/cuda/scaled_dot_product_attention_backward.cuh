@@ -29,9 +29,13 @@ template <class T>
 struct BackwardArguments {
   Operand<T> grad_query, grad_key, grad_value;
   accumulate_t<T>* grad_mask;  // (heads, queries, keys), zeroed, when the mask is not broadcast; nullptr otherwise
-  const RowStatistics<accumulate_t<T>>* statistics;  // (heads, queries)
+  RowStatistics<accumulate_t<T>>* statistics;  // (heads, queries)
   accumulate_t<T> scale;
 };
+
+// delta = sum_j P_ij G_ij is dout . out, but out and lse have been rounded: with few keys that error is seen in the
+// gradients. A block of queries that see no more keys than this sums P and P G itself, in a sweep of its own.
+constexpr int kSweptKeys = 512;
 
 template <class E, int stages>
 constexpr size_t kBackwardShared =
@@ -144,11 +148,11 @@ struct BackwardTiles {
     }
   }
 
-  // weights = A, grads = dS of a tile.
+  // weights = A, grads = dS of a tile; adds P to the totals of the thread's rows.
   __device__ __forceinline__ void weigh(typename E::Tile& weights, typename E::Tile& grads, const Scores<T>& scores,
                                         const unsigned (&bits)[E::kThreadRows],
-                                        const Statistics (&rows)[E::kThreadRows], int64_t head, int first_row,
-                                        int first_column, int stage) const {
+                                        const Statistics (&rows)[E::kThreadRows], F (&totals)[E::kThreadRows],
+                                        int64_t head, int first_row, int first_column, int stage) const {
     const bool whole = scores.template is_whole<kKeyRows>(first_row, E::kRows, first_column, E::kColumns);
     product(weights, false, head, first_row, first_column, stage);
     scores.template finish<kKeyRows>(weights, bits, whole, e, first_row, first_column);
@@ -166,6 +170,7 @@ struct BackwardTiles {
         const F weight = exponential<T>(a - of_query.shift) * of_query.norm;
         F factor = 1;
         if (scores.dropout.key) factor = kept[i] >> j & 1 ? F(scores.dropout.kept) : F(0);
+        totals[i] += visible ? weight : F(0);
         a = visible ? weight * factor : F(0);
         g = visible ? weight * (g * factor - of_query.delta) : F(0);
       }
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
   if (shape.causal && kKeyRows) begin = first_row / E::kColumns;
   if (shape.causal && !kKeyRows) end = min(end, (first_row + E::kRows + E::kColumns - 1) / E::kColumns);
 
-  RowStatistics<F> rows[E::kThreadRows];
+  RowStatistics<F> rows[E::kThreadRows] = {};
   if constexpr (!kKeyRows) {
 #pragma unroll
     for (int i = 0; i < E::kThreadRows; ++i) {
@@ -239,6 +244,11 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
   };
   if (!b.chunked()) b.load_own(first_head, first_row, 0, false), b.load_own(first_head, first_row, 0, true);
   cp_async_commit();
+  bool sweeping = !kKeyRows && end * E::kColumns <= kSweptKeys;  // the tiles come twice: for delta, for the sums
+  F delta[E::kThreadRows] = {}, total[E::kThreadRows] = {};
+#pragma unroll
+  for (int i = 0; i < E::kThreadRows; ++i)
+    if (sweeping) rows[i].delta = 0;
   StreamPosition at = next({first_head, begin});
   if (at.head < first_head + group) b.prefetch(at.head, at.tile * E::kColumns, 0, to.statistics);
   int stage = 0;
@@ -250,16 +260,35 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
     unsigned now[E::kThreadRows];
 #pragma unroll
     for (int i = 0; i < E::kThreadRows; ++i) now[i] = bits[i];
-    const StreamPosition following = next({at.head, at.tile + 1});
+    StreamPosition following = next({at.head, at.tile + 1});
+    const bool swept = sweeping && following.head == first_head + group;
+    if (swept) following = next({first_head, begin});
     const bool more = following.head < first_head + group;
     cp_async_wait<0>();
     __syncthreads();  // the tiles of this stage are here, and nobody reads the other stage any more
     if (stages > 1 && more) b.prefetch(following.head, following.tile * E::kColumns, stage ^ 1, to.statistics);
 
     typename E::Tile weights, grads;
-    b.weigh(weights, grads, scores, now, rows, at.head, first_row, first_column, stage);
+    b.weigh(weights, grads, scores, now, rows, total, at.head, first_row, first_column, stage);
     if constexpr (!kKeyRows) {
-      if (to.grad_mask && chunk == 0) {
+      if (sweeping) {
+#pragma unroll
+        for (int i = 0; i < E::kThreadRows; ++i)
+#pragma unroll
+          for (int j = 0; j < E::kThreadColumns; ++j) delta[i] += E::at(grads, i, j);
+      }
+      if (swept) {
+#pragma unroll
+        for (int i = 0; i < E::kThreadRows; ++i) {
+          delta[i] = over_row<E>(delta[i], [](F a, F b) { return a + b; });
+          total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
+          if (total[i] != F(0)) rows[i].norm /= total[i], rows[i].delta = delta[i] / total[i];
+          const int row = first_row + e.row(i);
+          if (chunk == 0 && threadIdx.x % E::kRowLanes == 0 && row < shape.queries)
+            to.statistics[first_head * shape.queries + row] = rows[i];
+        }
+      }
+      if (to.grad_mask && chunk == 0 && !sweeping) {
 #pragma unroll
         for (int i = 0; i < E::kThreadRows; ++i)
 #pragma unroll
@@ -269,17 +298,20 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
                   E::at(grads, i, j);
       }
     }
-    const bool nonfinite =
-        b.ready(scores.template may_hide<kKeyRows>(first_row, E::kRows, first_column, E::kColumns), at.head,
-                first_column, chunk, stage);
-    if constexpr (kKeyRows) {
-      e.multiply_weights(second_sum, weights, b.second(stage), b.exchange,
-                         padded_width(b.value_dim, out_column, E::kWidth));
-      if (nonfinite)
-        add_nonfinite<true>(second_sum, e, scores, b.template operand<true>(true, at.head), first_row, first_column,
-                            out_column);
+    if (!sweeping) {
+      const bool nonfinite =
+          b.ready(scores.template may_hide<kKeyRows>(first_row, E::kRows, first_column, E::kColumns), at.head,
+                  first_column, chunk, stage);
+      if constexpr (kKeyRows) {
+        e.multiply_weights(second_sum, weights, b.second(stage), b.exchange,
+                           padded_width(b.value_dim, out_column, E::kWidth));
+        if (nonfinite)
+          add_nonfinite<true>(second_sum, e, scores, b.template operand<true>(true, at.head), first_row, first_column,
+                              out_column);
+      }
+      e.multiply_weights(first_sum, grads, b.first(stage), b.exchange, padded_width(b.dim, out_column, E::kWidth));
     }
-    e.multiply_weights(first_sum, grads, b.first(stage), b.exchange, padded_width(b.dim, out_column, E::kWidth));
+    sweeping = sweeping && !swept;
     at = following;
     if (stages > 1) {
       stage ^= 1;

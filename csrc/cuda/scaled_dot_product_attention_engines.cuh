@@ -41,7 +41,7 @@ struct MmaEngine {
 
   __device__ __forceinline__ void multiply_rows(Tile& s, const unsigned char* own, const unsigned char* streamed,
                                                 int padded) const {
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < padded / 8; k += 2) {
       uint32_t a[strips][4];
 #pragma unroll
@@ -95,8 +95,7 @@ struct MmaEngine {
 };
 
 // True fp32 and fp64: 16 x 16 threads, rows and columns of a thread 16 apart. Weights pass through shared memory, from
-// the half of a warp that owns a row to itself. Sums over the columns of a tile are taken for themselves and then added
-// to the output: short sums keep rounding errors small.
+// the half of a warp that owns a row to itself. Long sums are sums of short ones, which keeps their rounding errors small.
 template <class T, int width, int height, int breadth>
 struct FmaEngine {
   using Element = T;
@@ -128,19 +127,29 @@ struct FmaEngine {
 
   __device__ __forceinline__ void multiply_rows(Tile& s, const unsigned char* own, const unsigned char* streamed,
                                                 int padded) const {
-#pragma unroll 2
-    for (int pack = 0; pack < padded / kPack; ++pack) {
-      Vector a[height];
+#pragma unroll 1
+    for (int pack = 0; pack < padded / kPack; pack += 2) {
+      T sum[height][breadth];
 #pragma unroll
-      for (int i = 0; i < height; ++i) a[i] = read(own + offset(row(i), pack));
+      for (int part = 0; part < 2; ++part) {
+        Vector a[height];
 #pragma unroll
-      for (int j = 0; j < breadth; ++j) {
-        const Vector b = read(streamed + offset(column(j), pack));
+        for (int i = 0; i < height; ++i) a[i] = read(own + offset(row(i), pack + part));
 #pragma unroll
-        for (int k = 0; k < kPack; ++k)
+        for (int j = 0; j < breadth; ++j) {
+          const Vector b = read(streamed + offset(column(j), pack + part));
 #pragma unroll
-          for (int i = 0; i < height; ++i) s[i][j] = multiply_add(a[i].element[k], b.element[k], s[i][j]);
+          for (int k = 0; k < kPack; ++k)
+#pragma unroll
+            for (int i = 0; i < height; ++i)
+              sum[i][j] = part + k == 0 ? a[i].element[k] * b.element[k]
+                                        : multiply_add(a[i].element[k], b.element[k], sum[i][j]);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < height; ++i)
+#pragma unroll
+        for (int j = 0; j < breadth; ++j) s[i][j] += sum[i][j];
     }
   }
 
@@ -156,25 +165,28 @@ struct FmaEngine {
 #pragma unroll
     for (int n = 0; n < kOutputColumns; n += kPack) {
       if (16 * n >= padded) continue;
-      T sum[height][kPack] = {};
-#pragma unroll 2
-      for (int k = 0; k < kColumns; k += kPack) {
-        Vector a[height];
+#pragma unroll 1
+      for (int first = 0; first < kColumns; first += kStep) {
+        T sum[height][kPack] = {};
 #pragma unroll
-        for (int i = 0; i < height; ++i) a[i] = read(shared + row(i) * kExchangeRow + k);
+        for (int k = first; k < first + kStep; k += kPack) {
+          Vector a[height];
 #pragma unroll
-        for (int step = 0; step < kPack; ++step) {
-          const Vector b = read(streamed + offset(k + step, n / kPack * 16 + x));
+          for (int i = 0; i < height; ++i) a[i] = read(shared + row(i) * kExchangeRow + k);
 #pragma unroll
-          for (int i = 0; i < height; ++i)
+          for (int step = 0; step < kPack; ++step) {
+            const Vector b = read(streamed + offset(k + step, n / kPack * 16 + x));
 #pragma unroll
-            for (int c = 0; c < kPack; ++c) sum[i][c] = multiply_add(a[i].element[step], b.element[c], sum[i][c]);
+            for (int i = 0; i < height; ++i)
+#pragma unroll
+              for (int c = 0; c < kPack; ++c) sum[i][c] = multiply_add(a[i].element[step], b.element[c], sum[i][c]);
+          }
         }
+#pragma unroll
+        for (int i = 0; i < height; ++i)
+#pragma unroll
+          for (int c = 0; c < kPack; ++c) out[i][n + c] += sum[i][c];
       }
-#pragma unroll
-      for (int i = 0; i < height; ++i)
-#pragma unroll
-        for (int c = 0; c < kPack; ++c) out[i][n + c] += sum[i][c];
     }
   }
 };

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
     cp_async_wait<0>();
     __syncthreads();
     typename E::Tile weights, grads;
-    b.weigh(weights, grads, scores, bits, rows, head, first_row, first_column, 0);
+    F totals[E::kThreadRows] = {};
+    b.weigh(weights, grads, scores, bits, rows, totals, head, first_row, first_column, 0);
 #pragma unroll
     for (int i = 0; i < E::kThreadRows; ++i)
 #pragma unroll

@@ -115,20 +115,25 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const Matrix<cons
   using T = typename E::Element;
   constexpr int kPack = 16 / sizeof(T), kPacks = E::kWidth / kPack;
   const int padded = padded_width(m.width, first_column, E::kWidth);
-#pragma unroll 4
-  for (int at = threadIdx.x; at < rows * kPacks; at += E::kThreads) {
-    const int row = at / kPacks, pack = at % kPacks, column = first_column + pack * kPack;
-    if (pack * kPack >= padded) continue;
-    unsigned char* to = tile + E::offset(row, pack);
-    const int valid = first_row + row < m.rows ? max(min(m.width - column, kPack), 0) : 0;
-    const T* from = m.data + int64_t(first_row + row) * m.row + column * m.column;
-    if (m.packs) {
-      cp_async<16>(to, valid > 0 ? from : m.data, valid * int(sizeof(T)));
-    } else {
-      PackOf<T, kPack> elements;
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) elements.element[k] = k < valid ? from[k * m.column] : T{};
-      *reinterpret_cast<PackOf<T, kPack>*>(to) = elements;
+  if (m.packs) {
+#pragma unroll 2
+    for (int at = threadIdx.x; at < rows * kPacks; at += E::kThreads) {
+      const int row = at / kPacks, pack = at % kPacks, column = first_column + pack * kPack;
+      if (pack * kPack >= padded) continue;
+      const int valid = first_row + row < m.rows ? max(min(m.width - column, kPack), 0) : 0;
+      const T* from = m.data + int64_t(first_row + row) * m.row + column;
+      cp_async<16>(tile + E::offset(row, pack), valid > 0 ? from : m.data, valid * int(sizeof(T)));
+    }
+  } else {
+#pragma unroll 1
+    for (int at = threadIdx.x; at < rows * kPacks; at += E::kThreads) {
+      const int row = at / kPacks, pack = at % kPacks, column = first_column + pack * kPack;
+      if (pack * kPack >= padded) continue;
+      const int valid = first_row + row < m.rows ? m.width - column : 0;
+      const T* from = m.data + int64_t(first_row + row) * m.row + column * m.column;
+      T* to = reinterpret_cast<T*>(tile + E::offset(row, pack));
+#pragma unroll 1
+      for (int k = 0; k < kPack; ++k, from += m.column) to[k] = k < valid ? *from : T{};
     }
   }
 }
@@ -140,6 +145,7 @@ __device__ __forceinline__ bool remove_nonfinite(unsigned char* tile, int width,
   constexpr int kPack = 16 / sizeof(T), kPacks = E::kWidth / kPack;
   const int padded = padded_width(width, first_column, E::kWidth);
   bool found = false;
+#pragma unroll 1
   for (int at = threadIdx.x; at < rows * kPacks; at += E::kThreads) {
     const int row = at / kPacks, pack = at % kPacks;
     if (pack * kPack >= padded) continue;
@@ -229,7 +235,7 @@ struct Scores {
     for (int i = 0; i < E::kThreadRows; ++i) {
       const int row = first_row + e.row(i);
       bits[i] = 0;
-#pragma unroll 2
+#pragma unroll 1
       for (int j = 0; j < E::kThreadColumns; ++j) {
         const int column = first_column + e.column(j);
         if (takes_part(kKeyRows ? column : row, kKeyRows ? row : column)) bits[i] |= 1u << j;
