@@ -103,6 +103,7 @@ struct FmaEngine {
   static constexpr int kWidth = width, kThreads = 256, kRows = 16 * height, kColumns = 16 * breadth;
   static constexpr int kThreadRows = height, kThreadColumns = breadth, kOutputColumns = width / 16;
   static constexpr int kRowLanes = 16, kRun = kPack;
+  static constexpr int kRunLength = 8;  // products of a short sum
   static constexpr int kRowBytes = width * int(sizeof(T)) + 16;  // eight rows of one pack lie in different banks
   static constexpr int kExchangeRow = kColumns + kPack;          // elements
   static constexpr int kOwnBytes = kRows * kRowBytes, kStreamedBytes = kColumns * kRowBytes;
@@ -128,10 +129,10 @@ struct FmaEngine {
   __device__ __forceinline__ void multiply_rows(Tile& s, const unsigned char* own, const unsigned char* streamed,
                                                 int padded) const {
 #pragma unroll 1
-    for (int pack = 0; pack < padded / kPack; pack += 2) {
+    for (int pack = 0; pack < padded / kPack; pack += kRunLength / kPack) {
       T sum[height][breadth];
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
+      for (int part = 0; part < kRunLength / kPack; ++part) {
         Vector a[height];
 #pragma unroll
         for (int i = 0; i < height; ++i) a[i] = read(own + offset(row(i), pack + part));
@@ -166,10 +167,10 @@ struct FmaEngine {
     for (int n = 0; n < kOutputColumns; n += kPack) {
       if (16 * n >= padded) continue;
 #pragma unroll 1
-      for (int first = 0; first < kColumns; first += kStep) {
+      for (int first = 0; first < kColumns; first += kRunLength) {
         T sum[height][kPack] = {};
 #pragma unroll
-        for (int k = first; k < first + kStep; k += kPack) {
+        for (int k = first; k < first + kRunLength; k += kPack) {
           Vector a[height];
 #pragma unroll
           for (int i = 0; i < height; ++i) a[i] = read(shared + row(i) * kExchangeRow + k);
