@@ -87,11 +87,10 @@ struct MaskPlan {
   int64_t partials() const { return matrices * row_parts * column_parts; }
 };
 
-inline int64_t round_up_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
-
+// Of one number per row, a multiple of 256 bytes.
 template <class T>
 int64_t statistics_bytes(const AttentionShape& s) {
-  return round_up_bytes(s.heads * s.queries * int64_t(sizeof(RowStatistics<accumulate_t<T>>)));
+  return ceil_div(s.heads * s.queries, 64) * 64 * int64_t(sizeof(RowStatistics<accumulate_t<T>>));
 }
 
 template <class T, class Engines>
@@ -108,9 +107,9 @@ void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumu
     LAUNCH(zero_kernel<F>, blocks_of(count), kSumThreads, 0, stream, grad_mask, count);
     arguments.grad_mask = grad_mask;
   }
-  // Queries first: they complete the statistics.
   LAUNCH((gradient_kernel<E, false, kStages, kBlocks>), grid_of(s.heads, s.queries, E::kRows, s.dim, E::kWidth),
          E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
+  arguments.statistics = arguments.completed;
   LAUNCH((gradient_kernel<E, true, kStages, kBlocks>), grid_of(s.heads / s.group, s.keys, E::kRows, width, E::kWidth),
          E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
   if (!grad_mask || plan.whole) return;
@@ -126,7 +125,7 @@ void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumu
 
 template <class T>
 int64_t backward_scratch(const AttentionMaskOperand& mask, const AttentionShape& s, bool mask_gradient) {
-  int64_t bytes = statistics_bytes<T>(s);
+  int64_t bytes = 2 * statistics_bytes<T>(s);
   with_engines<T>(s, [&]<class Engines>(Engines) {
     using E = typename Engines::Backward;
     if (!mask_gradient) return;
@@ -151,10 +150,11 @@ void backward(const Problem<T>& p, BackwardArguments<T> arguments, const Operand
               const attention_lse_t<T>* lse, accumulate_t<T>* grad_mask, void* scratch, void* stream) {
   auto* const statistics = static_cast<RowStatistics<accumulate_t<T>>*>(scratch);
   arguments.statistics = statistics;
+  arguments.completed = statistics + statistics_bytes<T>(p.shape) / int64_t(sizeof(*statistics));
   LAUNCH(statistics_kernel<T>, grid_of(1, p.shape.heads * p.shape.queries, kDeltaThreads / 32, 1, 1), kDeltaThreads, 0,
          stream, p, out, lse, statistics);
   with_engines<T>(p.shape, [&]<class Engines>(Engines) {
-    void* const partial = static_cast<char*>(scratch) + statistics_bytes<T>(p.shape);
+    void* const partial = static_cast<char*>(scratch) + 2 * statistics_bytes<T>(p.shape);
     launch_backward<T, Engines>(p, arguments, grad_mask, partial, stream);
   });
 }

@@ -29,7 +29,8 @@ template <class T>
 struct BackwardArguments {
   Operand<T> grad_query, grad_key, grad_value;
   accumulate_t<T>* grad_mask;  // (heads, queries, keys), zeroed, when the mask is not broadcast; nullptr otherwise
-  RowStatistics<accumulate_t<T>>* statistics;  // (heads, queries)
+  const RowStatistics<accumulate_t<T>>* statistics;  // (heads, queries)
+  RowStatistics<accumulate_t<T>>* completed;         // the same, written by blocks that own queries; nullptr for keys
   accumulate_t<T> scale;
 };
 
@@ -283,9 +284,6 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
           delta[i] = over_row<E>(delta[i], [](F a, F b) { return a + b; });
           total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
           if (total[i] != F(0)) rows[i].norm /= total[i], rows[i].delta = delta[i] / total[i];
-          const int row = first_row + e.row(i);
-          if (chunk == 0 && threadIdx.x % E::kRowLanes == 0 && row < shape.queries)
-            to.statistics[first_head * shape.queries + row] = rows[i];
         }
       }
       if (to.grad_mask && chunk == 0 && !sweeping) {
@@ -329,6 +327,12 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
     store_tile(matrix_of(to.grad_value, shape, first_head, group, shape.keys, shape.value_dim), e, first_row,
                out_column, [&](int i, int n) { return E::at(second_sum, i, n); });
   } else {
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i) {
+      const int row = first_row + e.row(i);
+      if (chunk == 0 && threadIdx.x % E::kRowLanes == 0 && row < shape.queries)
+        to.completed[first_head * shape.queries + row] = rows[i];
+    }
     store_tile(matrix_of(to.grad_query, shape, first_head, 1, shape.queries, shape.dim), e, first_row, out_column,
                scaled);
   }
