@@ -3,8 +3,8 @@
 //   delta_i = dout_i . out_i    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
 //
 // One kernel in two roles, so that every sum has one owner and no atomics are needed: a block owns kRows keys and
-// streams the queries of all heads that share them (dK, dV), or owns queries and streams keys (dQ). Either way a tile of
-// scores is `first own` x `first streamed`, a tile of G is `second own` x `second streamed`:
+// streams the queries of all heads that share them (dK, dV), or owns queries and streams keys (dQ). Either way a tile
+// of scores is `first own` x `first streamed`, a tile of G is `second own` x `second streamed`:
 //
 //   owner is    first own   second own   first streamed   second streamed   sums
 //   keys        K           V            Q                dout              dK += dS^T Q, dV += A^T dout
@@ -107,8 +107,7 @@ struct BackwardTiles {
   }
 
   __device__ __forceinline__ void load_own(int64_t head, int first_row, int chunk, bool second) const {
-    load_tile<E, E::kRows>(own + second * E::kOwnBytes, operand<!kKeyRows>(second, head), first_row,
-                           chunk * E::kWidth);
+    load_tile<E, E::kRows>(own + second * E::kOwnBytes, operand<!kKeyRows>(second, head), first_row, chunk * E::kWidth);
   }
   __device__ __forceinline__ void load_streamed(int64_t head, int first_column, int chunk, int stage,
                                                 bool second) const {
@@ -118,7 +117,8 @@ struct BackwardTiles {
   // Starts copying the tiles that `weigh` reads, unless it copies them itself.
   __device__ __forceinline__ void prefetch(int64_t head, int first_column, int stage,
                                            const Statistics* statistics) const {
-    if (!chunked()) load_streamed(head, first_column, 0, stage, false), load_streamed(head, first_column, 0, stage, true);
+    if (!chunked())
+      load_streamed(head, first_column, 0, stage, false), load_streamed(head, first_column, 0, stage, true);
     cp_async_commit();
     if constexpr (kKeyRows)
       for (int j = threadIdx.x; j < E::kColumns; j += E::kThreads)
@@ -297,9 +297,8 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
       }
     }
     if (!sweeping) {
-      const bool nonfinite =
-          b.ready(scores.template may_hide<kKeyRows>(first_row, E::kRows, first_column, E::kColumns), at.head,
-                  first_column, chunk, stage);
+      const bool nonfinite = b.ready(scores.template may_hide<kKeyRows>(first_row, E::kRows, first_column, E::kColumns),
+                                     at.head, first_column, chunk, stage);
       if constexpr (kKeyRows) {
         e.multiply_weights(second_sum, weights, b.second(stage), b.exchange,
                            padded_width(b.value_dim, out_column, E::kWidth));

@@ -1,5 +1,6 @@
 // How a block of threads multiplies the tiles of attention: tensor cores for 16-bit data, fused multiply-adds in the
-// data's own precision otherwise. Both hold the scores (kRows x kColumns) and the outputs (kRows x kWidth) in registers:
+// data's own precision otherwise. Both hold the scores (kRows x kColumns) and the outputs (kRows x kWidth) in
+// registers:
 //
 //   multiply_rows:     scores += own streamed^T     own (kRows x width), streamed (kColumns x width) in shared memory
 //   multiply_weights:  output += weights streamed   weights: a tile of scores in registers, streamed (kColumns x width)
@@ -52,7 +53,8 @@ struct MmaEngine {
         ldmatrix(b, streamed + offset(8 * j + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
         const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
-        for (int i = 0; i < strips; ++i) mma_m16n8k16<T>(s[i][j], a[i], left), mma_m16n8k16<T>(s[i][j + 1], a[i], right);
+        for (int i = 0; i < strips; ++i)
+          mma_m16n8k16<T>(s[i][j], a[i], left), mma_m16n8k16<T>(s[i][j + 1], a[i], right);
       }
     }
   }
@@ -74,7 +76,7 @@ struct MmaEngine {
       for (int i = 0; i < strips; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float(&pair)[4] = weights[i][k + e / 2];
+          float (&pair)[4] = weights[i][k + e / 2];
           large[i][e] = split(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
           small[i][e] = split(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
         }
@@ -95,7 +97,8 @@ struct MmaEngine {
 };
 
 // True fp32 and fp64: 16 x 16 threads, rows and columns of a thread 16 apart. Weights pass through shared memory, from
-// the half of a warp that owns a row to itself. Long sums are sums of short ones, which keeps their rounding errors small.
+// the half of a warp that owns a row to itself. Long sums are sums of short ones, which keeps their rounding errors
+// small.
 template <class T, int width, int height, int breadth>
 struct FmaEngine {
   using Element = T;
@@ -103,7 +106,7 @@ struct FmaEngine {
   static constexpr int kWidth = width, kThreads = 256, kRows = 16 * height, kColumns = 16 * breadth;
   static constexpr int kThreadRows = height, kThreadColumns = breadth, kOutputColumns = width / 16;
   static constexpr int kRowLanes = 16, kRun = kPack;
-  static constexpr int kRunLength = 8;  // products of a short sum
+  static constexpr int kRunLength = 8;                           // products of a short sum
   static constexpr int kRowBytes = width * int(sizeof(T)) + 16;  // eight rows of one pack lie in different banks
   static constexpr int kExchangeRow = kColumns + kPack;          // elements
   static constexpr int kOwnBytes = kRows * kRowBytes, kStreamedBytes = kColumns * kRowBytes;

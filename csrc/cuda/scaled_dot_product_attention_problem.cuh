@@ -3,8 +3,8 @@
 //
 // Kernels own a tile of rows of one matrix and stream tiles of rows of another past it; scores are (owned rows x
 // streamed rows). The engine E (scaled_dot_product_attention_engines.cuh) says which of them a thread holds:
-// E::kThreadRows x E::kThreadColumns, at rows e.row(i) and columns e.column(j) of the tile. With kKeyRows the owned rows
-// are keys and the columns queries, otherwise the other way round.
+// E::kThreadRows x E::kThreadColumns, at rows e.row(i) and columns e.column(j) of the tile. With kKeyRows the owned
+// rows are keys and the columns queries, otherwise the other way round.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -207,7 +207,8 @@ struct Scores {
   // Whether every score of a tile takes part, as far as its place says.
   template <bool kKeyRows>
   __device__ __forceinline__ bool is_whole(int first_row, int rows, int first_column, int columns) const {
-    const int query = kKeyRows ? first_column : first_row, key_end = kKeyRows ? first_row + rows : first_column + columns;
+    const int query = kKeyRows ? first_column : first_row,
+              key_end = kKeyRows ? first_row + rows : first_column + columns;
     const int limit = kKeyRows ? queries : keys;
     return kind == AttentionMask::kNone && first_column + columns <= limit && (!causal || key_end <= query + 1);
   }
@@ -215,7 +216,8 @@ struct Scores {
   // Whether masks may hide scores of the tile, so that what they hide must not be seen.
   template <bool kKeyRows>
   __device__ __forceinline__ bool may_hide(int first_row, int rows, int first_column, int columns) const {
-    const int query = kKeyRows ? first_column : first_row, key_end = kKeyRows ? first_row + rows : first_column + columns;
+    const int query = kKeyRows ? first_column : first_row,
+              key_end = kKeyRows ? first_row + rows : first_column + columns;
     return kind != AttentionMask::kNone || (causal && key_end > query + 1);
   }
 
@@ -260,8 +262,8 @@ struct Scores {
         for (int j = 0; j < E::kThreadColumns; ++j) {
           const int column = first_column + e.column(j);
           if (bits[i] >> j & 1)
-            E::at(s, i, j) = multiply_add(
-                F(to_float(data[kKeyRows ? mask_at(column, row) : mask_at(row, column)])), kLogUnit<T>, E::at(s, i, j));
+            E::at(s, i, j) = multiply_add(F(to_float(data[kKeyRows ? mask_at(column, row) : mask_at(row, column)])),
+                                          kLogUnit<T>, E::at(s, i, j));
         }
       }
     });

@@ -44,8 +44,8 @@ constexpr Case kWide[] = {
 
 template <class F>
 [[noreturn]] void fail(F got, double expected, int64_t head, int64_t row, int64_t column) {
-  std::printf("scaled_dot_product_attention: out[%lld, %lld, %lld] is %g, expected %g\n", (long long)head, (long long)row,
-              (long long)column, double(got), expected);
+  std::printf("scaled_dot_product_attention: out[%lld, %lld, %lld] is %g, expected %g\n", (long long)head,
+              (long long)row, (long long)column, double(got), expected);
   std::exit(1);
 }
 
@@ -159,7 +159,8 @@ struct Call {
             if (weights[size_t(j)] != 0) sum += weights[size_t(j)] * kept * number(value, head, c.group, j, d);
           }
           const double expected = total == 0 ? 0 : sum / total, got = number(results, head, 1, i, d);
-          if (std::isnan(expected) ? !std::isnan(got) : !(std::fabs(got - expected) <= tolerance * (1 + std::fabs(expected))))
+          if (std::isnan(expected) ? !std::isnan(got)
+                                   : !(std::fabs(got - expected) <= tolerance * (1 + std::fabs(expected))))
             fail(got, expected, head, i, d);
         }
       }
