@@ -301,9 +301,14 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
 }  // namespace
 
 template <class T>
+int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand&, const AttentionShape&, bool) {
+  return 0;  // workers allocate what they need
+}
+
+template <class T>
 bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
                        Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse,
-                       AttentionShape shape, void*) {
+                       AttentionShape shape, void*, void*) {
   const int64_t key_heads = shape.heads / shape.group;
   const int64_t height = block_rows(shape);
   const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
@@ -371,8 +376,9 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
 }
 
 #define PYNN_INSTANTIATE(T)                                                                                            \
+  template int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand&, const AttentionShape&, bool);                \
   template bool Attention<T>::bwd(Output, Output, Output, F*, Input, Input, Input, Input, AttentionMaskOperand, Input, \
-                                  const Lse*, AttentionShape, void*);
+                                  const Lse*, AttentionShape, void*, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

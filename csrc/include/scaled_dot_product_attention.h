@@ -61,14 +61,17 @@ struct Attention {
   using Input = AttentionOperand<const T*>;
   using Output = AttentionOperand<T*>;
 
-  // lse: (heads, queries). Returns false when there is no memory for its scratch.
+  // lse: (heads, queries). Returns false when there is no memory for what the CPU kernels allocate themselves.
   static bool fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
                   AttentionShape shape, void* stream);
+
+  // Bytes of scratch that bwd wants.
+  static int64_t bwd_scratch(const AttentionMaskOperand& mask, const AttentionShape& shape, bool mask_gradient);
 
   // grad_key and grad_value are per key head. grad_mask has the mask's own shape, contiguous; nullptr when not wanted.
   static bool bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
                   Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse, AttentionShape shape,
-                  void* stream);
+                  void* scratch, void* stream);
 };
 
 // keep[e] = whether dropout keeps element e of P.

@@ -217,11 +217,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Ten
     dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       using F = accumulate_t<T>;
+      Scratch scratch(query, launch::Attention<T>::bwd_scratch(mask, shape, mask_gradient));
       const bool done =
           launch::Attention<T>::bwd(writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
                                     mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr, reading<T>(grad_out),
                                     reading<T>(query), reading<T>(key), reading<T>(value), mask, reading<T>(out),
-                                    pointer<attention_lse_t<T>>(log_sums), shape, current_stream(query));
+                                    pointer<attention_lse_t<T>>(log_sums), shape, scratch.get(), current_stream(query));
       PYNN_CHECK(done, kOp, ": out of memory");
     });
   }

@@ -1,0 +1,1 @@
+#include "scaled_dot_product_attention.cuh"

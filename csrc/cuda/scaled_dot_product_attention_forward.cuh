@@ -1,0 +1,169 @@
+// Attention, forward: one pass over the keys with an online softmax.
+//
+// A block owns kRows queries of a head and kWidth columns of their outputs; tiles of kColumns keys and values stream
+// past. Values arrive while the scores are formed, the next keys while weights and values are multiplied. Tiles beyond
+// the causal diagonal, and those that a mask hides from all queries of the block, are never copied. A head dimension of
+// more than kWidth is summed in chunks for which queries and keys come one after the other.
+#pragma once
+#include "scaled_dot_product_attention_engines.cuh"
+
+namespace pynn::cuda {
+namespace {
+namespace attention {
+
+template <class T>
+struct ForwardOutputs {
+  Operand<T> out;
+  attention_lse_t<T>* lse;
+};
+
+template <class E>
+constexpr size_t kForwardShared = E::kOwnBytes + 2 * E::kStreamedBytes + E::kExchangeBytes;
+
+// The next tile from `tile` on that holds a score of this block; `bits` become those of its scores that take part.
+// Every thread calls it. kKeyRows as in Scores.
+template <bool kKeyRows, class E, class T>
+__device__ __forceinline__ int next_tile(int tile, int end, unsigned (&bits)[E::kThreadRows], const E& e,
+                                         const Scores<T>& scores, int first_row) {
+  for (; tile < end; ++tile) {
+    const int first_column = tile * E::kColumns;
+    if (scores.template is_whole<kKeyRows>(first_row, E::kRows, first_column, E::kColumns)) break;
+    scores.template find_visible<kKeyRows>(bits, e, first_row, first_column);
+    if (scores.kind == AttentionMask::kNone) break;
+    unsigned any = 0;
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i) any |= bits[i];
+    if (__syncthreads_or(any != 0)) break;
+  }
+  return tile;
+}
+
+template <class E, int blocks>
+__global__ void __launch_bounds__(E::kThreads, blocks)
+    forward_kernel(const __grid_constant__ Problem<typename E::Element> p,
+                   const __grid_constant__ ForwardOutputs<typename E::Element> to) {
+  using T = typename E::Element;
+  using F = accumulate_t<T>;
+  using Lse = attention_lse_t<T>;
+  DYNAMIC_SHARED(unsigned char, own);
+  unsigned char *const key_tile = own + E::kOwnBytes, *const value_tile = key_tile + E::kStreamedBytes,
+                       *const exchange = value_tile + E::kStreamedBytes;
+
+  const AttentionShape& shape = p.shape;
+  const unsigned tiles = unsigned((shape.queries + E::kRows - 1) / E::kRows);
+  const int64_t head = blockIdx.x / tiles;
+  // The last queries see the most keys of a causal head: their blocks begin first.
+  const int first_row = int(tiles - 1 - blockIdx.x % tiles) * E::kRows, out_column = int(blockIdx.y) * E::kWidth;
+  const E e;
+  const Scores<T> scores(p, head);
+  const auto queries = matrix_of(p.query, shape, head, 1, shape.queries, shape.dim);
+  const auto keys = matrix_of(p.key, shape, head, shape.group, shape.keys, shape.dim);
+  const auto values = matrix_of(p.value, shape, head, shape.group, shape.keys, shape.value_dim);
+  const int chunks = (queries.width + E::kWidth - 1) / E::kWidth;
+  const int seen = scores.causal ? min(scores.keys, first_row + E::kRows) : scores.keys;
+  const int end = (seen + E::kColumns - 1) / E::kColumns;
+  const int value_width = padded_width(values.width, out_column, E::kWidth);
+
+  typename E::Output out;
+  clear_output<E>(out);
+  F top[E::kThreadRows], total[E::kThreadRows];
+#pragma unroll
+  for (int i = 0; i < E::kThreadRows; ++i) top[i] = minus_infinity<F>(), total[i] = 0;
+
+  unsigned bits[E::kThreadRows] = {};
+  int tile = next_tile<false>(0, end, bits, e, scores, first_row);
+  load_tile<E, E::kRows>(own, queries, first_row, 0);
+  if (tile < end) load_tile<E, E::kColumns>(key_tile, keys, tile * E::kColumns, 0);
+  cp_async_commit();
+
+#pragma unroll 1
+  while (tile < end) {
+    const int first_column = tile * E::kColumns;
+    cp_async_wait<0>();
+    __syncthreads();
+    load_tile<E, E::kColumns>(value_tile, values, first_column, out_column);
+    cp_async_commit();
+
+    typename E::Tile s;
+    clear<E>(s);
+    e.multiply_rows(s, own, key_tile, padded_width(queries.width, 0, E::kWidth));
+#pragma unroll 1
+    for (int chunk = 1; chunk < chunks; ++chunk) {
+      __syncthreads();
+      load_tile<E, E::kRows>(own, queries, first_row, chunk * E::kWidth);
+      load_tile<E, E::kColumns>(key_tile, keys, first_column, chunk * E::kWidth);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+      e.multiply_rows(s, own, key_tile, padded_width(queries.width, chunk * E::kWidth, E::kWidth));
+    }
+    const bool whole = scores.template is_whole<false>(first_row, E::kRows, first_column, E::kColumns);
+    scores.template finish<false>(s, bits, whole, e, first_row, first_column);
+
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i) {
+      F most = E::at(s, i, 0);
+#pragma unroll
+      for (int j = 1; j < E::kThreadColumns; ++j) most = max(most, E::at(s, i, j));
+      most = max(top[i], over_row<E>(most, [](F a, F b) { return max(a, b); }));
+      const F shift = most == minus_infinity<F>() ? F(0) : most;
+      F sum = 0;
+#pragma unroll
+      for (int j = 0; j < E::kThreadColumns; ++j) {
+        E::at(s, i, j) = exponential<T>(E::at(s, i, j) - shift);
+        sum += E::at(s, i, j);
+      }
+      const F correction = exponential<T>(top[i] - shift);
+      total[i] = multiply_add(total[i], correction, sum);
+      top[i] = most;
+#pragma unroll
+      for (int n = 0; n < E::kOutputColumns; ++n) E::at(out, i, n) *= correction;
+    }
+    if (scores.dropout.key) {
+      unsigned kept[E::kThreadRows];
+      scores.template find_kept<false>(kept, e, first_row, first_column);
+#pragma unroll
+      for (int i = 0; i < E::kThreadRows; ++i)
+#pragma unroll
+        for (int j = 0; j < E::kThreadColumns; ++j) E::at(s, i, j) *= kept[i] >> j & 1 ? F(scores.dropout.kept) : F(0);
+    }
+
+    cp_async_wait<0>();
+    bool nonfinite = scores.template may_hide<false>(first_row, E::kRows, first_column, E::kColumns);
+    if (nonfinite)
+      nonfinite = __syncthreads_or(remove_nonfinite<E, E::kColumns>(value_tile, values.width, out_column));
+    else
+      __syncthreads();
+    tile = next_tile<false>(tile + 1, end, bits, e, scores, first_row);
+    if (tile < end) {
+      if (chunks > 1) load_tile<E, E::kRows>(own, queries, first_row, 0);
+      load_tile<E, E::kColumns>(key_tile, keys, tile * E::kColumns, 0);
+    }
+    cp_async_commit();
+    e.multiply_weights(out, s, value_tile, exchange, value_width);
+    if (nonfinite) add_nonfinite<false>(out, e, scores, values, first_row, first_column, out_column);
+  }
+  cp_async_wait<0>();
+
+  Lse* const lse = to.lse + head * shape.queries;
+#pragma unroll
+  for (int i = 0; i < E::kThreadRows; ++i) {
+    total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
+    const int row = first_row + e.row(i);
+    if (blockIdx.y == 0 && threadIdx.x % E::kRowLanes == 0 && row < scores.queries) {
+      Lse sum;
+      if constexpr (kBase2<T>)
+        sum = (top[i] + log2f(total[i])) / kLogUnit<T>;
+      else
+        sum = Lse(top[i]) + log(Lse(total[i]));
+      lse[row] = total[i] == F(0) ? minus_infinity<Lse>() : sum;
+    }
+    if (total[i] == F(0)) total[i] = 1;
+  }
+  store_tile(matrix_of(to.out, shape, head, 1, shape.queries, shape.value_dim), e, first_row, out_column,
+             [&](int i, int n) { return E::at(out, i, n) / total[i]; });
+}
+
+}  // namespace attention
+}  // namespace
+}  // namespace pynn::cuda
