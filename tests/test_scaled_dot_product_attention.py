@@ -83,13 +83,13 @@ def torch_results(query, key, value, mask, causal, grad_output):
 
 
 GRID = [  # batch, heads, key heads, queries, keys, dim, value dim
-    (2, 4, 4, 16, 16, 16, 16),
+    (16, 4, 4, 16, 16, 16, 16),  # errors are compared over this many numbers at least
     (2, 4, 4, 49, 49, 32, 32),
-    (2, 2, 2, 64, 64, 16, 16),
+    (8, 2, 2, 64, 64, 16, 16),
     (1, 4, 2, 65, 127, 64, 64),
     (1, 2, 1, 196, 300, 32, 24),
     (1, 2, 2, 70, 579, 40, 40),
-    (1, 2, 2, 40, 1100, 16, 16),  # two blocks of keys
+    (4, 2, 2, 40, 1100, 16, 16),  # two blocks of keys
 ]
 
 
@@ -112,6 +112,9 @@ def make_mask(kind, batch, heads, queries, keys, dtype):
 def test_accuracy(backend, dtype, shape, kind):
     """P1 and P3: never a larger error than torch's best kernel, unless at the rounding floor."""
     batch, heads, key_heads, queries, keys, dim, value_dim = shape
+    if backend.name in ("sim", "interpret") and queries * keys > 5000:  # emulated: the same blocks, for one key head
+        batch = 1 if backend.name == "interpret" and kind != "causal" else batch  # errors of few queries need company
+        heads, key_heads = heads // key_heads, 1
     query = torch.randn(batch, heads, queries, dim).to(dtype)
     key, value = (
         torch.randn(batch, key_heads, keys, dim).to(dtype),

@@ -7,24 +7,28 @@ namespace pynn::cuda {
 namespace {
 namespace attention {
 
-// Engines by type and by the larger head dimension.
+// Engines by type and by the larger head dimension: of the forward, of the backward by queries and of that by keys,
+// where a block holds two sums: two warps share the rows of wide heads, and each of them half of the columns.
 template <class T, bool wide>
 struct Engines {
   using Forward = MmaEngine<T, wide ? 128 : 64, 1, 4, 64>;
   using Backward = MmaEngine<T, wide ? 128 : 64, 1, 4, wide ? 32 : 64>;
-  static constexpr int kForwardBlocks = 2, kBackwardBlocks = 2, kStages = 2;
+  using KeyBackward = MmaEngine<T, wide ? 128 : 64, 1, wide ? 8 : 4, wide ? 32 : 64, wide ? 2 : 1>;
+  static constexpr int kForwardBlocks = 2, kBackwardBlocks = 2, kKeyBackwardBlocks = wide ? 1 : 2, kStages = 2;
 };
 template <bool wide>
 struct Engines<float, wide> {
   using Forward = std::conditional_t<wide, FmaEngine<float, 128, 4, 2>, FmaEngine<float, 64, 4, 4>>;
   using Backward = FmaEngine<float, 64, 4, 4>;
-  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kStages = 1;
+  using KeyBackward = Backward;
+  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
 };
 template <bool wide>
 struct Engines<double, wide> {
   using Forward = FmaEngine<double, 64, 2, 2>;
   using Backward = Forward;
-  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kStages = 1;
+  using KeyBackward = Forward;
+  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
 };
 
 // Calls body with the Engines for a head dimension.
@@ -97,6 +101,7 @@ template <class T, class Engines>
 void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumulate_t<T>* grad_mask, void* partial,
                      void* stream) {
   using E = typename Engines::Backward;
+  using K = typename Engines::KeyBackward;
   using F = accumulate_t<T>;
   constexpr int kStages = Engines::kStages, kBlocks = Engines::kBackwardBlocks;
   const AttentionShape& s = p.shape;
@@ -110,8 +115,9 @@ void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumu
   LAUNCH((gradient_kernel<E, false, kStages, kBlocks>), grid_of(s.heads, s.queries, E::kRows, s.dim, E::kWidth),
          E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
   arguments.statistics = arguments.completed;
-  LAUNCH((gradient_kernel<E, true, kStages, kBlocks>), grid_of(s.heads / s.group, s.keys, E::kRows, width, E::kWidth),
-         E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
+  LAUNCH((gradient_kernel<K, true, kStages, Engines::kKeyBackwardBlocks>),
+         grid_of(s.heads / s.group, s.keys, K::kRows, width, K::kWidth), K::kThreads, (kBackwardShared<K, kStages>),
+         stream, p, arguments);
   if (!grad_mask || plan.whole) return;
   const MaskGradient<T> to{static_cast<mask_sum_t<T>*>(partial), arguments.statistics, plan.sharing, plan.row_parts,
                            plan.column_parts};

@@ -19,7 +19,7 @@ namespace pynn::cuda {
 namespace {
 namespace attention {
 
-// What the backward needs of a row of scores: P = exp(S - shift) * norm. shift is lse rounded to F, norm the rest.
+// What the backward needs of a row of scores: P = exp(S - shift) * norm.
 template <class F>
 struct RowStatistics {
   F shift, norm, delta;
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kDeltaThreads)
   if constexpr (kBase2<T>) {
     to[index] = {lse[index] * kLogUnit<T>, F(1), delta};
   } else {
-    const F shift = F(lse[index]);
+    // The shift of a row of equal weights: differences to it are small, and so is what their rounding costs.
+    const F shift = F(lse[index] - log(double(p.shape.keys)));
     to[index] = {shift, is_finite(shift) ? F(exp(double(shift) - lse[index])) : F(1), delta};
   }
 }

@@ -14,24 +14,27 @@ namespace pynn::cuda {
 namespace {
 namespace attention {
 
-// Tensor cores. A warp owns 16 * strips rows. Weights are fp32 numbers; one rounding to 16 bits would be an error as
+// Tensor cores. `parts` neighbouring groups of warps form the same scores and share the columns of the outputs; in a
+// group a warp owns 16 * strips rows. Weights are fp32 numbers; one rounding to 16 bits would be an error as
 // large as the rounding of the result, so they enter the product as a sum of two 16-bit numbers.
-template <class T, int width, int strips, int warps, int columns>
+template <class T, int width, int strips, int warps, int columns, int parts = 1>
 struct MmaEngine {
   using Element = T;
-  static constexpr int kWidth = width, kThreads = 32 * warps, kRows = 16 * strips * warps, kColumns = columns;
-  static constexpr int kThreadRows = 2 * strips, kThreadColumns = columns / 4, kOutputColumns = width / 4;
+  static constexpr int kWidth = width, kThreads = 32 * warps, kRows = 16 * strips * warps / parts, kColumns = columns;
+  static constexpr int kPart = width / parts, kThreadRows = 2 * strips, kThreadColumns = columns / 4,
+                       kOutputColumns = kPart / 4;
   static constexpr int kRowLanes = 4, kRun = 2;
   static constexpr int kOwnBytes = kRows * width * 2, kStreamedBytes = kColumns * width * 2, kExchangeBytes = 0;
 
   using Tile = float[strips][columns / 8][4];
-  using Output = float[strips][width / 8][4];
+  using Output = float[strips][kPart / 8][4];
 
-  int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 * strips;
+  int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 * strips % kRows;
+  int first_output = parts == 1 ? 0 : threadIdx.x / (kThreads / parts) * kPart;  // column
 
   __device__ __forceinline__ int row(int i) const { return first + i / 2 * 16 + i % 2 * 8 + lane / 4; }
   __device__ __forceinline__ int column(int j) const { return j / 2 * 8 + lane % 4 * 2 + j % 2; }
-  __device__ __forceinline__ int output_column(int n) const { return column(n); }
+  __device__ __forceinline__ int output_column(int n) const { return first_output + column(n); }
   template <int count>
   static __device__ __forceinline__ float& at(float (&tile)[strips][count][4], int i, int j) {
     return tile[i / 2][j / 2][i % 2 * 2 + j % 2];
@@ -81,10 +84,10 @@ struct MmaEngine {
           small[i][e] = split(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
         }
 #pragma unroll
-      for (int n = 0; n < width / 8; n += 2) {
-        if (8 * n >= padded) continue;
+      for (int n = 0; n < kPart / 8; n += 2) {
+        if (first_output + 8 * n >= padded) continue;
         uint32_t b[4];
-        ldmatrix_trans(b, streamed + offset(8 * k + lane % 16, n + lane / 16));
+        ldmatrix_trans(b, streamed + offset(8 * k + lane % 16, first_output / 8 + n + lane / 16));
         const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
         for (int i = 0; i < strips; ++i) {

@@ -46,6 +46,17 @@ RECURRENT = (
     ("lstm", (1, 70, 4, 31), {}),
     ("lstm", (3, 5, 7, 24), {"projection": 9}),
 )
+# ((batch, heads, key heads, queries, keys, dim, value dim), shape of a float mask or None, options): both widths of
+# tiles and beyond them, tails, shared heads, the diagonal, dropout, masks of every score, shared by rows, by heads.
+ATTENTION = (
+    ((2, 4, 2, 70, 66, 64, 64), None, {}),
+    ((1, 2, 1, 65, 65, 128, 80), None, {"is_causal": True}),
+    ((1, 2, 2, 37, 530, 40, 24), (1, 2, 37, 530), {}),
+    ((1, 2, 2, 33, 41, 256, 136), (1, 41), {"dropout_p": 0.25, "seed": 5}),
+    ((2, 2, 1, 19, 23, 16, 8), (2, 1, 1, 23), {}),
+)
+# (parents, input, hidden): a chain, a star, a forest of two.
+TREES = (((1, 2, 3, -1), 5, 19), ((8,) * 8 + (-1,), 33, 64), ((2, 2, 6, 5, 5, 6, -1, 8, -1), 7, 130))
 # Where another order of summation or another libm is allowed: result -> difference relative to the largest element.
 SUMMED = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Differences go from step to step.
@@ -59,6 +70,8 @@ TOLERANCE = {
     "convolution channels last": SUMMED,
     "transposed convolution": SUMMED,
     "recurrent": REPEATED,
+    "tree": REPEATED,
+    "attention": SUMMED,
 }
 
 Results = dict[str, torch.Tensor]
@@ -164,6 +177,38 @@ def recurrent(device: str, dtype: torch.dtype, number: int) -> Results:
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def attention(device: str, dtype: torch.dtype, number: int) -> Results:
+    """Grouped heads, stored as (B, L, H, D), and all gradients, that of the mask among them."""
+    (batch, heads, key_heads, queries, keys, dim, value_dim), mask_shape, options = ATTENTION[number]
+    shapes = ((batch, queries, heads, dim), (batch, keys, key_heads, dim), (batch, keys, key_heads, value_dim))
+    generator = torch.Generator().manual_seed(7)
+
+    def leaf(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_()
+
+    leaves = [leaf(shape) for shape in shapes]
+    mask = None if mask_shape is None else leaf(mask_shape)
+    heads_first = [t.transpose(1, 2) for t in leaves]
+    out = pynn.ops.scaled_dot_product_attention(*heads_first, mask, enable_gqa=True, **options)
+    leaves += [] if mask is None else [mask]
+    gradients = torch.autograd.grad(out, leaves, leaf(out.shape).detach())
+    results = {"attention": out} | {f"attention gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
+def tree(device: str, dtype: torch.dtype, number: int) -> Results:
+    """A forest, and all its gradients."""
+    parents, size, hidden = TREES[number]
+    forest = pynn.ops.Forest.from_parents(torch.tensor(parents, device=device))
+    shapes = ((len(parents), size), (4 * hidden, size), (4 * hidden, hidden), (4 * hidden,))
+    x, *weights = (_operands(device, dtype, shape, 1)[0] for shape in shapes)
+    leaves = [t.requires_grad_() for t in (x, *(w * hidden**-0.5 for w in weights))]
+    h, c = pynn.ops.tree_lstm(leaves[0], forest, *leaves[1:])
+    gradients = torch.autograd.grad([h, c], leaves, [torch.ones_like(h), torch.ones_like(c)])
+    results = {"tree": h} | {f"tree gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     kernel: str  # a dispatcher op: backends without it leave the case out
@@ -182,6 +227,16 @@ CASES |= {
 CASES |= {
     f"{cell} {shape}": Case(f"{cell}_fwd", functools.partial(recurrent, number=number))
     for number, (cell, shape, _) in enumerate(RECURRENT)
+}
+CASES |= {
+    f"tree_lstm {parents} {hidden}": Case("tree_lstm_fwd", functools.partial(tree, number=number))
+    for number, (parents, _, hidden) in enumerate(TREES)
+}
+CASES |= {
+    f"scaled_dot_product_attention {shape}": Case(
+        "scaled_dot_product_attention_fwd", functools.partial(attention, number=number)
+    )
+    for number, (shape, _, _) in enumerate(ATTENTION)
 }
 
 
