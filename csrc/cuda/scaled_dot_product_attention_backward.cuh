@@ -19,7 +19,7 @@ namespace pynn::cuda {
 namespace {
 namespace attention {
 
-// What the backward needs of a row of scores: P = exp(S - shift) * norm.
+// What the backward needs of a row of scores: P = exp(S - shift) * norm. shift is lse rounded to F, norm the rest.
 template <class F>
 struct RowStatistics {
   F shift, norm, delta;
@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
   if constexpr (kBase2<T>) {
     to[index] = {lse[index] * kLogUnit<T>, F(1), delta};
   } else {
-    // The shift of a row of equal weights: differences to it are small, and so is what their rounding costs.
-    const F shift = F(lse[index] - log(double(p.shape.keys)));
+    const F shift = F(lse[index]);
     to[index] = {shift, is_finite(shift) ? F(exp(double(shift) - lse[index])) : F(1), delta};
   }
 }
@@ -169,7 +168,7 @@ struct BackwardTiles {
         const Statistics& of_query = kKeyRows ? of_column : rows[i];
         F &a = E::at(weights, i, j), &g = E::at(grads, i, j);
         const bool visible = a != minus_infinity<F>();
-        const F weight = exponential<T>(a - of_query.shift) * of_query.norm;
+        const F weight = shifted_exponential<T>(a, of_query.shift) * of_query.norm;
         F factor = 1;
         if (scores.dropout.key) factor = kept[i] >> j & 1 ? F(scores.dropout.kept) : F(0);
         totals[i] += visible ? weight : F(0);

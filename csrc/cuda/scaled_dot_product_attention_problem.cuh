@@ -40,6 +40,15 @@ __device__ __forceinline__ accumulate_t<T> exponential(accumulate_t<T> x) {
   else
     return exp_of<T>(x);
 }
+// exp(x - shift). In fp32 the rounding of a difference of 8 costs 5e-7 of the result, more than all else, so what it
+// takes (Knuth's two-sum) is put back.
+template <class T>
+__device__ __forceinline__ accumulate_t<T> shifted_exponential(accumulate_t<T> x, accumulate_t<T> shift) {
+  const accumulate_t<T> difference = x - shift, e = exponential<T>(difference);
+  if constexpr (!std::is_same_v<T, float>) return e;
+  const accumulate_t<T> back = difference - x;
+  return multiply_add(e, (x - (difference - back)) - (shift + back), e);
+}
 __device__ __forceinline__ bool is_finite(float v) { return fabsf(v) < INFINITY; }
 __device__ __forceinline__ bool is_finite(double v) { return fabs(v) < double(INFINITY); }
 
