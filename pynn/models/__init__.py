@@ -1,5 +1,6 @@
 """Models built on pynn layers."""
 
+from .clip import CLAP, CLIP, ContrastiveOutputs, LogMel, TextTower
 from .cnn import (
     VGG,
     AlexNet,
@@ -21,21 +22,54 @@ from .cnn import (
     vgg16,
 )
 from .segmentation import SegmentationUNet
+from .transformer import (
+    GPT,
+    T5,
+    Attention,
+    Bert,
+    BertOutputs,
+    KeyValueCache,
+    LearnedPositionalEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SinusoidalPositionalEncoding,
+    Transformer,
+    TransformerBlock,
+    ViT,
+)
 from .unet import UNet
 
 __all__ = [
+    "CLAP",
+    "CLIP",
+    "GPT",
+    "T5",
     "VGG",
     "AlexNet",
+    "Attention",
     "BasicBlock",
+    "Bert",
+    "BertOutputs",
     "Bottleneck",
     "CausalConv1d",
+    "ContrastiveOutputs",
     "GoogLeNet",
     "GoogLeNetOutputs",
+    "KeyValueCache",
     "LeNet",
+    "LearnedPositionalEmbedding",
+    "LogMel",
     "ReceptiveField",
+    "RelativePositionBias",
     "ResNet",
+    "RotaryEmbedding",
     "SegmentationUNet",
+    "SinusoidalPositionalEncoding",
+    "TextTower",
+    "Transformer",
+    "TransformerBlock",
     "UNet",
+    "ViT",
     "ZFNet",
     "conv_output_size",
     "gabor_bank",
