@@ -135,7 +135,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, torch
             f"load_weights: {path} holds other objects than tensors and is not read, because unpickling them could run "
             f"any code ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise WeightsError(f"load_weights: {path} is not a readable file of torch ({error})") from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), content)

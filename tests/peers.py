@@ -6,6 +6,7 @@ names are declared, so that its Python part can be imported. timm and transforme
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -67,6 +68,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 tensor.copy_(noise.abs() + 0.5)
             elif tensor.dim() > 1:
                 tensor.copy_(noise * (2 / tensor[0].numel()) ** 0.5)
+                if name.endswith("Attention.q.weight"):  # T5 does not scale its scores: its queries are small instead
+                    tensor.mul_(0.3)
             elif name.endswith("weight"):
                 tensor.copy_(1 + 0.2 * noise)
             elif tensor.dim() == 1:
@@ -82,13 +85,16 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, what: str = "output", bound: 
 
 
 def assert_gradients_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float = 1e-5) -> None:
-    """As assert_close, tensor by tensor; a gradient that is zero but for rounding is held to the largest of all."""
+    """As assert_close, tensor by tensor; a gradient that is zero but for rounding is held to the largest of all.
+
+    The bias of attention's keys has such a gradient: softmax does not see it.
+    """
     assert ours.keys() == theirs.keys()
     largest = max(tensor.abs().max().item() for tensor in theirs.values())
     assert largest > 0
     for name, gradient in theirs.items():
         error, size = (ours[name] - gradient).abs().max().item(), gradient.abs().max().item()
-        assert error <= bound * size + 1e-7 * largest, f"{name}: {error / size:.2e} of the largest value"
+        assert error <= bound * size + 1e-6 * largest, f"{name}: {error / size:.2e} of the largest value"
 
 
 def backward(output: torch.Tensor) -> None:
@@ -112,8 +118,6 @@ def losses(model: torch.nn.Module, loss_of, steps: int = 20, lr: float = 0.01) -
 
 def assert_patch_is_faithful(model: torch.nn.Module, run, loss_of, wanted: set[str], lr: float = 0.01) -> None:
     """pynn.patch: same outputs, same training losses, its kernels run, and unpatch restores every bit."""
-    import copy
-
     model.eval()
     truth = run(model)
     expected = losses(copy.deepcopy(model).train(), loss_of, lr=lr)

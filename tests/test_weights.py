@@ -1,4 +1,4 @@
-"""load_weights and export_weights: the models of transformers, timm and torchvision with the same weights, files, errors.
+"""load_weights and export_weights: models of transformers, timm and torchvision with the same weights; files; errors.
 
 Each peer's weights go through its own files: loaded here, compared in outputs and gradients, written and read back by
 the peer.
@@ -66,19 +66,22 @@ def gpt2():
     return Case(GPT(37, 9, 24, 2, 3), theirs, lambda m: m(x), lambda m: m(x).logits)
 
 
-def t5(**v11):
+def t5(v11=False):
     hf = peers.load("transformers")
-    options = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if v11 else {}
+    options = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if v11 else {}  # the latter: no scale
     config = hf.T5Config(
         vocab_size=37, d_model=24, d_kv=10, d_ff=40, num_layers=2, num_decoder_layers=3, num_heads=3, dropout_rate=0.0,
         relative_attention_num_buckets=8, relative_attention_max_distance=12, **options,
     )  # fmt: skip
+    config.tie_word_embeddings = not v11  # transformers 5 ties whatever it is given
     own = {"activation": "gelu_tanh", "gated": True, "tied": False} if v11 else {}
     ours = T5(37, 24, 2, 3, 40, 10, 3, buckets=8, max_distance=12, dropout=0.0, **own)
     x, y = ids(), ids(length=6)
+    theirs = hf.T5ForConditionalGeneration(config)
+    theirs.set_input_embeddings(theirs.shared)  # untied output layer, but one embedding, as in the files of T5 v1.1
     return Case(
         ours,
-        hf.T5ForConditionalGeneration(config),
+        theirs,
         lambda m: m(x, y, MASK),
         lambda m: m(input_ids=x, attention_mask=MASK.long(), decoder_input_ids=y).logits,
     )
@@ -148,7 +151,9 @@ def test_hugging_face(name, tmp_path):
     theirs.config.save_pretrained(written)
     pynn.save_weights(ours, written / "model.safetensors", "hf")
     again, problems = type(theirs).from_pretrained(written, output_loading_info=True)
-    assert not any(problems[kind] for kind in ("missing_keys", "mismatched_keys")), problems
+    missing = {key for key in problems["missing_keys"] if not key.endswith(("position_ids", "token_type_ids"))}
+    assert not missing, problems  # those two are constants
+    assert not problems["mismatched_keys"], problems
     peers.assert_close(case.run_theirs(again.eval()), outputs[1], bound=1e-6)
 
     for output in outputs:  # the gradients, as weights of a model that is written as before
@@ -182,9 +187,9 @@ def test_timm_vit(size, options):
     x = torch.randn(2, 3, size, size)
     outputs = [model(x) for model in (ours, theirs)]
     peers.assert_close(*outputs)
-    theirs.load_state_dict(pynn.export_weights(ours, "timm"))
     for output in outputs:
         peers.backward(output)
+    theirs.load_state_dict(pynn.export_weights(ours, "timm"))
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.copy_(parameter.grad)
@@ -353,7 +358,9 @@ def test_damaged_files(ending, damage, tmp_path):
     file = tmp_path / f"weights{ending}"
     pynn.save_weights(small_gpt(), file)
     content = file.read_bytes()
-    changed = {"cut": content[: len(content) // 2], "noise": os.urandom(4096), "empty": b""}[damage]
+    changed = {"cut": content[: len(content) // 2], "noise": bytes(torch.randint(256, (4096,)).tolist()), "empty": b""}[
+        damage
+    ]
     file.write_bytes(changed)
     with pytest.raises(WeightsError, match=str(file)):
         pynn.load_weights(small_gpt(), file)
@@ -361,7 +368,7 @@ def test_damaged_files(ending, damage, tmp_path):
 
 def test_errors(tmp_path):
     model = small_gpt()
-    with pytest.raises(TypeError, match="model to be a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"model to be a torch\.nn\.Module, got dict"):
         pynn.load_weights({}, {})
     with pytest.raises(FileNotFoundError, match="no file"):
         pynn.load_weights(model, tmp_path / "none.pt")
