@@ -118,7 +118,7 @@ def test_activations_run_inside_the_convolutions():
 def test_patched_resnet50():
     torchvision = peers.load("torchvision")
     model = torchvision.models.resnet50(num_classes=4).eval()
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 48, 48)
     truth = model(x)
     assert len(pynn.patch(model).replaced) == 53
     peers.assert_close(model(x), truth)
@@ -127,14 +127,16 @@ def test_patched_resnet50():
 
 
 def test_patched_bottlenecks_train_alike():
+    """In float64: in float32 an activation within rounding of ReLU's kink goes the other way now and then."""
     torchvision = peers.load("torchvision")
-    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=4)
-    x, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
+    model.layer4, model.fc = nn.Identity(), nn.Linear(1024, 4)
+    x, target = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
 
     def loss_of(model):
         return F.cross_entropy(model(x), target)
 
-    peers.assert_patch_is_faithful(model, lambda model: model(x), loss_of, {"conv2d_fwd"}, lr=1e-4)
+    peers.assert_patch_is_faithful(model.double(), lambda model: model(x), loss_of, {"conv2d_fwd"}, lr=1e-3)
 
 
 SMALL = {
