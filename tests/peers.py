@@ -49,7 +49,7 @@ def load(name: str):
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            pytest.skip(f"{name} is not here (make peers): {error}")
+            pytest.skip(f"{name} cannot be imported ({error}): make installs it")
     if name == "transformers":
         module.logging.set_verbosity_error()
         module.logging.disable_progress_bar()
