@@ -51,8 +51,8 @@ def load_weights(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"load_weights: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    found = _unwrapped(_read(source))
     own = model.state_dict()
+    found = _unwrapped(_read(source), own)
     if any(tensor.is_meta for tensor in own.values()):
         raise WeightsError("load_weights: the model is on the meta device; call model.to_empty(device=...) first")
     known = layouts_of(model)
@@ -155,9 +155,10 @@ def _is_tensor(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, torch.Tensor)
 
 
-def _unwrapped(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unwrapped(found: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Without what wrappers of a model put in front of every name, unless the model's own names begin like that."""
     for wrapper in _WRAPPERS:
-        if found and all(name.startswith(wrapper) for name in found):
+        if all(name.startswith(wrapper) for name in found) and not all(name.startswith(wrapper) for name in own):
             found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
     return found
 

@@ -362,8 +362,12 @@ def test_log_mel_finds_the_pitch():
     torch.testing.assert_close(mel(torch.zeros(1, 400)), torch.full((1, 1, 40, 1), math.log(1e-10)))
 
 
+def small_audio_tower() -> nn.Module:
+    return nn.Sequential(LogMel(8000, bands=16), ViT((16, 8), (8, 4), 1, None, 16, 1, 2))
+
+
 def test_clap_learns():
-    audio = nn.Sequential(LogMel(8000, bands=16), ViT((16, 8), (8, 4), 1, None, 16, 1, 2))
+    audio = small_audio_tower()
     text = Bert(50, 8, 16, 1, 2, mlm=False, sentence=False, segments=1, padding_token=1, dropout=0.0)
     model = CLAP(audio, text, 12, audio_width=16)
     t = torch.arange(760) / 8000
@@ -376,6 +380,33 @@ def test_clap_learns():
     torch.testing.assert_close(
         outputs.logits / model.logit_scale_a.exp(), (outputs.logits_per_text / model.logit_scale_t.exp()).T
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("name", ["GPT", "GPT rotary", "Bert", "T5", "Transformer", "CLIP", "CLAP"])
+def test_same_on_a_gpu(name):
+    ids, mask = tokens(2, 6), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    models = {
+        "GPT": (lambda: GPT(50, 8, 32, 2, 4), (ids,)),
+        "GPT rotary": (lambda: GPT(50, 8, 32, 2, 4, positions="rotary"), (ids,)),
+        "Bert": (lambda: Bert(50, 8, 32, 2, 4, padding_token=1), (ids, mask)),
+        "T5": (lambda: T5(50, 32, 2, 4), (ids, ids, mask)),
+        "Transformer": (lambda: Transformer(32, 4, 1, 1, 32), (torch.randn(2, 6, 32), torch.randn(2, 5, 32), mask)),
+        "CLIP": (small_clip, (torch.randn(2, 1, 8, 8), ids, mask)),
+        "CLAP": (
+            lambda: CLAP(small_audio_tower(), TextTower(50, 8, 32, 1, 4), 8, 16),
+            (torch.randn(2, 760), ids, mask),
+        ),
+    }
+    make, inputs = models[name]
+    model = make().eval()
+    expected = model(*inputs)
+    got = model.cuda()(*(tensor.cuda() for tensor in inputs))
+    pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+    for a, b in pairs:
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
+    if isinstance(model, GPT):
+        assert model.generate(ids[:, :3].cuda(), 4, temperature=0).shape == (2, 7)
 
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)

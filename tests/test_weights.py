@@ -266,6 +266,12 @@ def test_checkpoints_and_wrappers(key, tmp_path):
     assert same(model, other)
 
 
+def test_a_model_may_have_a_wrappers_name():
+    model, other = (nn.ModuleDict({"module": nn.Linear(2, 2)}) for _ in range(2))
+    assert pynn.load_weights(other, model.state_dict()) == "pynn"
+    assert same(model, other)
+
+
 def test_dtypes_are_converted_and_storage_stays():
     model, other = small_gpt(), small_gpt()
     addresses = [p.data_ptr() for p in other.parameters()]
