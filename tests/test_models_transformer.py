@@ -362,14 +362,13 @@ def test_log_mel_finds_the_pitch():
     torch.testing.assert_close(mel(torch.zeros(1, 400)), torch.full((1, 1, 40, 1), math.log(1e-10)))
 
 
-def small_audio_tower() -> nn.Module:
+def audio() -> nn.Module:
     return nn.Sequential(LogMel(8000, bands=16), ViT((16, 8), (8, 4), 1, None, 16, 1, 2))
 
 
 def test_clap_learns():
-    audio = small_audio_tower()
     text = Bert(50, 8, 16, 1, 2, mlm=False, sentence=False, segments=1, padding_token=1, dropout=0.0)
-    model = CLAP(audio, text, 12, audio_width=16)
+    model = CLAP(audio(), text, 12, audio_width=16)
     t = torch.arange(760) / 8000
     sounds = torch.stack([torch.sin(2 * math.pi * f * t) for f in (200.0, 700.0, 1500.0, 3000.0)])
     ids = tokens(4, 6) + 2
@@ -394,7 +393,7 @@ def test_same_on_a_gpu(name):
         "Transformer": (lambda: Transformer(32, 4, 1, 1, 32), (torch.randn(2, 6, 32), torch.randn(2, 5, 32), mask)),
         "CLIP": (small_clip, (torch.randn(2, 1, 8, 8), ids, mask)),
         "CLAP": (
-            lambda: CLAP(small_audio_tower(), TextTower(50, 8, 32, 1, 4), 8, 16),
+            lambda: CLAP(audio(), TextTower(50, 8, 16, 1, 2), 8, 16),
             (torch.randn(2, 760), ids, mask),
         ),
     }

@@ -248,6 +248,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("ending", [".safetensors", ".pt", ".pth", ".bin", ".ckpt"])
 @pytest.mark.parametrize("layout", ["pynn", "hf"])
 def test_files_of_every_kind(ending, layout, tmp_path):
+    if ending == ".safetensors":
+        peers.load("safetensors")
     model, other = small_gpt(), small_gpt()
     peers.randomise(model)
     pynn.save_weights(model, tmp_path / f"model{ending}", layout)
@@ -361,6 +363,8 @@ def test_a_malicious_pickle_does_not_run(ending, zipped, tmp_path):
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
 def test_damaged_files(ending, damage, tmp_path):
+    if ending == ".safetensors":
+        peers.load("safetensors")
     file = tmp_path / f"weights{ending}"
     pynn.save_weights(small_gpt(), file)
     content = file.read_bytes()
