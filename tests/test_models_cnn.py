@@ -372,6 +372,13 @@ ERRORS = [
     (lambda: LeNet(activation="swish"), "relu, tanh or sigmoid, got 'swish'"),
     (lambda: LeNet()(torch.zeros(1, 1, 27, 28)), r"\(B, 1, 28, 28\), got \(1, 1, 27, 28\)"),
     (lambda: AlexNet(1)(torch.zeros(3, 64, 64)), r"AlexNet: expected x of shape \(B, 3, H, W\), got \(3, 64, 64\)"),
+    (
+        lambda: AlexNet(1)(torch.zeros(1, 3, 62, 99)),
+        r"AlexNet: expected height and width of at least 63, got \(62, 99\)",
+    ),
+    (lambda: ZFNet(1)(torch.zeros(1, 3, 52, 99)), "ZFNet: expected height and width of at least 53"),
+    (lambda: VGG((8, "M", "M"), 1)(torch.zeros(1, 3, 3, 9)), "VGG: expected height and width of at least 4"),
+    (lambda: GoogLeNet(1)(torch.zeros(1, 3, 14, 99)), "GoogLeNet: expected height and width of at least 15"),
     (lambda: VGG((8, "P")), "\"M\", got 'P'"),
     (lambda: VGG(("M",)), "at least one convolution"),
     (lambda: ResNet(BasicBlock, []), "at least one block per stage"),
@@ -381,6 +388,11 @@ ERRORS = [
     (lambda: SegmentationUNet(1, 2, 2)(torch.zeros(1, 1, 8, 32)), r"at least 16, got \(8, 32\)"),
     (lambda: SegmentationUNet(1, 2, 3, bilinear=True), "base even with bilinear"),
 ]
+
+
+@pytest.mark.parametrize(("model", "size"), [(AlexNet, 63), (ZFNet, 53), (GoogLeNet, 15)])
+def test_smallest_images(model, size):
+    assert model(2).eval()(torch.randn(1, 3, size, size)).shape == (1, 2)
 
 
 @pytest.mark.parametrize(("call", "message"), ERRORS)

@@ -104,15 +104,17 @@ def _classifier(in_features: int, num_classes: int, dropout: float, dropout_firs
 class _PooledClassifier(nn.Module):
     """features, average pooling to a fixed size, classifier."""
 
-    def __init__(self, features: nn.Module, pooled: int, classifier: Sequence[nn.Module], in_channels: int) -> None:
+    def __init__(
+        self, features: nn.Module, pooled: int, classifier: Sequence[nn.Module], in_channels: int, at_least: int
+    ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, self.at_least = in_channels, at_least
         self.features = features
         self.avgpool = nn.AdaptiveAvgPool2d(pooled)
         self.classifier = nn.Sequential(*classifier)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(type(self).__name__, x, self.in_channels)
+        check_images(type(self).__name__, x, self.in_channels, at_least=self.at_least)
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
@@ -143,7 +145,7 @@ class AlexNet(_PooledClassifier):
             nn.Identity(),
             nn.MaxPool2d(3, stride=2),
         )
-        super().__init__(features, 6, _classifier(256 * 6 * 6, num_classes, dropout, True), in_channels)
+        super().__init__(features, 6, _classifier(256 * 6 * 6, num_classes, dropout, True), in_channels, 63)
 
 
 class ZFNet(_PooledClassifier):
@@ -154,7 +156,7 @@ class ZFNet(_PooledClassifier):
     Args:
         num_classes: outputs. dropout: before the first two linear layers. in_channels: channels of the image.
     Shape:
-        (B, in_channels, H, W), 224x224 in the paper, at least 31x31, to logits (B, num_classes).
+        (B, in_channels, H, W), 224x224 in the paper, at least 53x53, to logits (B, num_classes).
     Raises:
         ValueError: an input of another shape.
     """
@@ -172,7 +174,7 @@ class ZFNet(_PooledClassifier):
             Conv2d(384, 256, 3, padding=1, activation="relu"),
             nn.MaxPool2d(3, stride=2),
         )
-        super().__init__(features, 6, _classifier(256 * 6 * 6, num_classes, dropout, True), in_channels)
+        super().__init__(features, 6, _classifier(256 * 6 * 6, num_classes, dropout, True), in_channels, 53)
 
 
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -217,7 +219,7 @@ class VGG(_PooledClassifier):
         if not any(isinstance(layer, Conv2d) for layer in layers):
             raise ValueError(f"VGG: expected cfg with at least one convolution, got {tuple(cfg)}")
         classifier = _classifier(channels * 7 * 7, num_classes, dropout, False)
-        super().__init__(nn.Sequential(*layers), 7, classifier, in_channels)
+        super().__init__(nn.Sequential(*layers), 7, classifier, in_channels, 2 ** list(cfg).count("M"))
 
 
 def vgg16(num_classes: int = 1000, **options) -> VGG:
@@ -328,7 +330,7 @@ class GoogLeNet(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
-        check_images("GoogLeNet", x, self.in_channels)
+        check_images("GoogLeNet", x, self.in_channels, at_least=15)
         x = self.maxpool2(self.conv3(self.conv2(self.maxpool1(self.conv1(x)))))
         x = self.maxpool3(self.inception3b(self.inception3a(x)))
         after_4a = self.inception4a(x)
