@@ -204,7 +204,7 @@ class Captioner(nn.Module):
         state = self._state(features)
         ids = torch.full((len(features),), start, dtype=torch.int64, device=features.device)
         ended = torch.zeros_like(ids, dtype=torch.bool)
-        sentence = []
+        sentence: list[Tensor] = []
         while len(sentence) < max_len and not ended.all():
             logits, state = self.lm(ids[:, None], state)
             ids = logits[:, 0].argmax(-1).masked_fill(ended, end)
