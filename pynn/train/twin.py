@@ -8,12 +8,15 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import nn
+from ..models import _transformer
+from ..models._transformer import Attention
 from .fit import build_optimizer
 from .recipes import Recipe
 
@@ -78,6 +81,18 @@ class _RNN(_Lengths, torch.nn.RNN):
     pass
 
 
+def _torch_attention(query, key, value, mask, dropout, is_causal, scale):
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
+
+
+class _Attention(Attention):
+    """The layer as it is, but for the op it takes from its module."""
+
+    def forward(self, *arguments, **options):
+        with mock.patch.object(_transformer, "scaled_dot_product_attention", _torch_attention):
+            return super().forward(*arguments, **options)
+
+
 _TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.Conv2d: _Conv2d,
     nn.ConvTranspose2d: _ConvTranspose2d,
@@ -86,6 +101,7 @@ _TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.LSTM: _LSTM,
     nn.GRU: _GRU,
     nn.RNN: _RNN,
+    Attention: _Attention,
 }
 
 

@@ -5,11 +5,11 @@ One file per family; each trains in seconds to minutes on one CPU thread and nee
 
 from __future__ import annotations
 
-from . import mlp, rnn, seq2seq, tree
+from . import clip, cnn, mlp, rnn, seq2seq, transformer, tree
 from ._recipe import Recipe
 
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe for module in (mlp, rnn, seq2seq, tree) for recipe in module.RECIPES
+    recipe.name: recipe for module in (mlp, cnn, rnn, seq2seq, tree, transformer, clip) for recipe in module.RECIPES
 }
 
 
