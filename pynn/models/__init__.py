@@ -21,6 +21,7 @@ from .cnn import (
     resnet50,
     vgg16,
 )
+from .ensemble import Ensemble
 from .mlp import MLP, KNNClassifier, Perceptron, RBFNet
 from .rnn import Captioner, CharLM, Seq2Seq, SequenceClassifier, SequenceTagger
 from .segmentation import SegmentationUNet
@@ -59,6 +60,7 @@ __all__ = [
     "CausalConv1d",
     "CharLM",
     "ContrastiveOutputs",
+    "Ensemble",
     "GoogLeNet",
     "GoogLeNetOutputs",
     "KNNClassifier",

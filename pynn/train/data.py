@@ -35,8 +35,9 @@ class Images:
     test_labels: torch.Tensor
 
 
+@functools.cache
 def load(name: str) -> Images:
-    """Loads a data set.
+    """Loads a data set; once, so its tensors are not to be written to.
 
     Args:
         name: "digits" or "mnist".

@@ -185,6 +185,14 @@ class _Run:
         self.accelerator, self.model, self.trained, self.optimizer = accelerator, model, trained, optimizer
         self.loss, self.batch, self.settings, self.share, self.history = loss, batch, settings, share, history
         self.stop = False
+        # A frozen batch normalisation keeps its statistics too.
+        self.frozen = [
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+            and module.affine
+            and not any(parameter.requires_grad for parameter in module.parameters())
+        ]
 
     def loop(self, out, name, evaluate, evaluate_every, checkpoint_every, log_every, progress, on_step) -> None:
         history, settings, main = self.history, self.settings, self.accelerator.is_main_process
@@ -201,6 +209,8 @@ class _Run:
             with self._stopped_by_signals():
                 while history.step < settings.steps and not self.stop:
                     self.trained.train()
+                    for module in self.frozen:
+                        module.eval()
                     value = self.step()
                     window.append(value)
                     bar.update()

@@ -34,8 +34,9 @@ class Row(NamedTuple):
 _NUMBERS = {"seed": int, "value": float, "seconds": float, "threads": int}
 
 
-def read(path: Path = PATH) -> list[Row]:
+def read(path: Path | None = None) -> list[Row]:
     """The rows, by recipe and seed; empty when nothing was measured."""
+    path = path or PATH
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -47,8 +48,9 @@ def read(path: Path = PATH) -> list[Row]:
     return sorted(rows)
 
 
-def record(row: Row, path: Path = PATH) -> None:
+def record(row: Row, path: Path | None = None) -> None:
     """Adds a row, in the place of an older one of its recipe and seed."""
+    path = path or PATH
     rows = [old for old in read(path) if (old.recipe, old.seed) != (row.recipe, row.seed)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -5,12 +5,11 @@ One file per family; each trains in seconds to minutes on one CPU thread and nee
 
 from __future__ import annotations
 
-from . import clip, cnn, mlp, rnn, seq2seq, transformer, tree
+from . import clip, cnn, mlp, rnn, seq2seq, transfer, transformer, tree
 from ._recipe import Recipe
 
-RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe for module in (mlp, cnn, rnn, seq2seq, tree, transformer, clip) for recipe in module.RECIPES
-}
+_FAMILIES = (mlp, cnn, rnn, seq2seq, tree, transformer, clip, transfer)
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 
 
 def get(name: str) -> type[Recipe]:

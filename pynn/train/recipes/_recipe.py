@@ -71,6 +71,13 @@ class Recipe:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
 
+class Members(torch.nn.ModuleList):
+    """Several models of the same input, trained side by side; gives their logits, (members, B, C)."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([model(*inputs) for model in self])
+
+
 def device_of(model: torch.nn.Module) -> torch.device:
     """Where a model is."""
     return next(model.parameters()).device

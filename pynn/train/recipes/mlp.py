@@ -11,7 +11,7 @@ from pynn.models.mlp import MLP, KNNClassifier, RBFNet
 from .. import data
 from ..extras import require
 from ..fit import Batch, Settings
-from ._recipe import Recipe, accuracy
+from ._recipe import Members, Recipe, accuracy, device_of
 
 
 class Xor(Recipe):
@@ -25,18 +25,19 @@ class Xor(Recipe):
     y = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
 
     def model(self) -> nn.Module:
-        return nn.ModuleList(MLP([2, 4, 1], activation="tanh") for _ in range(20))
+        return Members(MLP([2, 4, 1], activation="tanh") for _ in range(20))
 
     def batch(self, step: int) -> Batch:
         return self.x, self.y
 
     def loss(self, model, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.stack([F.binary_cross_entropy_with_logits(mlp(x), y) for mlp in model]).mean()
+        logits = model(x)
+        return F.binary_cross_entropy_with_logits(logits, y.expand_as(logits))
 
     @torch.no_grad()
     def evaluate(self, model) -> dict[str, float]:
-        x, y = (t.to(next(model.parameters()).device) for t in (self.x, self.y))
-        return {"solved": float(sum(torch.equal((mlp(x) > 0).float(), y) for mlp in model))}
+        x, y = (t.to(device_of(model)) for t in (self.x, self.y))
+        return {"solved": float(((model(x) > 0) == y.bool()).flatten(1).all(1).sum())}
 
 
 class _Vectors(Recipe):
@@ -84,7 +85,7 @@ class Rbf(_Vectors):
 
 
 class _Neighbours(nn.Module):
-    """KNNClassifier as a module of one-hot logits; it has nothing to train."""
+    """KNNClassifier as a module that gives shares of classes; it has nothing to train."""
 
     def __init__(self, train: Tensor, labels: Tensor) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ class LanguageModel(Recipe):
     """Bits per character of Python's help topics; their unigrams take 4.67, bigrams 3.35, bz2 1.68."""
 
     settings = Settings(steps=600, batch_size=32, learning_rate=4e-3, warmup=20, clip_norm=1.0)
-    length = 128  # characters of a sample
+    length = test_length = 128  # characters of a sample
     metric, gate, goal = "bits_per_character", 2.05, "<="
 
     def __init__(self, seed: int = 0) -> None:
@@ -41,9 +41,9 @@ class LanguageModel(Recipe):
     @torch.no_grad()
     def evaluate(self, model) -> dict[str, float]:
         """On all of the test part, cut in pieces that know nothing of each other."""
-        text = self.text.test
-        count = (len(text) - 1) // self.length
-        x, y = (text[i : i + count * self.length].view(count, self.length).to(device_of(model)) for i in (0, 1))
+        text, length = self.text.test, self.test_length
+        count = (len(text) - 1) // length
+        x, y = (text[i : i + count * length].view(count, length).to(device_of(model)) for i in (0, 1))
         metric = require("torchmetrics").MeanMetric().to(x.device)
         for part, target in zip(x.split(64), y.split(64), strict=True):
             nats = F.cross_entropy(self.logits(model, part).flatten(0, 1), target.flatten())
@@ -55,6 +55,7 @@ class CharGru(LanguageModel):
     name = "char_gru"
     summary = "GRU language model on Python's help topics"
     cell = "gru"
+    test_length = 1024  # the state goes on beyond the length of training
 
     def model(self) -> nn.Module:
         return CharLM(len(self.text.characters), 256, self.cell)
