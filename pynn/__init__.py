@@ -5,5 +5,21 @@ __version__ = "0.1.0"
 from . import backends, diffusion, models, nn, ops
 from .backends import backend, explain
 from .patching import patch, unpatch
+from .weights import WeightsError, export_weights, load_weights, save_weights
 
-__all__ = ["__version__", "backend", "backends", "diffusion", "explain", "models", "nn", "ops", "patch", "unpatch"]
+__all__ = [
+    "WeightsError",
+    "__version__",
+    "backend",
+    "backends",
+    "diffusion",
+    "explain",
+    "export_weights",
+    "load_weights",
+    "models",
+    "nn",
+    "ops",
+    "patch",
+    "save_weights",
+    "unpatch",
+]

@@ -116,6 +116,8 @@ class _TwoTowers(nn.Module):
 
 
 def _tower_width(model: str, name: str, tower: nn.Module, width: int | None) -> int:
+    if isinstance(tower, Bert) and tower.pooler is None:
+        raise ValueError(f"{model}: expected {name}_tower to be a Bert with pooler=True")
     found = getattr(tower, "width", None) if width is None else width
     if not isinstance(found, int):
         raise ValueError(f"{model}: expected {name}_width, since {type(tower).__name__} has no attribute width")
@@ -124,7 +126,10 @@ def _tower_width(model: str, name: str, tower: nn.Module, width: int | None) -> 
 
 def _call_text(tower: nn.Module, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     output = tower(ids) if attention_mask is None else tower(ids, attention_mask)
-    return output.pooled if isinstance(output, BertOutputs) else output
+    if isinstance(output, BertOutputs):
+        assert output.pooled is not None  # the constructor asked for a pooler
+        return output.pooled
+    return output
 
 
 class CLIP(_TwoTowers):
@@ -132,11 +137,12 @@ class CLIP(_TwoTowers):
 
     Args:
         image_tower: (B, C, H, W) to (B, image_width), for example ViT with num_classes=None.
-        text_tower: (B, L) int64, and optionally the attention mask, to (B, text_width), for example TextTower.
+        text_tower: (B, L) int64, and optionally the attention mask, to (B, text_width), for example TextTower, or a
+            Bert with pooler.
         width: of the common space.
         image_width, text_width: of the towers' outputs; None for their attribute `width`.
     Raises:
-        ValueError: a tower has no attribute `width` and none is given.
+        ValueError: a tower has no attribute `width` and none is given, or a Bert without pooler.
     """
 
     def __init__(
@@ -205,8 +211,6 @@ class CLAP(_TwoTowers):
         text_width: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(text_tower, Bert) and text_tower.pooler is None:
-            raise ValueError("CLAP: expected text_tower to be a Bert with pooler=True")
         self.audio_tower, self.text_tower = audio_tower, text_tower
         self.audio_projection = _Projection(_tower_width("CLAP", "audio", audio_tower, audio_width), width)
         self.text_projection = _Projection(_tower_width("CLAP", "text", text_tower, text_width), width)
