@@ -1,9 +1,9 @@
 """fit: the training loop of every recipe but DDPM's, on Hugging Face accelerate.
 
 accelerate does mixed precision, gradient accumulation and DistributedDataParallel; under torchrun each process takes
-its part of every batch, and the losses are those of one process to rounding. A batch follows from (seed, step) and so
-does the state of the random generators inside a step: a resumed run needs no state but weights and optimizer, and goes
-on bit for bit.
+its part of every batch, and the losses are those of one process to rounding, dropout and batch normalisation apart. A
+batch follows from (seed, step) and so does the state of the random generators inside a step: a resumed run needs no
+state but weights and optimizer, and goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def fit(
         if resume:
             if out is None:
                 raise ValueError("resume: expected an out directory to continue from")
-            history = _restore(model, optimizer, settings, name, out)
+            history = _restore(model, optimizer, accelerator.scaler, settings, name, out)
         trained, wrapped = accelerator.prepare(model, optimizer)
         run = _Run(accelerator, model, trained, wrapped, loss, batch, settings, share, history)
         try:
@@ -230,7 +230,7 @@ class _Run:
                         history.metrics.append((history.step, evaluate(self.model)))
                         _log(writer, history.step, **history.metrics[-1][1])
                     if out is not None and main and (history.step % checkpoint_every == 0 or last):
-                        _save(self.model, self.optimizer, settings, name, history, out)
+                        _save(self.model, self.optimizer, self.accelerator.scaler, settings, name, history, out)
         finally:
             bar.close()
             if writer is not None:
@@ -293,20 +293,24 @@ def _log(writer: Any, step: int, **values: float) -> None:
             writer.add_scalar(name, value, step)
 
 
-def _save(model, optimizer, settings: Settings, name: str, history: History, out: Path) -> None:
+def _save(model, optimizer, scaler, settings: Settings, name: str, history: History, out: Path) -> None:
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     tensors |= checkpoint.pack_optimizer(optimizer)
     metadata = {"recipe": name, "settings": dataclasses.asdict(settings), "history": dataclasses.asdict(history)}
+    if scaler is not None:  # of fp16's losses
+        metadata["scaler"] = scaler.state_dict()
     checkpoint.save(out / "checkpoints", history.step, tensors, metadata)
 
 
-def _restore(model, optimizer, settings: Settings, name: str, out: Path) -> History:
+def _restore(model, optimizer, scaler, settings: Settings, name: str, out: Path) -> History:
     tensors, metadata, path = checkpoint.load_newest(out / "checkpoints")
     saved = load_metadata(metadata, name, path)
     if dataclasses.replace(settings, steps=saved.steps, accumulate=saved.accumulate) != saved:
         raise ValueError(f"resume: {path} was written with other settings: {saved}, got {settings}")
     checkpoint.load_module(model, checkpoint.part(tensors, "model."))
     checkpoint.restore_optimizer(optimizer, tensors)
+    if scaler is not None:
+        scaler.load_state_dict(metadata["scaler"])
     history = metadata["history"]
     if settings.steps < history["step"]:
         raise ValueError(f"steps: the run is at step {history['step']} already, got {settings.steps}")
