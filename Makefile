@@ -7,7 +7,7 @@ VENV ?= .venv
 # Torch for the environment. A machine with a GPU wants a CUDA build: make TORCH=torch ...
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2
-# Installed without what they depend on, which would replace torch: tests/peers.py says what that leaves of torchvision.
+# Installed without what they depend on, which would replace torch, and beside the environment: see tests/peers.py.
 PEERS := torchvision==0.28.0 timm==1.0.31
 
 BIN := $(VENV)/bin
@@ -107,7 +107,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
 	PYNN_CUDA_ARCHS= $(BIN)/pip install -q --no-build-isolation -e ".[train,bench,dev,peers]"  # CUDA kernels: make build
-	$(BIN)/pip install -q --no-deps $(PEERS)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/peers $(PEERS)
 	@touch $@
 
 clean:

@@ -250,7 +250,8 @@ class BuildWheel(bdist_wheel):
         return ("py3", "none", platform_tag) if VARIANT else (python, abi, platform_tag)
 
 
-PACKAGES = ["pynn", "pynn.choices", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion", "pynn.train"]
+PACKAGES = ["pynn", "pynn.choices", "pynn.ops", "pynn.nn", "pynn.models", "pynn.diffusion"]
+PACKAGES += ["pynn.train", "pynn.train.recipes"]
 PACKAGE_DIRECTORIES = {}
 if (ROOT / "triton_kernels").is_dir():
     PACKAGES.append("pynn.triton_kernels")
@@ -260,7 +261,7 @@ setup(
     version=VERSION,
     packages=PACKAGES,
     package_dir=PACKAGE_DIRECTORIES,
-    package_data={"pynn": ["py.typed"], "pynn.choices": ["*.csv"]},
+    package_data={"pynn": ["py.typed"], "pynn.choices": ["*.csv"], "pynn.train": ["*.csv"]},
     ext_modules=[Extension("pynn.kernels", [])],  # marks the wheel as platform-specific; BuildLibraries does the work
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython, "bdist_wheel": BuildWheel},
 )

@@ -1,7 +1,8 @@
 """Other libraries that pynn's models are compared with; a test that needs one skips with the reason when it is missing.
 
 torchvision's wheel wants a CUDA build of torch for its own operators, which nothing here runs: beside a CPU build their
-names are declared, so that its Python part can be imported. timm and transformers import torchvision when it is there.
+names are declared, so that its Python part can be imported. timm and transformers import torchvision when it is there,
+and so do libraries that could do without it: make installs it outside of their sight, in DIRECTORY.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,10 +21,13 @@ import torch
 
 import pynn
 
+DIRECTORY = Path(sys.prefix) / "peers"
+
 
 @functools.cache
 def _prepare_torchvision() -> torch.library.Library | None:
     """Declares torchvision's operators when its library cannot be loaded; kept, since they go away with the object."""
+    sys.path.append(str(DIRECTORY))
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return None

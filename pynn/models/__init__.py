@@ -21,6 +21,9 @@ from .cnn import (
     resnet50,
     vgg16,
 )
+from .ensemble import Ensemble
+from .mlp import MLP, KNNClassifier, Perceptron, RBFNet
+from .rnn import Captioner, CharLM, Seq2Seq, SequenceClassifier, SequenceTagger
 from .segmentation import SegmentationUNet
 from .transformer import (
     GPT,
@@ -37,12 +40,14 @@ from .transformer import (
     TransformerBlock,
     ViT,
 )
+from .tree import RecursiveNet, TreeClassifier
 from .unet import UNet
 
 __all__ = [
     "CLAP",
     "CLIP",
     "GPT",
+    "MLP",
     "T5",
     "VGG",
     "AlexNet",
@@ -51,23 +56,34 @@ __all__ = [
     "Bert",
     "BertOutputs",
     "Bottleneck",
+    "Captioner",
     "CausalConv1d",
+    "CharLM",
     "ContrastiveOutputs",
+    "Ensemble",
     "GoogLeNet",
     "GoogLeNetOutputs",
+    "KNNClassifier",
     "KeyValueCache",
     "LeNet",
     "LearnedPositionalEmbedding",
     "LogMel",
+    "Perceptron",
+    "RBFNet",
     "ReceptiveField",
+    "RecursiveNet",
     "RelativePositionBias",
     "ResNet",
     "RotaryEmbedding",
     "SegmentationUNet",
+    "Seq2Seq",
+    "SequenceClassifier",
+    "SequenceTagger",
     "SinusoidalPositionalEncoding",
     "TextTower",
     "Transformer",
     "TransformerBlock",
+    "TreeClassifier",
     "UNet",
     "ViT",
     "ZFNet",

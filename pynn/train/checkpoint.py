@@ -125,6 +125,41 @@ def load_newest(directory: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
     raise CorruptCheckpointError(f"{directory}: all {len(paths)} checkpoints are damaged")
 
 
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of an optimizer as tensors `optimizer.<parameter>.<name>`, for `save`."""
+    return {
+        f"optimizer.{index}.{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives an optimizer the state that `pack_optimizer` took from its like."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in part(tensors, "optimizer.").items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def load_module(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Loads a state_dict out of a checkpoint.
+
+    Raises:
+        ValueError: it does not fit the module.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: its tensors do not fit its configuration ({error})") from error
+
+
 def _step(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None

@@ -1,4 +1,4 @@
-"""The `pynn` command: train a recipe, draw samples from a checkpoint, show what is installed."""
+"""The `pynn` command: train, evaluate and list recipes, draw samples from a checkpoint, show what is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, data, ddpm
+from . import checkpoint, data, ddpm, recipe_cli
 from .extras import MissingExtraError
 from .threads import ThreadTuner
 
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     after.add_argument("--samples", type=_count, default=1000, help="images to judge; 0 leaves the report out")
     after.add_argument("--rounds", type=_count, default=40, help="steps to time against torch.nn; 0 leaves it out")
     after.add_argument("--checkpoint-every", type=_positive, default=500, help="steps between checkpoints")
+
+    recipe_cli.add_train(recipes, _add_machine)
+    recipe_cli.add_commands(commands, _add_machine)
 
     sample = commands.add_parser(
         "sample",

@@ -160,8 +160,7 @@ class Trainer:
         """Writes a checkpoint."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.average.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors |= checkpoint.pack_optimizer(self.optimizer)
         tensors["rng.generator"] = self.generator.get_state()
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -171,29 +170,14 @@ class Trainer:
 
     def restore(self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         """Continues from what `save` wrote."""
-        _load(self.model, _part(tensors, "model."))
-        _load(self.average, _part(tensors, "ema."))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in _part(tensors, "optimizer.").items():
-            index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        checkpoint.load_module(self.model, checkpoint.part(tensors, "model."))
+        checkpoint.load_module(self.average, checkpoint.part(tensors, "ema."))
+        checkpoint.restore_optimizer(self.optimizer, tensors)
         self.generator.set_state(tensors["rng.generator"])
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.step = metadata["step"]
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _load(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint: its tensors do not fit its configuration ({error})") from error
 
 
 def config_of(metadata: Any) -> Config:
@@ -225,7 +209,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[torch.nn
     tensors, metadata = checkpoint.load(path) if path.is_file() else checkpoint.load_newest(path)[:2]
     config = config_of(metadata)
     model = build_model(config)
-    _load(model, _part(tensors, "ema.module."))
+    checkpoint.load_module(model, checkpoint.part(tensors, "ema.module."))
     return model.to(device).eval(), config, metadata["step"]
 
 
