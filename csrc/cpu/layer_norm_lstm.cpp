@@ -9,11 +9,12 @@
 #include "normal.h"
 #include "parallel.h"
 #include "recurrent_activation.h"
-#include "recurrent_tile.h"
+#include "recurrent_schedule.h"
 
 namespace pynn::cpu {
 namespace {
 using recurrent::ceil_div;
+using recurrent::kPanelWidth;
 using recurrent::load_some;
 using recurrent::round_up;
 using recurrent::store_some;
@@ -340,7 +341,80 @@ void backward_row(const LayerNormLstmBackward<T>& call, const LayerNormLstmShape
   }
 }
 
+// Rows of a product that are finished at a time, on the stack.
+constexpr int64_t kProductRows = 48;
+
+// out (rows, columns) = left (rows, depth) times the packed panels; `wide` has room for left in the compute type.
+template <class T, class Out>
+void multiply_packed(const T* left, int64_t rows, int64_t depth, int64_t columns, const accumulate_t<T>* packed,
+                     accumulate_t<T>* wide, Out* out) {
+  using A = accumulate_t<T>;
+  constexpr int64_t L = kLanes<A>, W = kPanelWidth<A>;
+  const A* operand;
+  if constexpr (std::is_same_v<T, A>) {
+    operand = left;
+  } else {
+    parallel_for(ceil_div(rows * depth, L), 1 << 12, [&](int64_t begin, int64_t end) {
+      recurrent::convert(left + begin * L, std::min(end * L, rows * depth) - begin * L, wide + begin * L);
+    });
+    operand = wide;
+  }
+  const int64_t grain = std::max<int64_t>(1, (1 << 17) / (rows * depth * W));
+  parallel_for(ceil_div(columns, W), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t first = 0; first < rows; first += kProductRows) {
+        const int64_t count = std::min(kProductRows, rows - first);
+        alignas(64) A sums[kProductRows * W];
+        std::fill_n(sums, count * W, A(0));
+        recurrent::multiply<recurrent::kPanelVectors>(recurrent::LeftRows<A>{operand + first * depth, depth, depth, 0},
+                                                      depth, packed + p * depth * W, count, sums, W);
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t n = 0; n < W && p * W + n < columns; n += L)
+            store_some(out + (first + r) * columns + p * W + n, columns - p * W - n, load(sums + r * W + n));
+      }
+  });
+}
+
+// Elements of the panels of weight_hh for products with `columns` columns.
+template <class A>
+int64_t panels_size(int64_t depth, int64_t columns) {
+  return ceil_div(columns, kPanelWidth<A>) * depth * kPanelWidth<A>;
+}
+
 }  // namespace
+
+template <class T>
+int64_t LayerNormLstm<T>::packed_size(const LayerNormLstmShape& s) {
+  const int64_t panels = std::max(panels_size<A>(s.hidden, s.width()), panels_size<A>(s.width(), s.hidden));
+  return panels + round_up(s.batch * s.width(), kLanes<A>);
+}
+
+template <class T>
+void LayerNormLstm<T>::pack(const T* weight_hh, const LayerNormLstmShape& s, bool backward, A* packed) {
+  constexpr int64_t W = kPanelWidth<A>;
+  const int64_t depth = backward ? s.width() : s.hidden, columns = backward ? s.hidden : s.width();
+  parallel_for(ceil_div(columns, W), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      A* const to = packed + p * depth * W;
+      if (backward)
+        for (int64_t k = 0; k < depth; ++k)
+          recurrent::pack_row(weight_hh + k * s.hidden + p * W, s.hidden - p * W, to + k * W);
+      else
+        recurrent::pack_transposed<recurrent::kPanelVectors>(weight_hh, depth, recurrent::plain_rows<A>(p, columns), 0,
+                                                             depth, to);
+    }
+  });
+}
+
+template <class T>
+void LayerNormLstm<T>::multiply(const T* operand, const LayerNormLstmShape& s, A* packed, T* out) {
+  multiply_packed(operand, s.batch, s.hidden, s.width(), packed, packed + panels_size<A>(s.hidden, s.width()), out);
+}
+
+template <class T>
+void LayerNormLstm<T>::multiply_back(const T* grad, const LayerNormLstmShape& s, A* packed, A* out) {
+  multiply_packed(grad, s.batch, s.width(), s.hidden, packed, packed + panels_size<A>(s.width(), s.hidden), out);
+}
 
 template <class T>
 void LayerNormLstm<T>::drop(const T* h, T* out, int64_t steps, const int64_t* key, double rate,

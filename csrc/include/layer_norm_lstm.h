@@ -141,6 +141,20 @@ namespace pynn::PYNN_LAUNCH_NAMESPACE {
 
 template <class T>
 struct LayerNormLstm {
+  using A = accumulate_t<T>;
+#if defined(PYNN_CUDA) || defined(PYNN_SIM)
+  static constexpr bool kProducts = false;  // the caller makes the products with weight_hh
+#else
+  static constexpr bool kProducts = true;
+  // Elements that `pack` writes and the products use besides; of a pass forward or backward.
+  static int64_t packed_size(const LayerNormLstmShape& shape);
+  static void pack(const T* weight_hh, const LayerNormLstmShape& shape, bool backward, A* packed);
+  // out (batch, gates * hidden) = weight_hh of the rows of operand (batch, hidden).
+  static void multiply(const T* operand, const LayerNormLstmShape& shape, A* packed, T* out);
+  // out (batch, hidden): of the operand, from the gradient of the product (batch, gates * hidden).
+  static void multiply_back(const T* grad, const LayerNormLstmShape& shape, A* packed, A* out);
+#endif
+
   // out = h after the dropout, (steps, batch, hidden) of both: the same mask at all steps. In place or not.
   static void drop(const T* h, T* out, int64_t steps, const int64_t* key, double rate, const LayerNormLstmShape& shape,
                    void* stream);

@@ -133,11 +133,12 @@ Matrix<T> rows_of(const Tensor& tensor, int64_t rows, int64_t width) {
   return {pointer<T>(tensor), rows, width, width};
 }
 
-// Products of every step with the same weight. Where the library has no product of the 16-bit type, the weight is
-// widened once instead of at every step.
+// The products of every step with weight_hh: the launcher's own, or the library's. On the sim, where the library has
+// none of 16-bit types, the weight is widened once instead of at every step.
 template <class T>
 class StepProducts {
   using A = accumulate_t<T>;
+  using Launch = launch::LayerNormLstm<T>;
 #ifdef PYNN_CUDA
   using Operand = T;
 #else
@@ -146,37 +147,44 @@ class StepProducts {
   static constexpr bool kWiden = !std::is_same_v<Operand, T>;
 
  public:
-  StepProducts(const Tensor& weight, const LayerNormLstmShape& shape)
-      : weight_(kWiden ? torch::stable::to(weight, scalar_type_of<Operand>()) : weight), shape_(shape) {}
-
-  // out = left weight^T, (batch, gates * hidden) from (batch, hidden).
-  void forward(const Tensor& left, T* out) const {
-    const Products<Operand> products(left);
-    const Tensor operand = widened(left);
-    const auto a = rows_of<Operand>(operand, shape_.batch, shape_.hidden);
-    if constexpr (kWiden) {
-      Tensor to = torch::stable::from_blob(out, Sizes(sizes().data(), 2), Sizes(strides().data(), 2), left.device(),
-                                           scalar_type_of<T>());
-      torch::stable::copy_(to, products.product(a, weight().transposed()));
-    } else {
-      products.multiply(a, weight().transposed(), out);
+  StepProducts(const Tensor& weight, const LayerNormLstmShape& shape, bool backward) : weight_(weight), shape_(shape) {
+    if constexpr (Launch::kProducts) {
+      weight_ = new_dense(weight, {Launch::packed_size(shape)}, scalar_type_of<A>());
+      Launch::pack(pointer<T>(weight), shape, backward, mutable_pointer<A>(weight_));
+    } else if constexpr (kWiden) {
+      weight_ = torch::stable::to(weight, scalar_type_of<Operand>());
     }
   }
+
+  // to = left weight^T, rows (batch, gates * hidden) of a larger tensor from (batch, hidden).
+  void forward(const Tensor& left, Tensor to) {
+    if constexpr (Launch::kProducts)
+      Launch::multiply(pointer<T>(left), shape_, mutable_pointer<A>(weight_), mutable_pointer<T>(to));
+    else if constexpr (kWiden)
+      torch::stable::copy_(to, Products<A>(left).product(wide(left, shape_.hidden), weight().transposed()));
+    else
+      Products<T>(left).multiply(wide(left, shape_.hidden), weight().transposed(), mutable_pointer<T>(to));
+  }
   // left weight in the compute type, (batch, hidden) from (batch, gates * hidden).
-  Tensor backward(const Tensor& left) const {
-    const Tensor operand = widened(left);
-    return Products<Operand>(left).product(rows_of<Operand>(operand, shape_.batch, shape_.width()), weight());
+  Tensor backward(const Tensor& left) {
+    if constexpr (Launch::kProducts) {
+      Tensor out = new_dense(left, {shape_.batch, shape_.hidden}, scalar_type_of<A>());
+      Launch::multiply_back(pointer<T>(left), shape_, mutable_pointer<A>(weight_), mutable_pointer<A>(out));
+      return out;
+    } else {
+      return Products<Operand>(left).product(wide(left, shape_.width()), weight());
+    }
   }
 
  private:
   Matrix<Operand> weight() const { return rows_of<Operand>(weight_, shape_.width(), shape_.hidden); }
-  static Tensor widened(const Tensor& left) {
-    return kWiden ? torch::stable::to(left, scalar_type_of<Operand>()) : left;
+  Matrix<Operand> wide(const Tensor& left, int64_t columns) {
+    if (kWiden) left_ = torch::stable::to(left, scalar_type_of<Operand>());
+    return rows_of<Operand>(kWiden ? *left_ : left, shape_.batch, columns);
   }
-  std::array<int64_t, 2> sizes() const { return {shape_.batch, shape_.width()}; }
-  std::array<int64_t, 2> strides() const { return {shape_.width(), 1}; }
 
   Tensor weight_;
+  OptionalTensor left_;
   LayerNormLstmShape shape_;
 };
 
@@ -216,7 +224,7 @@ Seven forward(const LayerNormLstmOperands& o, bool save) {
       Products<T>(input).multiply(rows_of<T>(m.input, steps * batch, shape.input),
                                   rows_of<T>(m.weight_ih, width, shape.input).transposed(),
                                   mutable_pointer<T>(products_ih));
-      const StepProducts<T> products(m.weight_hh, shape);
+      StepProducts<T> products(m.weight_hh, shape, false);
       Tensor dropped = o.dropout > 0 ? new_dense(input, {batch, hidden}, dtype) : h;
       const auto* key = pointer_or_null<int64_t>(m.key);
       if (o.dropout > 0)
@@ -237,9 +245,9 @@ Seven forward(const LayerNormLstmOperands& o, bool save) {
                                    save && shape.norm ? mutable_pointer<A>(statistics) : nullptr};
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t t = o.reverse ? steps - 1 - step : step;
-        T* const out = mutable_pointer<T>(products_hh) + (save ? t * batch * width : 0);
-        products.forward(dropped, out);
-        call.products_hh = out;
+        Tensor product = save ? torch::stable::select(products_hh, 0, t) : products_hh;
+        products.forward(dropped, product);
+        call.products_hh = pointer<T>(product);
         Launch::fwd(call, shape, t, current_stream(input));
       }
     });
@@ -307,7 +315,7 @@ Eleven backward(const LayerNormLstmOperands& o, const LayerNormLstmSaved& saved,
                                     mutable_pointer<T>(grad_ih),
                                     mutable_pointer<T>(grad_hh),
                                     mutable_pointer<A>(sums)};
-      const StepProducts<T> products(m.weight_hh, shape);
+      StepProducts<T> products(m.weight_hh, shape, true);
       OptionalTensor grad_operand;
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t t = o.reverse ? step : steps - 1 - step;
