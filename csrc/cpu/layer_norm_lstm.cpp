@@ -419,7 +419,6 @@ void LayerNormLstm<T>::multiply_back(const T* grad, const LayerNormLstmShape& s,
 template <class T>
 void LayerNormLstm<T>::drop(const T* h, T* out, int64_t steps, const int64_t* key, double rate,
                             const LayerNormLstmShape& s, void*) {
-  using A = accumulate_t<T>;
   constexpr int64_t L = kLanes<A>;
   const Randomness random{key, s.batch, ceil_div(s.hidden, 4)};
   each_range<A>(s.batch, steps * s.hidden, round_up(s.hidden, L), [&](int64_t begin, int64_t end, A* factors) {
@@ -435,8 +434,7 @@ void LayerNormLstm<T>::drop(const T* h, T* out, int64_t steps, const int64_t* ke
 }
 
 template <class T>
-void LayerNormLstm<T>::fwd(const LayerNormLstmForward<T>& call, const LayerNormLstmShape& s, int64_t t, void*) {
-  using A = accumulate_t<T>;
+void LayerNormLstm<T>::fwd(const LayerNormLstmForward<T>& call, const LayerNormLstmShape& s, int64_t t, A*, void*) {
   const auto row = s.norm ? &forward_row<T, true> : &forward_row<T, false>;
   each_range<A>(s.batch, 8 * s.hidden, 5 * round_up(s.hidden, kLanes<A>), [&](int64_t begin, int64_t end, A* memory) {
     for (int64_t b = begin; b < end; ++b) row(call, s, t, b, memory);
@@ -444,16 +442,26 @@ void LayerNormLstm<T>::fwd(const LayerNormLstmForward<T>& call, const LayerNormL
 }
 
 template <class T>
-void LayerNormLstm<T>::bwd(const LayerNormLstmBackward<T>& call, const LayerNormLstmShape& s, int64_t t, void*) {
-  using A = accumulate_t<T>;
+void LayerNormLstm<T>::bwd(const LayerNormLstmBackward<T>& call, const LayerNormLstmShape& s, int64_t t, A*, void*) {
   const auto row = s.norm ? &backward_row<T, true> : &backward_row<T, false>;
   const auto places = LayerNormLstmSums::of(s, call.weights);
   const int64_t size = (6 + s.gates()) * round_up(s.hidden, kLanes<A>);
-  each_range<A>(sum_rows(s), 20 * kSumRows * s.hidden, size, [&](int64_t begin, int64_t end, A* memory) {
-    for (int64_t group = begin; group < end; ++group)
+  each_range<A>(sum_rows(s), 20 * kSumRows * s.hidden, size + places.width, [&](int64_t begin, int64_t end, A* memory) {
+    // A step's sums are added to those of the other steps once: short chains of additions, and little rounding.
+    A* const sums = memory + size;
+    for (int64_t group = begin; group < end; ++group) {
+      std::fill_n(sums, places.width, A(0));
       for (int64_t b = group * kSumRows; b < std::min((group + 1) * kSumRows, s.batch); ++b)
-        row(call, s, places, t, b, call.sums + group * places.width, memory);
+        row(call, s, places, t, b, sums, memory);
+      A* const to = call.sums + group * places.width;
+      for (int64_t at = 0; at < places.width; ++at) to[at] += sums[at];
+    }
   });
+}
+
+template <class T>
+int64_t LayerNormLstm<T>::scratch_size(const LayerNormLstmShape&, bool) {
+  return 0;  // each thread has its own
 }
 
 template <class T>

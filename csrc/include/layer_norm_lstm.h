@@ -158,9 +158,13 @@ struct LayerNormLstm {
   // out = h after the dropout, (steps, batch, hidden) of both: the same mask at all steps. In place or not.
   static void drop(const T* h, T* out, int64_t steps, const int64_t* key, double rate, const LayerNormLstmShape& shape,
                    void* stream);
-  static void fwd(const LayerNormLstmForward<T>& call, const LayerNormLstmShape& shape, int64_t t, void* stream);
+  // `scratch` has scratch_size() elements, for one pass.
+  static int64_t scratch_size(const LayerNormLstmShape& shape, bool backward);
+  static void fwd(const LayerNormLstmForward<T>& call, const LayerNormLstmShape& shape, int64_t t, A* scratch,
+                  void* stream);
   // t = -1 after the last: no row is alive, and grad_operand is added to grad_h.
-  static void bwd(const LayerNormLstmBackward<T>& call, const LayerNormLstmShape& shape, int64_t t, void* stream);
+  static void bwd(const LayerNormLstmBackward<T>& call, const LayerNormLstmShape& shape, int64_t t, A* scratch,
+                  void* stream);
   static int64_t sum_rows(const LayerNormLstmShape& shape);  // of LayerNormLstmBackward::sums
 };
 

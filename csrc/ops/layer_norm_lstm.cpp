@@ -243,16 +243,17 @@ Seven forward(const LayerNormLstmOperands& o, bool save) {
                                    o.dropout > 0 ? mutable_pointer<T>(dropped) : nullptr,
                                    save ? mutable_pointer<A>(cells) : nullptr,
                                    save && shape.norm ? mutable_pointer<A>(statistics) : nullptr};
+      Tensor scratch = new_dense(input, {Launch::scratch_size(shape, false)}, wide);
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t t = o.reverse ? steps - 1 - step : step;
         Tensor product = save ? torch::stable::select(products_hh, 0, t) : products_hh;
         products.forward(dropped, product);
         call.products_hh = pointer<T>(product);
-        Launch::fwd(call, shape, t, current_stream(input));
+        Launch::fwd(call, shape, t, mutable_pointer<A>(scratch), current_stream(input));
       }
     });
   }
-  if (!save) products_ih = products_hh = new_dense(input, {0}, dtype);
+  if (!save) products_ih = new_dense(input, {0}, dtype), products_hh = new_dense(input, {0}, dtype);
   return {output, h, in_dtype(c, o.cx.scalar_type()), products_ih, products_hh, cells, statistics};
 }
 
@@ -316,14 +317,15 @@ Eleven backward(const LayerNormLstmOperands& o, const LayerNormLstmSaved& saved,
                                     mutable_pointer<T>(grad_hh),
                                     mutable_pointer<A>(sums)};
       StepProducts<T> products(m.weight_hh, shape, true);
+      Tensor scratch = new_dense(input, {Launch::scratch_size(shape, true)}, wide);
       OptionalTensor grad_operand;
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t t = o.reverse ? step : steps - 1 - step;
-        Launch::bwd(call, shape, t, current_stream(input));
+        Launch::bwd(call, shape, t, mutable_pointer<A>(scratch), current_stream(input));
         grad_operand = products.backward(torch::stable::select(grad_hh, 0, t));
         call.grad_operand = pointer<A>(*grad_operand);
       }
-      Launch::bwd(call, shape, -1, current_stream(input));
+      Launch::bwd(call, shape, -1, mutable_pointer<A>(scratch), current_stream(input));
       torch::stable::copy_(grad_hx, grad_h);
 
       const Products<T> whole(input);

@@ -37,7 +37,9 @@ _OPERANDS = (
     "Tensor input, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias, Tensor? norm_ih,"
     " Tensor? norm_hh, Tensor? norm_cell, Tensor? norm_cell_bias, Tensor? peephole, Tensor? lengths, Tensor? key"
 )
-_OPTIONS = "bool coupled, float eps, float zoneout_hidden, float zoneout_cell, float dropout, bool training, bool reverse"
+_OPTIONS = (
+    "bool coupled, float eps, float zoneout_hidden, float zoneout_cell, float dropout, bool training, bool reverse"
+)
 _NAMES = [part.split()[1] for part in _OPTIONS.split(", ")]
 _DIFFERENTIABLE, _TENSORS = 11, 13  # the first operands have gradients
 STATISTICS = 6  # of csrc/include/layer_norm_lstm.h
@@ -206,6 +208,10 @@ def layer_norm_lstm(
     """
     _check_rank("layer_norm_lstm", "input", input, 3)
     h, c = _states(hx, input, weight_hh.shape[-1])
+    if lengths is not None and lengths.shape == input.shape[1:2]:
+        # The product for the gradient of weight_ih takes all rows, and 0 times a NaN of the padding is NaN.
+        alive = torch.arange(input.shape[0], device=input.device)[:, None] < lengths
+        input = input.masked_fill(~alive[..., None], 0)
     dropout = recurrent_dropout if training else 0.0
     key = None
     if dropout > 0 or (training and (zoneout_hidden > 0 or zoneout_cell > 0)):
