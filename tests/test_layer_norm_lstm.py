@@ -167,7 +167,8 @@ def test_accuracy(backend, dtype, variant):
     over nearly equal values enlarges what was rounded before it by any factor, which makes one problem chance.
     """
     errors: dict = {}
-    for seed in range(8):
+    few = dtype is torch.float64 or backend.name == "interpret"  # no chance in float64; the interpreter is slow
+    for seed in range(2 if few else 8):
         torch.manual_seed(seed)
         p = make(5, 8, 9, 21, dtype, **VARIANTS[variant])
         if p.lengths is not None:
@@ -240,7 +241,7 @@ def test_padding_has_no_influence(backend, dtype, reverse):
 
 
 def test_bits(backend):
-    """P5: run to run, with one thread and two, and a row alone (where the library sums by the number of rows: nearly)."""
+    """P5: run to run, with one thread and two, and nearly so for a part of the batch alone (the library's sums)."""
     p = make(4, 19, 5, 37, dtype=torch.float32, peephole=True, zoneout=(0.2, 0.1), dropout=0.3).to(
         device=backend.device
     )
@@ -293,13 +294,12 @@ def test_saturation(backend, dtype):
 def test_small(backend, steps, batch):
     p = make(steps, batch).to(device=backend.device)
     results, got = gradients(ours, p, seeds(p))
-    truth, grads = gradients(reference, p, seeds(p)) if batch else (None, None)
     assert results[0].shape == (steps, batch, 6)
     for name in p.names:
         assert got[name].shape == p.tensors[name].shape
         assert batch or not got[name].any()
     if batch:
-        torch.testing.assert_close(results, truth)
+        torch.testing.assert_close(results, list(reference(p)))
 
 
 def test_transforms(backend):
