@@ -169,7 +169,7 @@ def drop_kernel(
         tl.store(p_out + o, (tl.load(p_h + o, valid, 0.0).to(A) * b_factor).to(p_out.dtype.element_ty), valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def forward_kernel(
     p_ih, p_hh, p_bias, p_norm_ih, p_norm_hh, p_norm_cell, p_norm_cell_bias, p_peephole, p_lengths, p_key,
     p_output, p_h, p_c, p_operand, p_cells, p_statistics, t, steps, batch, hidden, p_rates,
@@ -239,7 +239,7 @@ def forward_kernel(
             tl.store(p_operand + o_state, (b_h.to(A) * b_factor).to(p_operand.dtype.element_ty), valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def backward_kernel(
     p_grad_output, p_ih, p_hh, p_c0, p_cells, p_statistics, p_bias, p_norm_ih, p_norm_hh, p_norm_cell, p_norm_cell_bias,
     p_peephole, p_lengths, p_key, p_grad_operand, p_grad_h, p_grad_c, p_grad_ih, p_grad_hh, p_sums,
@@ -404,7 +404,9 @@ def layer_norm_lstm_fwd(
     width, hidden = weight_hh.shape
     wide = compute_dtype(input)
     constants = _constants(input, hidden, coupled, zoneout_hidden, zoneout_cell, training)
-    h, c = hx.reshape(batch, hidden).clone(), cx.reshape(batch, hidden).to(wide, copy=True)
+    h, c = input.new_empty((batch, hidden)), input.new_empty((batch, hidden), dtype=wide)
+    h.copy_(hx.reshape(batch, hidden))
+    c.copy_(cx.reshape(batch, hidden))
     output = input.new_empty((steps, batch, hidden))
     saved_hh, cells, statistics = (
         input.new_empty((steps, batch, columns) if save and wanted else 0, dtype=dtype)
