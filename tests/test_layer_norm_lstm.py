@@ -187,8 +187,8 @@ def test_accuracy(backend, dtype, variant):
         assert error <= limit, f"{name}: error {error:.3e}, torch {peer:.3e}"
 
 
-# Times the error of torch's steps. In float32 sigmoid and tanh good to 1.5 units in the last place meet torch's, good to
-# one, over chains of five steps; in the shorter types torch rounds after every operation and is far behind.
+# Times the error of torch's steps. In float32 sigmoid and tanh good to 1.5 units in the last place meet torch's, good
+# to one; in the shorter types torch rounds after every operation and is far behind.
 MARGIN = {torch.float32: 1.25, torch.bfloat16: 1, torch.float16: 1}
 
 

@@ -105,7 +105,7 @@ def test_autocast_copies_and_pickles():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x)[0], expected)
     with torch.autocast("cpu", torch.bfloat16):
-        output, (h, c) = layer(x)
+        output, (h, _) = layer(x)
     assert output.dtype is h.dtype is torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
     output.sum().backward()

@@ -100,6 +100,11 @@ def moments_of_gates(v0, v1, v2, v3, valid, width, eps, COUPLED: tl.constexpr):
 
 
 @triton.jit
+def normalised(v0, v1, v2, v3, mean, scale):
+    return (v0 - mean) * scale, (v1 - mean) * scale, (v2 - mean) * scale, (v3 - mean) * scale
+
+
+@triton.jit
 def gates_of(
     x0, x1, x2, x3, y0, y1, y2, y3, p_bias, p_norm_ih, p_norm_hh, p_peephole, b_c, o_unit, hidden, valid,
     COUPLED: tl.constexpr, A: tl.constexpr,
@@ -196,12 +201,8 @@ def forward_kernel(
         if p_norm_ih is not None:
             mean_ih, scale_ih = moments_of_gates(x0, x1, x2, x3, valid, width, eps, COUPLED)
             mean_hh, scale_hh = moments_of_gates(y0, y1, y2, y3, valid, width, eps, COUPLED)
-            x0, x1, x2, x3 = (
-                (x0 - mean_ih) * scale_ih, (x1 - mean_ih) * scale_ih, (x2 - mean_ih) * scale_ih, (x3 - mean_ih) * scale_ih
-            )  # fmt: skip
-            y0, y1, y2, y3 = (
-                (y0 - mean_hh) * scale_hh, (y1 - mean_hh) * scale_hh, (y2 - mean_hh) * scale_hh, (y3 - mean_hh) * scale_hh
-            )  # fmt: skip
+            x0, x1, x2, x3 = normalised(x0, x1, x2, x3, mean_ih, scale_ih)
+            y0, y1, y2, y3 = normalised(y0, y1, y2, y3, mean_hh, scale_hh)
         _, _, _, b_o, b_new = gates_of(
             x0, x1, x2, x3, y0, y1, y2, y3, p_bias, p_norm_ih, p_norm_hh, p_peephole, b_c, o_unit, hidden, valid,
             COUPLED, A,
@@ -288,12 +289,8 @@ def backward_kernel(
                 tl.load(p_from), tl.load(p_from + 1), tl.load(p_from + 2), tl.load(p_from + 3)
             )  # fmt: skip
             mean, scale = tl.load(p_from + 4), tl.load(p_from + 5)
-            x0, x1, x2, x3 = (
-                (x0 - mean_ih) * scale_ih, (x1 - mean_ih) * scale_ih, (x2 - mean_ih) * scale_ih, (x3 - mean_ih) * scale_ih
-            )  # fmt: skip
-            y0, y1, y2, y3 = (
-                (y0 - mean_hh) * scale_hh, (y1 - mean_hh) * scale_hh, (y2 - mean_hh) * scale_hh, (y3 - mean_hh) * scale_hh
-            )  # fmt: skip
+            x0, x1, x2, x3 = normalised(x0, x1, x2, x3, mean_ih, scale_ih)
+            y0, y1, y2, y3 = normalised(y0, y1, y2, y3, mean_hh, scale_hh)
         b_i, b_f, b_g, b_o, b_new = gates_of(
             x0, x1, x2, x3, y0, y1, y2, y3, p_bias, p_norm_ih, p_norm_hh, p_peephole, b_c, o_unit, hidden, valid,
             COUPLED, A,

@@ -38,21 +38,22 @@ class LayerNormLSTM(_Sequence):
         zoneout_hidden: float = 0.0, zoneout_cell: float = 0.0, recurrent_dropout: float = 0.0,
         forget_bias: float = 0.0, eps: float = 1e-5, **kwargs,
     ) -> None:  # fmt: skip
-        if kwargs.get("proj_size"):
-            raise ValueError("LayerNormLSTM: expected no proj_size, there is no projection")
         # RNNBase makes as many rows of weights as a mode has gates, and a GRU has three.
         super().__init__("GRU" if coupled else "LSTM", *args, **kwargs)
+        if self.proj_size:
+            raise ValueError("LayerNormLSTM: expected no proj_size, there is no projection")
         rates = {"zoneout_hidden": zoneout_hidden, "zoneout_cell": zoneout_cell, "recurrent_dropout": recurrent_dropout}
         for name, rate in rates.items():
             if not 0 <= rate < 1:
                 raise ValueError(f"LayerNormLSTM: expected {name} from 0 to less than 1, got {rate}")
-            setattr(self, name, rate)
+        self.zoneout_hidden, self.zoneout_cell, self.recurrent_dropout = rates.values()
         if forget_bias and (coupled or not self.bias):
             raise ValueError("LayerNormLSTM: expected forget_bias with a bias of the forget gate, got one without")
         self.layer_norm, self.peephole, self.coupled = layer_norm, peephole, coupled
         self.forget_bias, self.eps = forget_bias, eps
         hidden = self.hidden_size
-        width = self.weight_ih_l0.shape[0]
+        width = (3 if coupled else 4) * hidden
+        like: Any = self._parameters["weight_ih_l0"]
         extra = {}
         if layer_norm:
             extra = {"norm_ih": width, "norm_hh": width, "norm_cell": hidden}
@@ -63,9 +64,7 @@ class LayerNormLSTM(_Sequence):
         self._extra = tuple(extra)
         for names in self._all_weights:
             for name, size in extra.items():
-                self.register_parameter(
-                    name + _suffix(names), torch.nn.Parameter(self.weight_ih_l0.new_empty(size, requires_grad=False))
-                )
+                self.register_parameter(name + _suffix(names), torch.nn.Parameter(like.detach().new_empty(size)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,7 +76,7 @@ class LayerNormLSTM(_Sequence):
                     parameter.zero_()
                 elif name.startswith("norm_"):
                     parameter.fill_(1)
-                elif name.startswith("bias_ih") and getattr(self, "forget_bias", 0):
+                elif name.startswith("bias_ih") and self.__dict__.get("forget_bias"):
                     parameter[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
 
     def _weights(self, names):
