@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import pynn
-from bench import _gpu
+from bench import _gpu, _layer_norm_lstm
 from bench.harness import Case, assert_agrees
 
 SHAPES = (
@@ -25,7 +25,7 @@ DECODE = tuple((1, 1, hidden, hidden) for hidden in (256, 512, 1024))
 SHORT = ((1, 1, 512, 512), (1, 16, 512, 512), *((steps, 16, 512, 512) for steps in (4, 8, 16)))  # trained step by step
 GPU_SHAPES = tuple((256, b, h, h) for h in (128, 192, 256, 512, 768, 1024, 2048) for b in (1, 16, 64, 256))
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KERNELS = {"LSTM": "lstm_fwd", "GRU": "gru_fwd", "RNN": "rnn_fwd"}
+KERNELS = {"LSTM": "lstm_fwd", "GRU": "gru_fwd", "RNN": "rnn_fwd", "LayerNormLSTM": "layer_norm_lstm_fwd"}
 BOTH = ("forward", "forward+backward")
 
 
@@ -51,7 +51,7 @@ class Problem:
     def flops(self) -> float:
         """Of a forward pass over all steps."""
         steps, batch, size, hidden = self.shape
-        gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[self.layer] * hidden
+        gates = {"GRU": 3, "RNN": 1}.get(self.layer, 4) * hidden
         state = self.proj_size or hidden
         return 2.0 * steps * batch * (gates * (size + state) + self.proj_size * hidden)
 
@@ -61,7 +61,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
     problems += [Problem("LSTM", shape, modes=BOTH[:1]) for shape in DECODE]
     problems += [Problem("LSTM", shape, modes=BOTH[1:]) for shape in SHORT]
     problems += [Problem("LSTM", shape, modes=BOTH[1:], packed=True) for shape in (SHAPES[0], SHAPES[3])]
-    problems += [Problem(layer, shape) for layer in ("GRU", "RNN") for shape in SHAPES]
+    problems += [Problem(layer, shape) for layer in ("GRU", "RNN", "LayerNormLSTM") for shape in SHAPES]
     problems += [Problem("LSTM", shape, cells=True) for shape in SHAPES]
     problems += [Problem("LSTM", shape, proj_size=shape[3] // 2) for shape in (SHAPES[0], SHAPES[3])]
     dtypes = (torch.bfloat16, torch.float64)
@@ -86,7 +86,8 @@ def gpu_cases(quick: bool = False) -> Iterator[Case]:
 def _cases(problem: Problem) -> Iterator[Case]:
     steps, batch, size, hidden = problem.shape
     device = "cuda" if problem.on_gpu else "cpu"
-    namespaces = {"torch": torch.nn, "pynn": pynn.nn}
+    torchs = _layer_norm_lstm if problem.layer == "LayerNormLSTM" else torch.nn
+    namespaces = {"torch": torchs, "pynn": pynn.nn}
     options: dict = {"device": device, "dtype": problem.dtype}
     if problem.proj_size:
         options["proj_size"] = problem.proj_size

@@ -2,6 +2,7 @@
 
 from .attention import MultiheadAttention
 from .conv import Conv2d, ConvTranspose2d
+from .layer_norm_lstm import LayerNormLSTM
 from .normalization import GroupNorm
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .tree import TreeLSTM
@@ -15,6 +16,7 @@ __all__ = [
     "GRUCell",
     "GroupNorm",
     "LSTMCell",
+    "LayerNormLSTM",
     "MultiheadAttention",
     "RNNCell",
     "TreeLSTM",

@@ -4,6 +4,7 @@ from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
 from .group_norm import group_norm
+from .layer_norm_lstm import layer_norm_lstm
 from .random import normal
 from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from .scaled_dot_product_attention import scaled_dot_product_attention
@@ -19,6 +20,7 @@ __all__ = [
     "group_norm",
     "gru",
     "gru_cell",
+    "layer_norm_lstm",
     "lstm",
     "lstm_cell",
     "normal",

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from .cases_conv2d import conv2d
+from .cases_layer_norm_lstm import layer_norm_lstm
 from .cases_recurrent import recurrent
 from .cases_tree_lstm import tree_lstm
 from .labels import LABELS
@@ -126,6 +127,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "conv2d": conv2d,
     "recurrent": recurrent,
     "tree_lstm": tree_lstm,
+    "layer_norm_lstm": layer_norm_lstm,
 }
 
 # The first pattern that matches the whole short name of a kernel counts.
