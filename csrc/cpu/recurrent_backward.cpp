@@ -8,7 +8,7 @@ namespace pynn::cpu {
 template <class T>
 int64_t Recurrent<T>::bwd_scratch(const RecurrentShape& shape) {
   return recurrent::with_pass<recurrent::BackwardPass, T>(RecurrentBackward<T>{}, shape, nullptr,
-                                                         [](auto&& pass) { return pass.bytes(); });
+                                                          [](auto&& pass) { return pass.bytes(); });
 }
 
 template <class T>

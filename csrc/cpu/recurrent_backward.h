@@ -14,7 +14,7 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kBackwardRows = 256;
-inline constexpr int64_t kThreadRows = 8;  // rows of the recurrence that are worth a thread
+inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
 inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
 
 // to[j] += scale[0] * w[j], then scale[1] * w[stride + j], ... for N rows of `count` elements.

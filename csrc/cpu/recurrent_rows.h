@@ -2,8 +2,8 @@
 //
 // A vector of such weights where they lie holds consecutive k's. So that no path has to turn all of them, an element is
 // a sum over k in blocks of kBlock, and in a block one chain for each residue of k modulo kResidues, one after the
-// other: vectors of kResidues k's of several rows are multiplied as they come, at the speed of memory, and packed panels
-// have the rows of a chain together.
+// other: vectors of kResidues k's of several rows are multiplied as they come, at the speed of memory, and packed
+// panels have the rows of a chain together.
 #pragma once
 #include "recurrent_tile.h"
 #include "vec_transpose.h"
@@ -73,8 +73,8 @@ PYNN_HD void load_transposed(const T* w, int64_t depth, int64_t count, int64_t k
   transpose<accumulate_t<T>>(x);
 }
 
-// Rows k to k + count, a block, of a panel of the transpose of w, (rows, depth): vector v of a row are the rows first[v]
-// and on of w. One vector after the other, so that the memory sees few streams.
+// Rows k to k + count, a block, of a panel of the transpose of w, (rows, depth): vector v of a row are the rows
+// first[v] and on of w. One vector after the other, so that the memory sees few streams.
 template <int NV, class T>
 [[gnu::noinline]] void pack_block(const T* w, int64_t depth, const PanelRows& rows, int64_t k, int64_t count,
                                   accumulate_t<T>* to) {
@@ -116,8 +116,9 @@ void multiply_packed_blocks(const A* a, int64_t a_stride, int64_t depth, const B
     const A* b = block(k, count);
     for (int r = 0; r < S; ++r, b += length * width)
       each_tile<NV>(rows, [&](int64_t first, int64_t height) {
-        kTiles<NV, true, A>[height - 1](a + first * a_stride + k + r, a_stride, S, 1, length, 0, b, width,
-                                        c + first * c_stride, c_stride);
+        const A* const left = a + first * a_stride + k + r;
+        A* const to = c + first * c_stride;
+        kTiles<NV, true, A>[height - 1](left, a_stride, S, 1, length, 0, b, width, to, c_stride);
       });
   }
 }
@@ -139,8 +140,8 @@ template <int NV, class T, class A = accumulate_t<T>>
   multiply_packed_blocks<NV>(a, a_stride, depth, block, rows, c, c_stride);
 }
 
-// Vectors of kResidues columns of some rows: lane i * kResidues + r of x[q] is column q * kResidues + r of row i; 0 past
-// `count` rows or `columns` columns.
+// Vectors of kResidues columns of some rows: lane i * kResidues + r of x[q] is column q * kResidues + r of row i; 0
+// past `count` rows or `columns` columns.
 template <class T, class A = accumulate_t<T>>
 PYNN_HD void load_residues(const T* w, int64_t depth, int64_t count, int64_t columns,
                            Vec<A> (&x)[kLanes<A> / kResidues<A>]) {

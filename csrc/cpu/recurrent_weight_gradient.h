@@ -26,8 +26,8 @@ inline void add_rows(const A* from, int64_t rows, A* to) {
 // in the first-level cache.
 inline constexpr int64_t kRowChain = 32;
 
-// Where the rows of all panels fit the second-level cache beside others, a tile walks along the rows of the gradient, so
-// that the memory sees few streams of stores; otherwise a panel stays in the first-level cache for all tiles.
+// Where the rows of all panels fit the second-level cache beside others, a tile walks along the rows of the gradient,
+// so that the memory sees few streams of stores; otherwise a panel stays in the first-level cache for all tiles.
 inline constexpr int64_t kNearBytes = 256 << 10;
 
 // to[(first[v] + lane) * columns + n] (+)= sum over r < rows of gradients[r][v * L + lane] * panels[n][r], for the rows

@@ -32,7 +32,8 @@ class __attribute__((visibility("hidden"))) KeptScratch {
     std::swap(block_, kept());  // a launcher inside a launcher finds nothing there
     if (block_.bytes >= bytes) return;
     block_ = {};
-    const int64_t unit = bytes >= kHugePage && bytes <= kKept ? kHugePage : kLine, size = (bytes + unit - 1) / unit * unit;
+    const int64_t unit = bytes >= kHugePage && bytes <= kKept ? kHugePage : kLine,
+                  size = (bytes + unit - 1) / unit * unit;
     block_.memory.reset(std::aligned_alloc(size_t(unit), size_t(size)));
     PYNN_CHECK(block_.memory, "pynn: no memory for ", bytes, " bytes of scratch");
     block_.bytes = size;

@@ -91,8 +91,8 @@ Wanted wanted_of(const RecurrentOperands& o, const std::vector<bool>& mask) {
   check_mask(o, mask);
   const bool biases = mask[3] && (o.bias_ih || o.bias_hh);
   const bool lstm = o.cell == Cell::lstm;
-  return {mask[0], mask[1] && o.weight_ih,        mask[2],
-          biases,  biases && o.cell == Cell::gru, lstm && mask[4] && o.projection(),
+  return {mask[0],         mask[1] && o.weight_ih,        mask[2],
+          biases,          biases && o.cell == Cell::gru, lstm && mask[4] && o.projection(),
           !lstm || mask[5]};
 }
 
@@ -255,7 +255,8 @@ Seven lstm_bwd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n
       backward({Cell::lstm, input, hx, &cx, weight_ih, weight_hh, bias_ih, bias_hh, &weight_hr, lengths, reverse},
                {grad_output, grad_h_n, &grad_c_n, output, &gates, &cells}, output_mask);
   const auto grad = [&](const OptionalTensor& tensor) { return or_nothing(tensor, input); };
-  return {grad(g.input),     grad(g.hx),      grad(g.cx),       grad(g.weight_ih), grad(g.weight_hh), grad(g.bias_ih), grad(g.weight_hr)};
+  return {grad(g.input),     grad(g.hx),      grad(g.cx),       grad(g.weight_ih),
+          grad(g.weight_hh), grad(g.bias_ih), grad(g.weight_hr)};
 }
 
 Three gru_fwd(const Tensor& input, const Tensor& hx, const OptionalTensor& weight_ih, const Tensor& weight_hh,
