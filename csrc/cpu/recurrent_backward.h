@@ -17,19 +17,6 @@ inline constexpr int64_t kBackwardRows = 256;
 inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
 inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
 
-// to[j] += scale[0] * w[j], then scale[1] * w[stride + j], ... for N rows of `count` elements.
-template <int N, class T, class A = accumulate_t<T>>
-void add_scaled_rows(const T* w, int64_t stride, const A* scale, int64_t count, A* to) {
-  Vec<A> factor[N];
-  for (int i = 0; i < N; ++i) factor[i] = broadcast(scale[i]);
-  for (int64_t j = 0; j < count; j += kLanes<A>) {
-    Vec<A> sum = load(to + j);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) sum = fma(factor[i], load_some(w + i * stride + j, count - j), sum);
-    store(to + j, sum);
-  }
-}
-
 template <Cell kCell, class T>
 class BackwardPass {
   using A = accumulate_t<T>;

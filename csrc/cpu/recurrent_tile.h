@@ -136,6 +136,19 @@ PYNN_HD void pack_row(const T* from, int64_t count, accumulate_t<T>* to) {
     store(to + v * L, count > v * L ? load_some(from + v * L, count - v * L) : Vec<accumulate_t<T>>{});
 }
 
+// to[j] += scale[0] * w[j], then scale[1] * w[stride + j], ... for N rows of `count` elements.
+template <int N, class T, class A = accumulate_t<T>>
+void add_scaled_rows(const T* w, int64_t stride, const A* scale, int64_t count, A* to) {
+  Vec<A> factor[N];
+  for (int i = 0; i < N; ++i) factor[i] = broadcast(scale[i]);
+  for (int64_t j = 0; j < count; j += kLanes<A>) {
+    Vec<A> sum = load(to + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) sum = fma(factor[i], load_some(w + i * stride + j, count - j), sum);
+    store(to + j, sum);
+  }
+}
+
 // Converts `count` values, and fills with 0 up to a whole number of vectors.
 template <class T>
 PYNN_HD void convert(const T* from, int64_t count, accumulate_t<T>* to) {
