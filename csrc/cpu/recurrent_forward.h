@@ -13,8 +13,6 @@ namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kForwardRows = 192;  // rows of a chunk
 inline constexpr int64_t kPieceRows = 8;      // rows of a piece that are worth a thread
-inline constexpr int64_t kInPlaceRows = 2;    // rows that are multiplied with weights where they lie
-inline constexpr int64_t kInPlaceSteps = 8;   // such products that cost less than packing the weights
 
 template <Cell kCell, class T>
 class ForwardPass {
@@ -42,7 +40,7 @@ class ForwardPass {
                  arena.take<int64_t>(shape.steps + 1)};
     // Weights that several products take are packed for all of them; the others as they are used.
     ready_ih_ = pieces_ > 1 || shape.rows() > capacity_;
-    ready_hh_ = pieces_ > 1 || shape.steps > (batch > kInPlaceRows ? 1 : kInPlaceSteps);
+    ready_hh_ = pieces_ > 1 || shape.steps > 2 || (shape.steps == 2 && batch > 2);
     bias_ = arena.take<A>(panels_ * P::kWidth);
     packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * packed_depth<A>(shape.input) * P::kProduct : 0);
     packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * packed_depth<A>(shape.state) * P::kProduct : 0);
