@@ -96,11 +96,11 @@ def lstm_bwd(
     d, grad_h, grad_c, grad_states, hiddens = _steps_back(
         sequence, grad_output, grad_h_n, grad_c_n, hx, cx, weight_hh, weight_hr, lengths, output, gates, cells
     )
-    for_input, for_ih, for_hh, for_bias, for_hr = output_mask[:5]
+    for_input, for_ih, for_hh, for_bias, for_hr, for_states = output_mask
     return (
         _input_gradient(d, weight_ih, input) if for_input else _none(input),
-        grad_h.to(hx.dtype),
-        grad_c.to(cx.dtype),
+        grad_h.to(hx.dtype) if for_states else _none(input),
+        grad_c.to(cx.dtype) if for_states else _none(input),
         product(d.t(), _rows(input)) if for_ih and weight_ih is not None else _none(input),
         product(d.t(), _rows(_states_before(output, hx, lengths, reverse))) if for_hh else _none(input),
         _sum(d) if for_bias and (bias_ih is not None or bias_hh is not None) else _none(input),

@@ -6,12 +6,11 @@
 #include <new>
 
 #include "conv2d.h"
+#include "divide.h"
 #include "vec_load.h"
+#include "vec_transpose.h"
 
 namespace pynn::cpu {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Uninitialised scratch on a cache-line boundary.
 template <class E>
@@ -37,39 +36,6 @@ PYNN_HD void copy_converted(const T* from, int64_t count, A* to) {
   for (int64_t i = 0; i < count; i += kLanes<A>) {
     const int64_t at = std::min(i, count - kLanes<A>);
     store(to + at, load_compute(from + at));
-  }
-}
-
-template <class A>
-struct ShuffleIndex;
-template <>
-struct ShuffleIndex<float> {
-  using type = VecInt;
-};
-template <>
-struct ShuffleIndex<double> {
-  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
-};
-
-// Transposes a square of kLanes x kLanes in registers, swapping ever larger off-diagonal blocks.
-template <class A>
-PYNN_HD void transpose(Vec<A> (&rows)[kLanes<A>]) {
-  constexpr int L = kLanes<A>;
-  using Index = typename ShuffleIndex<A>::type;
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    Index low, high;
-    for (int p = 0; p < L; ++p) {
-      low[p] = p & step ? L + p - step : p;
-      high[p] = p & step ? L + p : p + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & step) continue;
-      const Vec<A> a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
-    }
   }
 }
 

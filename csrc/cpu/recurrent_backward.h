@@ -14,7 +14,8 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kBackwardRows = 256;
-inline constexpr int64_t kThreadRows = 8;  // rows of the recurrence that are worth a thread
+inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
+inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
 
 template <Cell kCell, class T>
 class BackwardPass {
@@ -131,6 +132,30 @@ class BackwardPass {
       return part;
     };
     multiply_blocks<4>(left, depth_, block, rows, sums, kWidth);
+  }
+
+  // product() for a single row of gradients, with the weight read once where it lies: sums[:] for the panels of columns
+  // begin to end, at most kStripPanels of them, so that the memory sees whole rows and the sums stay in the cache.
+  void row_product(const T* weight, int64_t columns, bool of_hidden, int64_t begin, int64_t end, A* sums) const {
+    constexpr int64_t kPanelsOfChain = kChain / P::kProduct;
+    const int64_t first = begin * kWidth, count = std::min(end * kWidth, columns) - first;
+    alignas(64) A chain[kStripPanels * kWidth];
+    for (int64_t q = 0; q < panels_; q += kPanelsOfChain) {
+      std::fill_n(chain, round_up(count, L), A(0));
+      for (int64_t of_chain = q; of_chain < std::min(q + kPanelsOfChain, panels_); ++of_chain) {
+        const PanelRows rows = P::rows(of_chain, shape_.hidden, of_hidden);
+        const A* const scale = gradients_[0] + of_chain * kWidth + (of_hidden ? P::kHiddenOffset : 0);
+        for (int v = 0; v < P::kVectors; ++v) {
+          const T* const from = weight + rows.first[v] * columns + first;
+          int64_t i = 0;
+          for (; i + 4 <= rows.count[v]; i += 4)
+            add_scaled_rows<4>(from + i * columns, columns, scale + v * L + i, count, chain);
+          for (; i < rows.count[v]; ++i)
+            add_scaled_rows<1>(from + i * columns, columns, scale + v * L + i, count, chain);
+        }
+      }
+      for (int64_t j = 0; j < count; j += L) store(sums + j, load(sums + j) + load(chain + j));
+    }
   }
 
   // All steps of the rows at places first to last.
@@ -305,6 +330,16 @@ class BackwardPass {
           });
         }
       });
+    if (shape_.rows() == 1)
+      return each_panels(true, input_panels_, depth_ * kWidth, [&](int64_t from, int64_t to) {
+        for (int64_t p = from; p < to; p += kStripPanels) {
+          alignas(64) A sums[kStripPanels * kWidth] = {};
+          const int64_t last = std::min(p + kStripPanels, to);
+          row_product(call_.weights.ih, size, false, p, last, sums);
+          for (int64_t column = p * kWidth; column < std::min(last * kWidth, size); column += L)
+            store_some(call_.grad_input + column, size - column, load(sums + column - p * kWidth));
+        }
+      });
     each_panels(true, input_panels_, rows * depth_ * kWidth, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
         alignas(64) A sums[kBackwardRows * kWidth];
@@ -320,8 +355,8 @@ class BackwardPass {
 
   // The gradients of h0 and c0.
   void initial(int64_t first, int64_t from, int64_t to, bool threads) {
-    const int64_t size = shape_.state;
-    each_panels(threads, state_panels_, (to - from) * depth_ * kWidth, [&](int64_t begin, int64_t end) {
+    const int64_t size = shape_.state, panels = call_.grad_h0 ? state_panels_ : 0;
+    each_panels(threads, panels, (to - from) * depth_ * kWidth, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const A* const sums = state_gradient(p, -1, first, from, to, 0, gradients_[1]);
         for (int64_t j = from; j < to; ++j)

@@ -6,6 +6,7 @@
 // first-level cache. Where there are too few rows to share out, the threads take panels of each product.
 #pragma once
 #include "recurrent_cells.h"
+#include "recurrent_rows.h"
 #include "recurrent_schedule.h"
 
 namespace pynn::cpu::recurrent {
@@ -41,9 +42,9 @@ class ForwardPass {
     ready_ih_ = pieces_ > 1 || shape.rows() > capacity_;
     ready_hh_ = pieces_ > 1 || shape.steps > 2 || (shape.steps == 2 && batch > 2);
     bias_ = arena.take<A>(panels_ * P::kWidth);
-    packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * shape.input * P::kProduct : 0);
-    packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * shape.state * P::kProduct : 0);
-    packed_hr_ = arena.take<A>(state_panels_ * shape.hidden * kPanelWidth<A>);
+    packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * packed_depth<A>(shape.input) * P::kProduct : 0);
+    packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * packed_depth<A>(shape.state) * P::kProduct : 0);
+    packed_hr_ = arena.take<A>(state_panels_ * packed_depth<A>(shape.hidden) * kPanelWidth<A>);
     slot_ = arena.used;
     take(arena);
     slot_bytes_ = arena.used - slot_;
@@ -94,13 +95,13 @@ class ForwardPass {
       }
     });
     for (int64_t p = 0; p < state_panels_; ++p)
-      pack_transposed<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state), 0, shape_.hidden,
-                         packed_hr_ + p * shape_.hidden * kPanelWidth<A>);
+      pack_rows<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state),
+                   packed_hr_ + p * packed_depth<A>(shape_.hidden) * kPanelWidth<A>);
   }
   template <int NV>
   void pack_panel(const T* weight, int64_t depth, int64_t panel, bool of_hidden, A* packed) const {
-    pack_transposed<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden), 0, depth,
-                        packed + panel * depth * P::kProduct);
+    pack_rows<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden),
+                  packed + panel * packed_depth<A>(depth) * P::kProduct);
   }
   void set_bias(int64_t panel) {
     A* const to = bias_ + panel * P::kWidth;
@@ -121,15 +122,15 @@ class ForwardPass {
                int64_t a_stride, int64_t rows, A* c) const {
     const int64_t depth = of_hidden ? shape_.state : shape_.input;
     const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
-    const LeftRows<A> left{a, a_stride, depth, 0};
     if (ready)
-      multiply<P::kVectors>(left, depth, packed + panel * depth * P::kProduct, rows, c, P::kWidth);
+      multiply_packed<P::kVectors>(a, a_stride, depth, packed + panel * packed_depth<A>(depth) * P::kProduct, rows, c,
+                                   P::kWidth);
     else if (rows == 1)
       multiply_in_place<P::kVectors, 1>(a, a_stride, depth, weight, columns, c, P::kWidth);
     else if (rows == 2)
       multiply_in_place<P::kVectors, 2>(a, a_stride, depth, weight, columns, c, P::kWidth);
     else
-      multiply_transposed<P::kVectors>(left, depth, weight, columns, rows, c, P::kWidth);
+      multiply_and_pack<P::kVectors>(a, a_stride, depth, weight, columns, rows, c, P::kWidth);
   }
 
   // All steps of the rows at places first to last.
@@ -211,8 +212,9 @@ class ForwardPass {
       for (int64_t p = from; p < to; ++p) {
         A* const sums = b.projected + p * rows_ * kPanelWidth<A>;
         std::fill(sums, sums + alive * kPanelWidth<A>, A(0));
-        multiply<4>(LeftRows<A>{b.hidden, padded<A>(shape_.hidden), shape_.hidden, 0}, shape_.hidden,
-                    packed_hr_ + p * shape_.hidden * kPanelWidth<A>, alive, sums, kPanelWidth<A>);
+        multiply_packed<4>(b.hidden, padded<A>(shape_.hidden), shape_.hidden,
+                           packed_hr_ + p * packed_depth<A>(shape_.hidden) * kPanelWidth<A>, alive, sums,
+                           kPanelWidth<A>);
         for (int64_t j = 0; j < alive; ++j)
           for (int64_t v = 0, unit = p * kPanelWidth<A>; v < kPanelVectors && unit < shape_.state; ++v, unit += L)
             put_state(b, j, schedule_.row(s, first + j), unit, load(sums + j * kPanelWidth<A> + v * L));
@@ -222,7 +224,7 @@ class ForwardPass {
 
   void put_state(const Buffers& b, int64_t j, int64_t row, int64_t unit, Vec<A> h) const {
     h = rounded<T>(h);
-    store(b.h[1] + j * padded<A>(shape_.state) + unit, h);
+    store_or_zero(b.h[1] + j * padded<A>(shape_.state) + unit, shape_.state - unit, h);
     store_some(call_.output + row * shape_.state + unit, shape_.state - unit, h);
   }
 
@@ -234,7 +236,7 @@ class ForwardPass {
     if constexpr (kCell == Cell::lstm) {
       const Vec<A> h = lstm_forward<T>(pre, b.c + j * panels_ * L + unit, units);
       if (shape_.projected)
-        store(b.hidden + j * padded<A>(hidden) + unit, h);
+        store_or_zero(b.hidden + j * padded<A>(hidden) + unit, hidden - unit, h);
       else
         put_state(b, j, row, unit, h);
     } else if constexpr (kCell == Cell::gru) {

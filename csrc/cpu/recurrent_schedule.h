@@ -88,6 +88,14 @@ inline int64_t padded(int64_t width) {
   return round_up(width, kLanes<A>) + kLanes<A>;
 }
 
+// body(Pass) with the pass of a cell; the two RNNs share one.
+template <template <Cell, class> class Pass, class T, class Call, class Body>
+auto with_pass(const Call& call, const RecurrentShape& shape, void* scratch, const Body& body) {
+  if (shape.cell == Cell::lstm) return body(Pass<Cell::lstm, T>(call, shape, scratch));
+  if (shape.cell == Cell::gru) return body(Pass<Cell::gru, T>(call, shape, scratch));
+  return body(Pass<Cell::rnn_tanh, T>(call, shape, scratch));
+}
+
 // Calls body(begin, end) for parts of the panels: on all threads where it is worth it.
 template <class Body>
 void each_panels(bool threads, int64_t panels, int64_t work_per_panel, const Body& body) {

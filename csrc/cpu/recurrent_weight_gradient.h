@@ -26,35 +26,50 @@ inline void add_rows(const A* from, int64_t rows, A* to) {
 // in the first-level cache.
 inline constexpr int64_t kRowChain = 32;
 
+// Where the rows of all panels fit the second-level cache beside others, a tile walks along the rows of the gradient,
+// so that the memory sees few streams of stores; otherwise a panel stays in the first-level cache for all tiles.
+inline constexpr int64_t kNearBytes = 256 << 10;
+
 // to[(first[v] + lane) * columns + n] (+)= sum over r < rows of gradients[r][v * L + lane] * panels[n][r], for the rows
 // of a weight that a panel of gradients belongs to. `panels` are `capacity` rows long.
 template <int NV, bool kAdd, class A>
 void add_outer(const A* gradients, const PanelRows& places, const A* panels, int64_t capacity, int64_t columns,
                int64_t rows, A* to) {
   constexpr int64_t L = kLanes<A>, width = kPanelWidth<A>;
-  for (int64_t n = 0; n < columns; n += width, panels += capacity * width)
+  const auto each_vector = [&](const auto& body) {
     for (int v = 0; v < NV; ++v)
-      each_tile<kPanelVectors>(places.count[v], [&](int64_t first, int64_t height) {
-        const A* const left = gradients + v * L + first;
-        A* const target = to + (places.first[v] + first) * columns + n;
-        const auto multiply_chains = [&](bool add, A* sums, int64_t stride) {
-          for (int64_t r = 0; r < rows; r += kRowChain, add = true) {
-            const auto tile =
-                add ? kTiles<kPanelVectors, true, A>[height - 1] : kTiles<kPanelVectors, false, A>[height - 1];
-            tile(left + r * width, 1, width, 1, std::min(kRowChain, rows - r), 0, panels + r * width, width, sums,
+      each_tile<kPanelVectors>(places.count[v], [&](int64_t first, int64_t height) { body(v, first, height); });
+  };
+  const auto tile = [&](int64_t n, int v, int64_t first, int64_t height) {
+    const A* const left = gradients + v * L + first;
+    const A* const panel = panels + n * capacity;
+    A* const target = to + (places.first[v] + first) * columns + n;
+    const auto multiply_chains = [&](bool add, A* sums, int64_t stride) {
+      for (int64_t r = 0; r < rows; r += kRowChain, add = true) {
+        const auto multiply =
+            add ? kTiles<kPanelVectors, true, A>[height - 1] : kTiles<kPanelVectors, false, A>[height - 1];
+        multiply(left + r * width, 1, width, 1, std::min(kRowChain, rows - r), 0, panel + r * width, width, sums,
                  stride);
-          }
-        };
-        if (n + width <= columns) return multiply_chains(kAdd, target, columns);
-        alignas(64) A part[kTileHeight<kPanelVectors> * width];
-        multiply_chains(false, part, width);
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t j = n; j < columns; j += L) {
-            const Vec<A> sum = load(part + i * width + j - n);
-            A* const place = target + i * columns + j - n;
-            store_some(place, columns - j, kAdd ? load_some(place, columns - j) + sum : sum);
-          }
-      });
+      }
+    };
+    if (n + width <= columns) return multiply_chains(kAdd, target, columns);
+    alignas(64) A part[kTileHeight<kPanelVectors> * width];
+    multiply_chains(false, part, width);
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = n; j < columns; j += L) {
+        const Vec<A> sum = load(part + i * width + j - n);
+        A* const place = target + i * columns + j - n;
+        store_some(place, columns - j, kAdd ? load_some(place, columns - j) + sum : sum);
+      }
+  };
+  if (rows * columns * int64_t(sizeof(A)) <= kNearBytes) {
+    each_vector([&](int v, int64_t first, int64_t height) {
+      for (int64_t n = 0; n < columns; n += width) tile(n, v, first, height);
+    });
+  } else {
+    for (int64_t n = 0; n < columns; n += width)
+      each_vector([&](int v, int64_t first, int64_t height) { tile(n, v, first, height); });
+  }
 }
 
 // Where the gradient of a weight is summed: in the gradient itself, or apart where that is of a shorter type.

@@ -72,7 +72,7 @@ struct RecurrentBackward {
   const int64_t* lengths;
   const T *output, *gates;
   const A* cells;
-  T* grad_h0;
+  T* grad_h0;  // nullptr where nobody asks for it, of launchers that make the products
   A* grad_c0;
   // Launchers that leave the products to the caller fill these; nullptr for the others.
   T* grad_gates;   // (steps, batch, gradients * hidden), 0 where a row is not alive

@@ -1,6 +1,7 @@
 // lstm, gru and rnn: validation, allocation, dispatch. Launchers see contiguous, time-major tensors.
 #include "recurrent.h"
 
+#include "kept_scratch.h"
 #include "recurrent_products.h"
 
 namespace pynn {
@@ -69,7 +70,7 @@ Results forward(const RecurrentOperands& o, bool save) {
                                      mutable_pointer_or_null<A>(r.c_n),
                                      mutable_pointer_or_null<T>(r.gates),
                                      mutable_pointer_or_null<A>(r.cells)};
-      Scratch scratch(input, Launch::fwd_scratch(shape));
+      KeptScratch scratch(input, Launch::fwd_scratch(shape));
       Launch::fwd(call, shape, scratch.get(), current_stream(input));
     });
   }
@@ -78,20 +79,21 @@ Results forward(const RecurrentOperands& o, bool save) {
 }
 
 struct Wanted {
-  bool input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
+  bool input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, states;
 };
 
 struct Gradients {
-  Tensor hx;
-  OptionalTensor cx, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
+  OptionalTensor hx, cx, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
 };
 
-// Which gradients exist. LSTM and RNN have one of both biases, bias_ih here.
+// Which gradients exist. LSTM and RNN have one of both biases, bias_ih here; GRU and RNN always have those of states.
 Wanted wanted_of(const RecurrentOperands& o, const std::vector<bool>& mask) {
   check_mask(o, mask);
   const bool biases = mask[3] && (o.bias_ih || o.bias_hh);
-  return {mask[0], mask[1] && o.weight_ih,        mask[2],
-          biases,  biases && o.cell == Cell::gru, o.cell == Cell::lstm && mask[4] && o.projection()};
+  const bool lstm = o.cell == Cell::lstm;
+  return {mask[0],         mask[1] && o.weight_ih,        mask[2],
+          biases,          biases && o.cell == Cell::gru, lstm && mask[4] && o.projection(),
+          !lstm || mask[5]};
 }
 
 // What a launcher leaves behind for the products.
@@ -162,7 +164,8 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
   const auto empty_bias = [&](bool want) {
     return want ? OptionalTensor(new_dense(input, {rows}, dtype)) : std::nullopt;
   };
-  Gradients grads{new_state(o, shape.batch, shape.state, dtype)};
+  Gradients grads;
+  if (wanted.states || !launch::Recurrent<float>::kProducts) grads.hx = new_state(o, shape.batch, shape.state, dtype);
   if (lstm) grads.cx = new_state(o, shape.batch, shape.hidden, wide);
   grads.input = empty_like(wanted.input, input);
   if (wanted.weight_ih) grads.weight_ih = empty_like(true, *o.weight_ih);
@@ -195,7 +198,7 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
                                 pointer<T>(output),
                                 pointer_or_null<T>(gates),
                                 pointer_or_null<A>(cells),
-                                mutable_pointer<T>(grads.hx),
+                                mutable_pointer_or_null<T>(grads.hx),
                                 mutable_pointer_or_null<A>(grads.cx)};
       Left left;
       if constexpr (Launch::kProducts) {
@@ -216,13 +219,16 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
         call.hiddens = mutable_pointer_or_null<T>(left.hiddens);
       }
       {
-        Scratch scratch(input, Launch::bwd_scratch(shape));
+        KeptScratch scratch(input, Launch::bwd_scratch(shape));
         Launch::bwd(call, shape, scratch.get(), current_stream(input));
       }
       if constexpr (!Launch::kProducts) multiply<T>(left, d, output, shape, o.reverse, grads);
     });
   }
-  if (lstm) grads.cx = in_dtype(*grads.cx, o.cx->scalar_type());
+  if (!wanted.states)
+    grads.hx = grads.cx = std::nullopt;
+  else if (lstm)
+    grads.cx = in_dtype(*grads.cx, o.cx->scalar_type());
   return grads;
 }
 
@@ -249,7 +255,8 @@ Seven lstm_bwd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n
       backward({Cell::lstm, input, hx, &cx, weight_ih, weight_hh, bias_ih, bias_hh, &weight_hr, lengths, reverse},
                {grad_output, grad_h_n, &grad_c_n, output, &gates, &cells}, output_mask);
   const auto grad = [&](const OptionalTensor& tensor) { return or_nothing(tensor, input); };
-  return {grad(g.input), g.hx, *g.cx, grad(g.weight_ih), grad(g.weight_hh), grad(g.bias_ih), grad(g.weight_hr)};
+  return {grad(g.input),     grad(g.hx),      grad(g.cx),       grad(g.weight_ih),
+          grad(g.weight_hh), grad(g.bias_ih), grad(g.weight_hr)};
 }
 
 Three gru_fwd(const Tensor& input, const Tensor& hx, const OptionalTensor& weight_ih, const Tensor& weight_hh,
@@ -268,7 +275,7 @@ Six gru_bwd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, c
       backward({Cell::gru, input, hx, nullptr, weight_ih, weight_hh, bias_ih, bias_hh, nullptr, lengths, reverse},
                {grad_output, grad_h_n, nullptr, output, &gates, nullptr}, output_mask);
   const auto grad = [&](const OptionalTensor& tensor) { return or_nothing(tensor, input); };
-  return {grad(g.input), g.hx, grad(g.weight_ih), grad(g.weight_hh), grad(g.bias_ih), grad(g.bias_hh)};
+  return {grad(g.input), grad(g.hx), grad(g.weight_ih), grad(g.weight_hh), grad(g.bias_ih), grad(g.bias_hh)};
 }
 
 Cell rnn_cell(bool relu) { return relu ? Cell::rnn_relu : Cell::rnn_tanh; }
@@ -290,7 +297,7 @@ Five rnn_bwd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, 
       backward({rnn_cell(relu), input, hx, nullptr, weight_ih, weight_hh, bias_ih, bias_hh, nullptr, lengths, reverse},
                {grad_output, grad_h_n, nullptr, output, nullptr, nullptr}, output_mask);
   const auto grad = [&](const OptionalTensor& tensor) { return or_nothing(tensor, input); };
-  return {grad(g.input), g.hx, grad(g.weight_ih), grad(g.weight_hh), grad(g.bias_ih)};
+  return {grad(g.input), grad(g.hx), grad(g.weight_ih), grad(g.weight_hh), grad(g.bias_ih)};
 }
 
 }  // namespace

@@ -156,13 +156,14 @@ class _Sequence(torch.nn.RNNBase):
 
     def _layers(self, input, states, lengths):
         """(output (T, B, directions * S), states of all layers and directions)."""
-        self._check_input(input, self._weights(self._all_weights[0])[0])
+        weights = self._weights(self._all_weights[0])
+        self._check_input(input, weights[0])
         if states is not None:
             self._check_states(states, input)
         directions = 2 if self.bidirectional else 1
         if self.num_layers == directions == 1:
             start = self._zeros(input, 1) if states is None else states
-            output, *last = self._run(input, start, self._weights(self._all_weights[0]), lengths, False)
+            output, *last = self._run(input, start, weights, lengths, False)
             return output, tuple(last)
         zeros = self._zeros(input) if states is None else ()
         last = []

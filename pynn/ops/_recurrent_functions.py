@@ -91,7 +91,7 @@ def _functions(name: str, states: int, saved: int):
             mask = inputs[-1]
             shift = 1 + states
             mapped = any(d is not None for d in in_dims[shift:][weights])
-            if mapped or any(mask[1:]):  # a weight gradient of each sample
+            if mapped or any(mask[1:5]):  # a weight gradient of each sample
                 return loop_vmap(Backward, info, in_dims, *inputs)
             folded = list(inputs)
             for i in (*range(shift + first_weight), *range(shift + count - 1, shift + count + 1 + saved)):
@@ -127,7 +127,7 @@ def _functions(name: str, states: int, saved: int):
             bias = first_weight + 2
             mask = [needed[0], needed[first_weight], needed[first_weight + 1], needed[bias] or needed[bias + 1]]
             if name == "lstm":
-                mask += [needed[bias + 2], False]
+                mask += [needed[bias + 2], needed[1] or needed[2]]
             options = ctx.options if name == "rnn" else ctx.options[:1]
             inputs = (*grads, *ctx.saved_tensors, *options, mask)
             if torch.compiler.is_compiling():  # a compiled backward has no backward of its own

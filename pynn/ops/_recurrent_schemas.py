@@ -1,4 +1,5 @@
-"""Schemas and shape rules of the recurrent ops. Gradients that output_mask leaves out have 0 elements.
+"""Schemas and shape rules of the recurrent ops. Gradients that output_mask leaves out have 0 elements: its flags are
+input, weight_ih, weight_hh, biases, and of lstm weight_hr and the states; gru and rnn always give those of the states.
 
 T steps, B batch, S width of the state (hidden or projected), H hidden, G gates. input is (T, B, I), or (T, B, G * H)
 and already the product with weight_ih where that is None. States are (B, width) or (1, B, width), last states and
@@ -58,8 +59,8 @@ def _(
     )
     return (
         _wanted(output_mask[0], input),
-        _wanted(True, hx),
-        _wanted(True, cx),
+        _wanted(output_mask[5], hx),
+        _wanted(output_mask[5], cx),
         _wanted(output_mask[1], weight_ih) if weight_ih is not None else input.new_empty(0),
         _wanted(output_mask[2], weight_hh),
         _bias(output_mask[3] and (bias_ih is not None or bias_hh is not None), weight_hh),
