@@ -6,17 +6,17 @@
 #include <cmath>
 #include <vector>
 
+#include "divide.h"
 #include "normal.h"
 #include "parallel.h"
 #include "recurrent_activation.h"
+#include "recurrent_rows.h"
 #include "recurrent_schedule.h"
 
 namespace pynn::cpu {
 namespace {
-using recurrent::ceil_div;
 using recurrent::kPanelWidth;
 using recurrent::load_some;
-using recurrent::round_up;
 using recurrent::store_some;
 
 // Rows that share a row of the sums of gradients: few enough to give threads work, many enough that the sums stay in
@@ -85,7 +85,8 @@ Vec<accumulate_t<T>> load_filled(const T* from, int64_t count, accumulate_t<T> f
 template <class T>
 Moments<accumulate_t<T>> moments_of(const T* row, int64_t size, double epsilon) {
   using A = accumulate_t<T>;
-  return moments_of<A>(size, epsilon, [&](int64_t u, int64_t count, A fill) { return load_filled(row + u, count, fill); });
+  return moments_of<A>(size, epsilon,
+                       [&](int64_t u, int64_t count, A fill) { return load_filled(row + u, count, fill); });
 }
 
 // A row's pre-activations without the peepholes.
@@ -366,13 +367,26 @@ void multiply_packed(const T* left, int64_t rows, int64_t depth, int64_t columns
         const int64_t count = std::min(kProductRows, rows - first);
         alignas(64) A sums[kProductRows * W];
         std::fill_n(sums, count * W, A(0));
-        recurrent::multiply<recurrent::kPanelVectors>(recurrent::LeftRows<A>{operand + first * depth, depth, depth, 0},
+        recurrent::multiply<recurrent::kPanelVectors>(recurrent::LeftRows<A>{operand + first * depth, depth, 1, 1},
                                                       depth, packed + p * depth * W, count, sums, W);
         for (int64_t r = 0; r < count; ++r)
           for (int64_t n = 0; n < W && p * W + n < columns; n += L)
             store_some(out + (first + r) * columns + p * W + n, columns - p * W - n, load(sums + r * W + n));
       }
   });
+}
+
+// A panel of the transpose of w, (rows, depth): to[k][v * L + lane] = w[first[v] + lane][k].
+template <class T>
+void pack_transposed(const T* w, int64_t depth, const recurrent::PanelRows& rows, accumulate_t<T>* to) {
+  constexpr int L = kComputeLanes<T>;
+  for (int v = 0; v < recurrent::kPanelVectors; ++v)
+    for (int64_t k = 0; k < depth; k += L) {
+      Vec<accumulate_t<T>> x[L];
+      recurrent::load_transposed(w + rows.first[v] * depth, depth, rows.count[v], k, x);
+      for (int64_t j = 0; j < std::min<int64_t>(L, depth - k); ++j)
+        store(to + (k + j) * kPanelWidth<accumulate_t<T>> + v * L, x[j]);
+    }
 }
 
 // Elements of the panels of weight_hh for products with `columns` columns.
@@ -400,8 +414,7 @@ void LayerNormLstm<T>::pack(const T* weight_hh, const LayerNormLstmShape& s, boo
         for (int64_t k = 0; k < depth; ++k)
           recurrent::pack_row(weight_hh + k * s.hidden + p * W, s.hidden - p * W, to + k * W);
       else
-        recurrent::pack_transposed<recurrent::kPanelVectors>(weight_hh, depth, recurrent::plain_rows<A>(p, columns), 0,
-                                                             depth, to);
+        pack_transposed(weight_hh, depth, recurrent::plain_rows<A>(p, columns), to);
     }
   });
 }
