@@ -413,6 +413,7 @@ def test_help_names_every_option_and_default(capsys):
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    data.load.cache_clear()  # another test may have loaded it
     with pytest.raises(extras.MissingExtraError, match=r'pip install "pynn-torch\[train\]"'):
         extras.require("sklearn.datasets")
     assert pynn("train", "ddpm", "--out", tmp_path) == 1
