@@ -372,13 +372,14 @@ def _constants(like, hidden, coupled, zoneout_hidden, zoneout_cell, training):
     units = max(16, triton.next_power_of_2(hidden))
     if units > MOST_UNITS:
         raise NotImplementedError(f"layer_norm_lstm: triton has hidden_size up to {MOST_UNITS}, got {hidden}")
+    wide = like.dtype is torch.float64
     return {
         "COUPLED": coupled,
         "RANDOM_HIDDEN": training and zoneout_hidden > 0,
         "RANDOM_CELL": training and zoneout_cell > 0,
         "UNITS": units,
-        "A": tl.float64 if like.dtype is torch.float64 else tl.float32,
-        "num_warps": min(16, max(1, units // 128)),
+        "A": tl.float64 if wide else tl.float32,
+        "num_warps": min(16, max(1, units // (64 if wide else 128))),  # two numbers of float64 fill four registers
     }
 
 

@@ -137,6 +137,7 @@ _CUDA_PROMISES = {
     r"elementwise_kernel<NormalOp<.*": _WRITES,
     r"elementwise_kernel<.*": _BOTH,
     r"loss_segments_kernel<.*": _READS,
+    r"gradient_kernel<(Mma|Fma)Engine<.*": NARROW,  # attention: asynchronous copies, stores as the products lie
     r"(apply|fused|gradient)_kernel<.*": _BOTH,  # group_norm
     r"(gradient_sums|moments)_kernel<.*": _READS,
     r"activation_gradient_packs_kernel<.*": _BOTH,  # conv2d
