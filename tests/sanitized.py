@@ -27,8 +27,8 @@ OPS = sorted(path.stem.removeprefix("launchers_") for path in SELFTEST.glob("lau
 LEAST_COVERAGE = 95.0  # percent of lines
 # Not kernels: what they are launched with, and wrappers that the self-tests cover.
 NOT_COVERED_HERE = ("launch.h", "primitives.cuh")
-# torch.compile and opcheck start compilers and processes of their own, and test dispatch, not kernels; gradcheck and the
-# comparisons bit for bit launch many times what other tests launch once.
+# torch.compile and opcheck start compilers and processes of their own, and test dispatch, not kernels; gradcheck and
+# the comparisons bit for bit launch many times what other tests launch once.
 DESELECTED = "[sim and not transforms and not opcheck and not gradcheck and not bitwise"
 
 

@@ -16,7 +16,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 // The sums of the block's values, the same for every thread. Called by whole blocks.
 template <int count>
 __device__ __forceinline__ void sum_block(double (&value)[count]) {
-  SHARED_ARRAY(double, partial, count * kWarps);
+  SHARED_ARRAY(double, partial, count* kWarps);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
@@ -118,14 +118,15 @@ struct Gates {
 
 // What tanh takes of the new c.
 template <class T>
-__device__ __forceinline__ accumulate_t<T> seen_of(const LayerNormLstmWeights<T>& w, accumulate_t<T> normed, int64_t u) {
+__device__ __forceinline__ accumulate_t<T> seen_of(const LayerNormLstmWeights<T>& w, accumulate_t<T> normed,
+                                                   int64_t u) {
   return fma(normed, accumulate_t<T>(to_float(w.norm_cell[u])),
              w.norm_cell_bias ? accumulate_t<T>(to_float(w.norm_cell_bias[u])) : accumulate_t<T>(0));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) drop_kernel(const T* h, T* out, int64_t steps,
-                                                        Rates<accumulate_t<T>> rates, LayerNormLstmShape s) {
+__global__ void __launch_bounds__(kThreads)
+    drop_kernel(const T* h, T* out, int64_t steps, Rates<accumulate_t<T>> rates, LayerNormLstmShape s) {
   const int64_t row = blockIdx.x;
   each_unit(s.hidden, [&](int64_t u) {
     const accumulate_t<T> factor = rates.factor(row, u);

@@ -31,9 +31,7 @@ struct LayerNormLstmShape {
   // The same of o's peephole.
   PYNN_HD int64_t out_peephole() const { return (gates() - 2) * hidden; }
   // The time where a row's state came from before t, or -1 for the first states; length: the row's steps.
-  PYNN_HD int64_t before(int64_t t, int64_t length) const {
-    return reverse ? (t + 1 < length ? t + 1 : -1) : t - 1;
-  }
+  PYNN_HD int64_t before(int64_t t, int64_t length) const { return reverse ? (t + 1 < length ? t + 1 : -1) : t - 1; }
   PYNN_HD int64_t length(const int64_t* lengths, int64_t row) const {
     if (!lengths) return steps;
     return lengths[row] < 0 ? 0 : lengths[row] > steps ? steps : lengths[row];
@@ -96,7 +94,7 @@ template <class T>
 struct LayerNormLstmBackward {
   using A = accumulate_t<T>;
   LayerNormLstmWeights<T> weights;
-  const T* grad_output;              // (steps, batch, hidden) or nullptr
+  const T* grad_output;                // (steps, batch, hidden) or nullptr
   const T *products_ih, *products_hh;  // (steps, batch, gates * hidden)
   const A *c0, *cells, *statistics;
   const int64_t *lengths, *key;
@@ -104,7 +102,8 @@ struct LayerNormLstmBackward {
   Zoneout zoneout;
   const A* grad_operand;  // (batch, hidden): of the operand of the later step's product; nullptr: no later step
   A *grad_h, *grad_c;     // (batch, hidden), running: gradients of h but for grad_operand, and of c
-  T *grad_ih, *grad_hh;   // (steps, batch, gates * hidden): of the products, 0 where a row is not alive; one without norm
+  T *grad_ih,
+      *grad_hh;  // (steps, batch, gates * hidden): of the products, 0 where a row is not alive; one without norm
   // (sum_rows, sums_width): gradients of the weights are sums of its rows; in the order of the weights, each present
   // or not; 0 at first.
   A* sums;

@@ -36,7 +36,7 @@ LayerNormLstmShape check(const LayerNormLstmOperands& o) {
   check_floating(kOp, "input", input);
   check_rank(kOp, "input", input, 3);
   check_rank(kOp, "weight_hh", o.weight_hh, 2);
-  const LayerNormLstmShape shape{input.size(0), input.size(1), input.size(2),          o.weight_hh.size(1),
+  const LayerNormLstmShape shape{input.size(0), input.size(1),         input.size(2), o.weight_hh.size(1),
                                  o.coupled,     o.norm_ih.has_value(), o.reverse};
   PYNN_CHECK(shape.hidden > 0 && shape.input > 0, kOp, ": expected input_size and hidden_size greater than 0, got ",
              shape.input, " and ", shape.hidden);
@@ -257,8 +257,7 @@ Seven forward(const LayerNormLstmOperands& o, bool save) {
   return {output, h, in_dtype(c, o.cx.scalar_type()), products_ih, products_hh, cells, statistics};
 }
 
-using Eleven =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Eleven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Eleven backward(const LayerNormLstmOperands& o, const LayerNormLstmSaved& saved, const std::vector<bool>& mask) {
   const LayerNormLstmShape shape = check(o, saved, mask);
@@ -274,7 +273,8 @@ Eleven backward(const LayerNormLstmOperands& o, const LayerNormLstmSaved& saved,
   Tensor grad_hx = new_state(o, shape, dtype), grad_cx = new_state(o, shape, wide);
   Tensor grad_weight_ih = wanted(mask[3], {width, shape.input}), grad_weight_hh = wanted(mask[4], {width, hidden});
   Tensor grad_bias = wanted(mask[5] && o.bias, {width}), grad_norm_ih = wanted(mask[6] && o.norm_ih, {width}),
-         grad_norm_hh = wanted(mask[7] && o.norm_hh, {width}), grad_norm_cell = wanted(mask[8] && o.norm_cell, {hidden}),
+         grad_norm_hh = wanted(mask[7] && o.norm_hh, {width}),
+         grad_norm_cell = wanted(mask[8] && o.norm_cell, {hidden}),
          grad_norm_cell_bias = wanted(mask[9] && o.norm_cell_bias, {hidden}),
          grad_peephole = wanted(mask[10] && o.peephole, {width - hidden});
   if (batch > 0) {
@@ -330,11 +330,10 @@ Eleven backward(const LayerNormLstmOperands& o, const LayerNormLstmSaved& saved,
 
       const Products<T> whole(input);
       const Matrix<T> to_ih = rows_of<T>(grad_ih, steps * batch, width);
-      if (mask[0])
-        whole.multiply(to_ih, rows_of<T>(m.weight_ih, width, shape.input), mutable_pointer<T>(grad_input));
+      if (mask[0]) whole.multiply(to_ih, rows_of<T>(m.weight_ih, width, shape.input), mutable_pointer<T>(grad_input));
       if (mask[3])
-        torch::stable::copy_(grad_weight_ih, whole.product(to_ih.transposed(),
-                                                           rows_of<T>(m.input, steps * batch, shape.input)));
+        torch::stable::copy_(grad_weight_ih,
+                             whole.product(to_ih.transposed(), rows_of<T>(m.input, steps * batch, shape.input)));
       if (mask[4]) {
         Tensor before = states_before(output, dense(o.hx), m.lengths, o.reverse);
         if (o.dropout > 0)
@@ -356,8 +355,10 @@ Eleven backward(const LayerNormLstmOperands& o, const LayerNormLstmSaved& saved,
       put(grad_peephole, places.peephole);
     });
   }
-  return {grad_input,   grad_hx,        in_dtype(grad_cx, o.cx.scalar_type()), grad_weight_ih, grad_weight_hh, grad_bias,
-          grad_norm_ih, grad_norm_hh,   grad_norm_cell,                        grad_norm_cell_bias, grad_peephole};
+  return {grad_input,          grad_hx,        in_dtype(grad_cx, o.cx.scalar_type()),
+          grad_weight_ih,      grad_weight_hh, grad_bias,
+          grad_norm_ih,        grad_norm_hh,   grad_norm_cell,
+          grad_norm_cell_bias, grad_peephole};
 }
 
 Seven fwd(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
@@ -365,9 +366,10 @@ Seven fwd(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor&
           const OptionalTensor& norm_cell, const OptionalTensor& norm_cell_bias, const OptionalTensor& peephole,
           const OptionalTensor& lengths, const OptionalTensor& key, bool coupled, double eps, double zoneout_hidden,
           double zoneout_cell, double dropout, bool training, bool reverse, bool save) {
-  return forward({input, hx, cx, weight_ih, weight_hh, bias, norm_ih, norm_hh, norm_cell, norm_cell_bias, peephole,
-                  lengths, key, coupled, eps, zoneout_hidden, zoneout_cell, dropout, training, reverse},
-                 save);
+  return forward(
+      {input,    hx,      cx,  weight_ih, weight_hh, bias,           norm_ih,      norm_hh, norm_cell, norm_cell_bias,
+       peephole, lengths, key, coupled,   eps,       zoneout_hidden, zoneout_cell, dropout, training,  reverse},
+      save);
 }
 
 Eleven bwd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
@@ -378,9 +380,10 @@ Eleven bwd(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, co
            const Tensor& products_hh, const Tensor& cells, const Tensor& statistics, bool coupled, double eps,
            double zoneout_hidden, double zoneout_cell, double dropout, bool training, bool reverse,
            std::vector<bool> output_mask) {
-  return backward({input, hx, cx, weight_ih, weight_hh, bias, norm_ih, norm_hh, norm_cell, norm_cell_bias, peephole,
-                   lengths, key, coupled, eps, zoneout_hidden, zoneout_cell, dropout, training, reverse},
-                  {grad_output, grad_h_n, grad_c_n, output, products_ih, products_hh, cells, statistics}, output_mask);
+  return backward(
+      {input,    hx,      cx,  weight_ih, weight_hh, bias,           norm_ih,      norm_hh, norm_cell, norm_cell_bias,
+       peephole, lengths, key, coupled,   eps,       zoneout_hidden, zoneout_cell, dropout, training,  reverse},
+      {grad_output, grad_h_n, grad_c_n, output, products_ih, products_hh, cells, statistics}, output_mask);
 }
 
 }  // namespace
@@ -399,8 +402,8 @@ void fwd_check(const Tensor& input, const Tensor& hx, const Tensor& cx, const Te
                const OptionalTensor& peephole, const OptionalTensor& lengths, const OptionalTensor& key, bool coupled,
                double eps, double zoneout_hidden, double zoneout_cell, double dropout, bool training, bool reverse,
                bool) {
-  check({input, hx, cx, weight_ih, weight_hh, bias, norm_ih, norm_hh, norm_cell, norm_cell_bias, peephole, lengths, key,
-         coupled, eps, zoneout_hidden, zoneout_cell, dropout, training, reverse});
+  check({input,    hx,      cx,  weight_ih, weight_hh, bias,           norm_ih,      norm_hh, norm_cell, norm_cell_bias,
+         peephole, lengths, key, coupled,   eps,       zoneout_hidden, zoneout_cell, dropout, training,  reverse});
 }
 
 void bwd_check(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
@@ -411,8 +414,8 @@ void bwd_check(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n
                const Tensor& output, const Tensor& products_ih, const Tensor& products_hh, const Tensor& cells,
                const Tensor& statistics, bool coupled, double eps, double zoneout_hidden, double zoneout_cell,
                double dropout, bool training, bool reverse, std::vector<bool> output_mask) {
-  check({input, hx, cx, weight_ih, weight_hh, bias, norm_ih, norm_hh, norm_cell, norm_cell_bias, peephole, lengths, key,
-         coupled, eps, zoneout_hidden, zoneout_cell, dropout, training, reverse},
+  check({input,    hx,      cx,  weight_ih, weight_hh, bias,           norm_ih,      norm_hh, norm_cell, norm_cell_bias,
+         peephole, lengths, key, coupled,   eps,       zoneout_hidden, zoneout_cell, dropout, training,  reverse},
         {grad_output, grad_h_n, grad_c_n, output, products_ih, products_hh, cells, statistics}, output_mask);
 }
 
