@@ -83,6 +83,7 @@ VARIANTS = {
     "all": {"peephole": True, "coupled": True, "zoneout": (0.2, 0.3), "dropout": 0.4},
     "all, reverse": {"peephole": True, "zoneout": (0.2, 0.3), "dropout": 0.4, "reverse": True, "lengths": [3, 5, 0]},
 }
+MIXED = ("norm, no bias", "zoneout in evaluation", "all", "all, reverse")
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -166,6 +167,8 @@ def test_accuracy(backend, dtype, variant):
     """P1 against the same steps in torch operations, in the geometric mean over several problems: a row whose norm is
     over nearly equal values enlarges what was rounded before it by any factor, which makes one problem chance.
     """
+    if backend.name == "interpret" and dtype is not torch.float64 and variant not in MIXED:
+        pytest.skip("every option by itself is interpreted in float64")
     errors: dict = {}
     few = dtype is torch.float64 or backend.name == "interpret"  # no chance in float64; the interpreter is slow
     for seed in range(2 if few else 8):
