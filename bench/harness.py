@@ -242,9 +242,22 @@ def save(rows: list[Row], directory: Path = RESULTS) -> list[Path]:
     return paths
 
 
-def assert_agrees(got: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, what: str) -> None:
-    """The check most cases need: relative Frobenius error within a few roundings of the dtype."""
+def assert_agrees(
+    got: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, what: str, peer: torch.Tensor | None = None
+) -> None:
+    """The check most cases need: relative Frobenius error within a few roundings of the dtype.
+
+    Args:
+        peer: what torch computes in this dtype, for problems that magnify roundings (a norm within a recurrence): twice
+            its own error is then allowed where that is more.
+    """
     limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    error = (got.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)
+
+    def distance(value: torch.Tensor) -> float:
+        return float((value.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
+
+    error = distance(got)
+    if peer is not None:
+        limit = max(limit, 2 * distance(peer))
     if not error <= limit:
-        raise AssertionError(f"{what}: relative error {error:.2e} > {limit:.0e} on {platform.machine()}")
+        raise AssertionError(f"{what}: relative error {error:.2e} > {limit:.1e} on {platform.machine()}")

@@ -138,9 +138,10 @@ def _cases(problem: Problem) -> Iterator[Case]:
         wide_states = None if states is None else tuple(s.double() for s in _tuple(states))
         wide_states = wide_states if problem.layer == "LSTM" or wide_states is None else wide_states[0]
         truth = torch.autograd.grad(apply(wide, leaf, wide_states), (leaf, *wide.parameters()), grad.double())
+        peers = train(layers["torch"])
         for backend in backends:
-            for got, want in zip(_gpu.on(backend, train, layers["pynn"]), truth, strict=True):
-                assert_agrees(got, want, problem.dtype, f"{problem.name} {problem.shape}, {backend}")
+            for got, want, peer in zip(_gpu.on(backend, train, layers["pynn"]), truth, peers, strict=True):
+                assert_agrees(got, want, problem.dtype, f"{problem.name} {problem.shape}, {backend}", peer)
 
     described = {
         "op": problem.name,

@@ -1,9 +1,6 @@
 """scaled_dot_product_attention against a float64 reference, torch's kernels, and everything that breaks kernels."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,7 +25,6 @@ from test_random import philox
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import pynn
 from pynn.ops.scaled_dot_product_attention import scaled_dot_product_attention as attention
 
 INFINITY = math.inf
@@ -514,17 +510,6 @@ def test_autocast(backend):
         output = attention(query, key, value, torch.zeros(5, 5))
     assert output.dtype is torch.bfloat16
     assert_bitwise(output, attention(query.bfloat16(), key.bfloat16(), value.bfloat16()))
-
-
-@pytest.mark.parametrize("isa", pynn.backends.CPU_ISAS)
-def test_every_instruction_set(isa):
-    if not pynn.backends._cpu_supports(isa):
-        pytest.skip(f"this CPU has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "[cpu and (test_accuracy and 127 or test_exact or test_bitwise or test_dropout or test_masked)"]
-    environment = {**os.environ, "PYNN_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._function import autocast, call
+from ._function import autocast, call, recorded
 from ._recurrent_functions import GRU, LSTM, RNN
 
 
@@ -40,15 +40,7 @@ def _run(function, name: str, *inputs):
     Args:
         inputs: operands and options but `save`, which is decided here.
     """
-    functorch = torch._C._are_functorch_transforms_active()
-    if functorch or (torch.is_grad_enabled() and _requires_grad(inputs) and not torch.compiler.is_exporting()):
+    if recorded(inputs):
         return call(function, *inputs) if name == "rnn" else call(function, *inputs, True)
     op = backends.op(f"{name}_fwd", inputs[0])
     return op(*inputs) if name == "rnn" else op(*inputs, False)
-
-
-def _requires_grad(inputs):
-    for value in inputs:  # noqa: SIM110
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            return True
-    return False
