@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from . import nn
+from . import _transformers_attention, nn
 
 # torch.nn's class -> pynn's, which keeps the same state in the same attributes, and those that its constructor adds.
 _LAYERS: dict[type[torch.nn.Module], tuple[type[torch.nn.Module], dict[str, object]]] = {
@@ -56,9 +56,10 @@ class Patched:
 def patch(model: torch.nn.Module) -> Patched:
     """Makes the torch.nn layers inside a model compute with pynn's kernels, in place.
 
-    Replaced are torch.nn.Conv2d, ConvTranspose2d, GroupNorm, MultiheadAttention, LSTM, GRU, RNN and their cells; what
-    else holds parameters of its own is kept, and so are subclasses of these, whose own code would be lost (parametrized
-    layers among them). Outputs and gradients agree to rounding, but for the two differences that
+    Replaced are torch.nn.Conv2d, ConvTranspose2d, GroupNorm, MultiheadAttention, LSTM, GRU, RNN and their cells, and
+    the attention of a Hugging Face model whose implementation is "sdpa" (it becomes "pynn", without weights too). What
+    else holds parameters of its own is kept, and so are subclasses of these layers, whose own code would be lost
+    (parametrized layers among them). Outputs and gradients agree to rounding, but for the two differences that
     pynn.nn.MultiheadAttention documents. Patch a model before compiling or scripting it.
 
     Args:
@@ -68,19 +69,34 @@ def patch(model: torch.nn.Module) -> Patched:
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
-    replaced, kept = [], []
+    layers: list[Layer] = []
+    inner: set[torch.nn.Module] = set()  # what is inside a model of transformers: its attention is changed as a whole
     for name, module in _modules("patch", model):
         kind = type(module)
+        if _transformers_attention.is_model(module) and module not in inner:
+            inner.update(module.modules())
+            layers += _patch_attention(name, module)
         if kind in _LAYERS:
             layer, attributes = _LAYERS[kind]
             module.__class__ = layer
             for attribute, value in attributes.items():
                 setattr(module, attribute, value)
             setattr(module, _MARK, True)
-            replaced.append(Layer(name, kind.__name__, ""))
+            layers.append(Layer(name, kind.__name__, ""))
         elif kind not in _ORIGINALS and any(True for _ in module.parameters(recurse=False)):
-            kept.append(Layer(name, kind.__name__, _why_kept(module)))
-    return Patched(tuple(replaced), tuple(kept))
+            layers.append(Layer(name, kind.__name__, _why_kept(module)))
+    return Patched(tuple(x for x in layers if not x.reason), tuple(x for x in layers if x.reason))
+
+
+def _patch_attention(name: str, model: torch.nn.Module) -> list[Layer]:
+    """Of a model of transformers; empty when it is patched already."""
+    if _transformers_attention.NAME in _transformers_attention.implementations(model):
+        return []
+    reason = _transformers_attention.why_kept(model)
+    if not reason:
+        _transformers_attention.use(model, _transformers_attention.NAME)
+        setattr(model, _MARK, True)
+    return [Layer(name, f"{type(model).__name__} attention", reason)]
 
 
 def unpatch(model: torch.nn.Module) -> Patched:
@@ -98,6 +114,10 @@ def unpatch(model: torch.nn.Module) -> Patched:
         if not module.__dict__.pop(_MARK, False):
             continue
         kind = type(module)
+        if kind not in _ORIGINALS:  # a model of transformers
+            _transformers_attention.use(module, _transformers_attention.REPLACED)
+            restored.append(Layer(name, f"{kind.__name__} attention", ""))
+            continue
         original = _ORIGINALS[kind]
         for attribute in _LAYERS[original][1]:
             delattr(module, attribute)

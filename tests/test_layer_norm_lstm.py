@@ -207,8 +207,9 @@ def test_gradcheck(backend, variant):
     def fn(*tensors):
         return ours(p.replaced(**dict(zip(names, tensors, strict=True))))
 
-    torch.autograd.gradcheck(fn, leaves)
-    if backend.name == "cpu":
+    whole = backend.name == "cpu"  # elsewhere one random direction: every thread is emulated
+    torch.autograd.gradcheck(fn, leaves, fast_mode=not whole)
+    if whole:
         torch.autograd.gradgradcheck(fn, leaves)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,6 +184,16 @@ def test_step_times_of_both():
     assert times is not None
     assert times.ratio == times.pynn / times.torch > 0
     assert compare_step(get("rbf")(0), rounds=2) is None
+
+
+def test_the_reader_of_a_list_may_leave():
+    """As in `pynn list | head -1`, and sooner."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "pynn.train.cli", "list"]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_training_evaluating_listing(tmp_path, capsys, monkeypatch):

@@ -467,8 +467,9 @@ def test_gradcheck(backend, kind):
     def fn(*args):
         return attention(*args, **GRADCHECK.get(kind, {}))
 
-    assert torch.autograd.gradcheck(fn, inputs, nondet_tol=0.0)
-    assert torch.autograd.gradgradcheck(fn, inputs, nondet_tol=0.0)
+    fast = backend.name != "cpu"  # one random direction where every thread is emulated
+    assert torch.autograd.gradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
 
 
 def test_opcheck(backend):

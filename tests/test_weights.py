@@ -225,16 +225,31 @@ def test_patched_timm_vit():
     )
 
 
-def test_patched_gpt2():
-    """Its layers are Linear, Conv1D, LayerNorm and Embedding: nothing is replaced, and the report says so."""
-    case = gpt2()
-    x = ids()
+@pytest.mark.parametrize("name", [name for name in HF if name != "CLAP text"])  # eager in transformers
+def test_patched_attention(name):
+    """The layers stay transformers' own, the attention between them is pynn's: causal, with a bias, padded, crossed."""
+    case = HF[name]()
+    peers.randomise(case.theirs)
+    target = torch.randn_like(case.run_theirs(case.theirs))
     peers.assert_patch_is_faithful(
-        case.theirs, case.run_theirs, lambda m: F.cross_entropy(m(x).logits[:, :-1].mT, x[:, 1:]), set(), lr=1e-3
+        case.theirs,
+        case.run_theirs,
+        lambda m: F.mse_loss(case.run_theirs(m), target),
+        {"scaled_dot_product_attention_fwd"},
+        lr=1e-4,
     )
     report = pynn.patch(case.theirs)
-    assert not report.replaced
-    assert {"Conv1D", "LayerNorm", "Embedding"} <= {layer.kind for layer in report.kept}
+    assert f"{type(case.theirs).__name__} attention" in {layer.kind for layer in report.replaced}
+    assert "LayerNorm" in str(report.kept)
+    assert not pynn.patch(case.theirs).replaced
+
+
+def test_attention_that_is_not_replaced():
+    theirs = nn.ModuleDict({"text": clap_text().theirs})
+    (layer,) = (layer for layer in pynn.patch(theirs).kept if layer.kind == "ClapTextModelWithProjection attention")
+    assert layer.name == "text"
+    assert layer.reason == "its attention implementation is eager, not sdpa"
+    assert theirs["text"].config._attn_implementation == "eager"
 
 
 def small_gpt(**options) -> GPT:

@@ -52,6 +52,15 @@ void Conv2d<T>::bwd_activation(const T* dy, Strides4 g, const T* saved, Strides4
                                void*) {
   using A = accumulate_t<T>;
   constexpr int64_t kLine = 256;
+  const auto rows_touch = [&](const Strides4& t) { return t.h == width * t.w; };
+  const auto same = [&](const Strides4& t) { return t.n == z.n && t.c == z.c && t.h == z.h && t.w == z.w; };
+  if (same(g) && same(s)) {  // dz has no gaps: one line
+    const int64_t count = batch * channels * height * width;
+    return parallel_for(count, 16384, [&](int64_t begin, int64_t end) {
+      multiply_derivative_line(activation, dy + begin, saved + begin, dz + begin, end - begin);
+    });
+  }
+  if (rows_touch(g) && rows_touch(s) && rows_touch(z)) width *= height, height = 1;
   // Lines run along channels where dz does; rows, or pixels, are the work items.
   const bool last = z.c == 1;
   const int64_t lines = batch * height * (last ? width : channels), length = last ? channels : width;
@@ -62,6 +71,10 @@ void Conv2d<T>::bwd_activation(const T* dy, Strides4 g, const T* saved, Strides4
       const int64_t b = rest % outer, n = rest / outer;
       const auto at = [&](const Strides4& t) { return n * t.n + (last ? b * t.h + a * t.w : b * t.c + a * t.h); };
       const auto step = [&](const Strides4& t) { return last ? t.c : t.w; };
+      if (step(g) == 1 && step(s) == 1 && step(z) == 1) {
+        multiply_derivative_line(activation, dy + at(g), saved + at(s), dz + at(z), length);
+        continue;
+      }
       for (int64_t first = 0; first < length; first += kLine) {
         const int64_t count = std::min(kLine, length - first), padded = round_up(count, kLanes<A>);
         std::fill(gradient, gradient + padded, A(0));

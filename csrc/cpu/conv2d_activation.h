@@ -5,6 +5,7 @@
 
 #include "conv2d.h"
 #include "vec_activation.h"
+#include "vec_load.h"
 
 namespace pynn::cpu {
 
@@ -108,6 +109,27 @@ PYNN_HD typename Lane<A>::type load_lane(const A* from) {
   return v;
 }
 
+// Both over whole vectors; double has no vector functions.
+template <Activation kind>
+PYNN_HD Vec<float> activated_lanes(Vec<float> x) {
+  return activated<kind, float>(x);
+}
+template <Activation kind>
+PYNN_HD Vec<double> activated_lanes(Vec<double> x) {
+  if constexpr (kind != Activation::none)
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = activated<kind, double>(x[i]);
+  return x;
+}
+template <Activation kind>
+PYNN_HD Vec<float> derivative_lanes(Vec<float> s) {
+  return derivative<kind, float>(s);
+}
+template <Activation kind>
+PYNN_HD Vec<double> derivative_lanes(Vec<double> s) {
+  for (int i = 0; i < kLanes<double>; ++i) s[i] = derivative<kind, double>(s[i]);
+  return s;
+}
+
 // values = activation(values); count may be rounded up to whole vectors, so the buffer must be.
 template <class A>
 void activate(Activation activation, A* values, int64_t count) {
@@ -115,6 +137,22 @@ void activate(Activation activation, A* values, int64_t count) {
     for (int64_t i = 0; i < count; i += kLaneStep<A>) {
       const auto y = activated<kind, A>(load_lane(values + i));
       memcpy(values + i, &y, sizeof(y));
+    }
+  });
+}
+
+// dz = dy * activation'(saved) along lines without gaps.
+template <class T>
+void multiply_derivative_line(Activation activation, const T* dy, const T* saved, T* dz, int64_t count) {
+  using A = accumulate_t<T>;
+  constexpr int L = kLanes<A>;
+  with_activation(activation, [&]<Activation kind>() {
+    int64_t i = 0;
+    for (; i + L <= count; i += L)
+      store_compute(dz + i, load_compute(dy + i) * derivative_lanes<kind>(load_compute(saved + i)));
+    if (i < count) {
+      const Vec<A> d = derivative_lanes<kind>(load_part(saved + i, count - i, A(0)));
+      store_part(dz + i, count - i, load_part(dy + i, count - i, A(0)) * d);
     }
   });
 }

@@ -23,8 +23,8 @@ struct Chunk {
   int64_t weight;
 };
 
-// Chunks of sqrt(8 K) products, within 32 to 64: long enough to keep the tile busy, and about where the rounding errors
-// within and between chunks balance. A sum is never left in one piece.
+// Chunks of sqrt(8 K) products, of sqrt(4 K) for short sums, within 16 to 64: long enough to keep the tile busy, and
+// about where the rounding errors within and between chunks balance. A sum is never left in one piece.
 inline std::vector<Chunk> chunks_of(Form form, const Window& window, const Span& rows, const Span& columns,
                                     int64_t row_stride, int64_t column_stride) {
   const int64_t channels = window.in_channels, kernel_width = window.w.kernel;
@@ -35,7 +35,8 @@ inline std::vector<Chunk> chunks_of(Form form, const Window& window, const Span&
   const int64_t weight_stride = joined ? kernel_width * channels : channels;
   std::vector<Chunk> chunks;
   if (length == 0) return chunks;
-  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(8.0 * double(window.depth()))), 32, 64);
+  const double depth = double(window.depth());
+  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt((depth < 256 ? 4.0 : 8.0) * depth)), 16, 64);
   const bool dots = form == Form::dots;  // the lanes of a dot product are short sums already
   const int64_t together = dots ? runs : std::max<int64_t>(1, limit / length);
   const bool single = outer == 1 && runs <= together && length > 4;

@@ -12,6 +12,7 @@ void Conv2dEpiloguePass<T>::run(const T* sum, T* y, Strides4 s, const Conv2dEpil
   constexpr int64_t kLine = 512;
   const Bias<T> bias(e, channels);
   const Strides4& r = e.residual_strides;
+  if (s.h == width * s.w && (!e.residual || r.h == width * r.w)) width *= height, height = 1;  // rows touch
   const Epilogue<T> epilogue{bias.get(), e.residual, r, y, s, e.pre, e.activation, width};
   // Lines run along channels where the tensor is channels last, otherwise along a row.
   const bool last = s.c == 1 && channels > 1;

@@ -67,35 +67,45 @@ struct Epilogue {
 
   // One line of `count` values that lie `stride` apart in y and `r_stride` apart in the residual; its biases are
   // bias_step (0 or 1) apart.
-  void line(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
-            int64_t r_stride) const {
-    constexpr int L = kLanes<A>;
-    const auto biased = [&](Vec<A> v, int64_t i) { return bias_step ? v + load(biases + i) : v + broadcast(*biases); };
-    const bool vectors = !residual || r_stride == 1 || r_stride == 0;
-    if (vectors && !pre && activation == Activation::none && stride == 1 && count >= L) {
-      for (int64_t block = 0; block < count; block += L) {  // the last vector overlaps the one before it
-        const int64_t i = std::min(block, count - L);
-        Vec<A> v = load(values + i);
-        if (biases) v = biased(v, i);
-        if (residual) v += r_stride ? load_compute(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
-        store_compute(y + at + i, v);
-      }
-      return;
+  __attribute__((noinline)) void line(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at,
+                                      int64_t stride, int64_t r_at, int64_t r_stride) const {
+    if (stride == 1 && (!residual || r_stride == 1 || r_stride == 0)) {
+      const auto dense = [&]<Activation kind>() {
+        dense_line<kind>(values, count, biases, bias_step, at, residual ? residual + r_at : nullptr, r_stride);
+      };
+      return activation == Activation::none ? dense.template operator()<Activation::none>()
+                                            : with_activation(activation, dense);
     }
-    int64_t i = 0;
-    for (; i + L <= count && vectors; i += L) {
-      Vec<A> v = load(values + i);
-      if (biases) v = biased(v, i);
-      if (residual) v += r_stride ? load_compute(residual + r_at + i) : broadcast(A(to_float(residual[r_at])));
-      store(values + i, v);
-    }
-    for (int64_t j = i; j < count; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       if (biases) values[j] += biases[j * bias_step];
       if (residual) values[j] += to_float(residual[r_at + j * r_stride]);
     }
     if (pre) store_row(pre + at, stride, values, count);
     if (activation != Activation::none) activate(activation, values, count);
     store_row(y + at, stride, values, count);
+  }
+
+  // A line without gaps, in one pass: the last vector overlaps the one before it, or is a part of one.
+  template <Activation kind>
+  void dense_line(const A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, const T* added,
+                  int64_t added_step) const {
+    constexpr int L = kLanes<A>;
+    const auto one = added && added_step == 0 ? broadcast(A(to_float(*added))) : Vec<A>{};
+    for (int64_t block = 0; block < count; block += L) {
+      const bool part = count < L;
+      const int64_t i = part ? 0 : std::min(block, count - L);
+      Vec<A> v = part ? load_part(values, count, A(0)) : load(values + i);
+      if (biases) v += bias_step == 0 ? broadcast(*biases) : part ? load_part(biases, count, A(0)) : load(biases + i);
+      if (added) v += added_step == 0 ? one : part ? load_part(added, count, A(0)) : load_compute(added + i);
+      const Vec<A> result = activated_lanes<kind>(v);
+      if (part) {
+        if (pre) store_part(pre + at, count, v);
+        store_part(y + at, count, result);
+      } else {
+        if (pre) store_compute(pre + at + i, v);
+        store_compute(y + at + i, result);
+      }
+    }
   }
 
   void operator()(const Panel<A>& p) const { s.c == 1 && p.channels > 1 ? channels_last(p) : channels_first(p); }

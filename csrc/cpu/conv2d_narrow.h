@@ -14,11 +14,11 @@
 
 namespace pynn::cpu {
 
-// Whether lanes of pixels beat lanes of channels.
+// Whether lanes of pixels beat lanes of channels, of which up to eight outputs fill half a vector at most.
 inline bool is_narrow(const Window& window) {
   if (window.depthwise() || window.h.out * window.w.out < 4 * kLanes<float>) return false;
   const int64_t in = window.in_channels, out = window.out_channels;
-  return out <= 4 || in <= 4 || (window.groups > 1 && std::min(in, out) <= 16 && std::max(in, out) <= 32);
+  return out <= 8 || in <= 4 || (window.groups > 1 && std::min(in, out) <= 16 && std::max(in, out) <= 32);
 }
 
 template <class T>
@@ -91,10 +91,10 @@ class NarrowCorrelation {
     return ceil_div(window.h.out, bands);
   }
 
-  // Pieces of about sqrt(K) products, where the errors within and between pieces balance; twice as long where that
-  // keeps the tiles busy. They depend on K only, not on the blocks of channels that are packed together.
+  // Pieces of about sqrt(2 K) products: the errors within and between pieces balance at sqrt(K), the tiles are busier
+  // with more. They depend on K only, not on the blocks of channels that are packed together.
   void cut() {
-    const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt((depth_ <= 32 ? 2.0 : 4.0) * double(depth_))), 4, 64);
+    const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(2.0 * double(depth_))), 4, 64);
     const int64_t pieces = ceil_div(depth_, limit), taps = window_.taps();
     for (int64_t i = 0; i <= pieces; ++i) ends_.push_back(pieces ? depth_ * i / pieces : 0);
     const int64_t fit = std::max<int64_t>(1, 2 * kBytes / int64_t(sizeof(A)) / planes_.channel());

@@ -64,15 +64,15 @@ def measure_for(source: Path, architecture: str, nvcc: str) -> Result:
     entries = _entries(ptx.read_text())
     result = Result({}, {}, {"nvcc": nvcc_version(nvcc)})
     short = short_names(list(resources))
+    stacked = [mangled for mangled, row in resources.items() if row["stack_bytes"]]  # spilled registers live there
+    ptxas = str(Path(nvcc).with_name("ptxas"))
+    spilled = measure.spills_of_ptx(ptxas, ptx.read_text(), f"sm_{architecture}", stacked) if stacked else {}
     for mangled, row in resources.items():
         name = f"{source.stem}.{short[mangled]} | cuda sm_{architecture}"
         if name in result.rows:
             raise RuntimeError(f"two kernels of {source.name} are called {name!r}")
-        row["spill_bytes"] = 0
-        if row["stack_bytes"]:  # spilled registers live there
-            ptxas = str(Path(nvcc).with_name("ptxas"))
-            row["spill_bytes"] = measure.spills_of_ptx(ptxas, ptx.read_text(), f"sm_{architecture}", entry=mangled)
-            row["stack_bytes"] -= min(row["stack_bytes"], row["spill_bytes"])
+        row["spill_bytes"] = spilled[mangled] if row["stack_bytes"] else 0
+        row["stack_bytes"] -= min(row["stack_bytes"], row["spill_bytes"])
         arithmetic = {key: measure.of_ptx(entries[mangled])[key] for key in ("fma", "fusable")}
         result.rows[name] = {**row, **arithmetic, **measure.of_sass(sass[mangled])}
         result.promises[name] = cuda_promise(short[mangled])

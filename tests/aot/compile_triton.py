@@ -68,6 +68,7 @@ def _measure(kernel, target: str, promise: Promise) -> measure.Measurement:
         from triton.backends.nvidia.compiler import get_ptxas
 
         architecture = re.findall(r"\.target (\w+)", ptx)[0]
-        row["spill_bytes"] = measure.spills_of_ptx(get_ptxas(TARGETS[target].arch).path, ptx, architecture)
+        spilled = measure.spills_of_ptx(get_ptxas(TARGETS[target].arch).path, ptx, architecture)
+        row["spill_bytes"] = sum(spilled.values())
         row["stack_bytes"] -= min(row["stack_bytes"], row["spill_bytes"])
     return row | measure.of_ptx(ptx)

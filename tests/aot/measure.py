@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 Measurement = dict[str, int]
@@ -33,21 +35,28 @@ _PTX = {
 _WIDE = r"\S*\.(?:v4\.[bfu]32|v8\.[bfu]32|v2\.[bfu]64|v4\.[bfu]64|v2\.b128|b128)\b"
 
 
-def _count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text))
+def _words(text: str) -> Counter[str]:
+    """How often each word but registers and numbers occurs: megabytes of text have some hundred instructions."""
+    return Counter(word for word in text.split() if word[0].isalpha())
+
+
+def _count(pattern: str, words: Counter[str]) -> int:
+    search = re.compile(pattern).search
+    return sum(number for word, number in words.items() if search(word))
 
 
 def of_ptx(ptx: str) -> Measurement:
     """Counts in PTX. A multiplication or addition without a rounding mode may be fused by ptxas."""
+    words = _words(ptx)
     found = {
-        "loads": _count(r"\bld\.global\.", ptx),
-        "loads128": _count(r"\bld\.global" + _WIDE, ptx),
-        "stores": _count(r"\bst\.global\.", ptx),
-        "stores128": _count(r"\bst\.global" + _WIDE, ptx),
-        "fma": _count(r"\bfma\.rn\.f(?:32|64|32x2)\b", ptx),
-        "fusable": _count(r"\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64|32x2)\b", ptx),
+        "loads": _count(r"\bld\.global\.", words),
+        "loads128": _count(r"\bld\.global" + _WIDE, words),
+        "stores": _count(r"\bst\.global\.", words),
+        "stores128": _count(r"\bst\.global" + _WIDE, words),
+        "fma": _count(r"\bfma\.rn\.f(?:32|64|32x2)\b", words),
+        "fusable": _count(r"\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64|32x2)\b", words),
     }
-    return found | {name: n for name, pattern in _PTX.items() if (n := _count(pattern, ptx))}
+    return found | {name: n for name, pattern in _PTX.items() if (n := _count(pattern, words))}
 
 
 def of_amdgcn(assembly: str) -> Measurement:
@@ -56,30 +65,32 @@ def of_amdgcn(assembly: str) -> Measurement:
     def metadata(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0])
 
+    words = _words(assembly)
     memory = r"(?:global|buffer|flat)_"
     found = {
         "registers": metadata("vgpr_count"),
         "spill_bytes": 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")),
         "stack_bytes": metadata("private_segment_fixed_size"),
-        "loads": _count(rf"\b{memory}load_", assembly),
-        "loads128": _count(rf"\b{memory}load_dwordx4", assembly),
-        "stores": _count(rf"\b{memory}store_", assembly),
-        "stores128": _count(rf"\b{memory}store_dwordx4", assembly),
+        "loads": _count(rf"\b{memory}load_", words),
+        "loads128": _count(rf"\b{memory}load_dwordx4", words),
+        "stores": _count(rf"\b{memory}store_", words),
+        "stores128": _count(rf"\b{memory}store_dwordx4", words),
     }
-    mfma = _count(r"\bv_mfma_", assembly)
+    mfma = _count(r"\bv_mfma_", words)
     return found | ({"mfma": mfma} if mfma else {})
 
 
 def of_sass(sass: str) -> Measurement:
     """Counts in the disassembly of one kernel."""
+    words = _words(re.sub(r"/\*.*?\*/", " ", sass))  # without addresses and encodings
     found = {
-        "loads": _count(r"\bLDG\.", sass),
-        "loads128": _count(r"\bLDG\.\S*\b(?:128|256)\b", sass),
-        "stores": _count(r"\bSTG\.", sass),
-        "stores128": _count(r"\bSTG\.\S*\b(?:128|256)\b", sass),
+        "loads": _count(r"\bLDG\.", words),
+        "loads128": _count(r"\bLDG\.\S*\b(?:128|256)\b", words),
+        "stores": _count(r"\bSTG\.", words),
+        "stores128": _count(r"\bSTG\.\S*\b(?:128|256)\b", words),
     }
     extra = {"mma": r"\bHMMA\.", "wgmma": r"\bHGMMA\.", "cp_async": r"\bLDGSTS\."}
-    return found | {name: n for name, pattern in extra.items() if (n := _count(pattern, sass))}
+    return found | {name: n for name, pattern in extra.items() if (n := _count(pattern, words))}
 
 
 def resources(cuobjdump: str, binary: Path) -> dict[str, Measurement]:
@@ -107,15 +118,14 @@ def spills(ptxas_log: str) -> dict[str, int]:
     return {name: int(stores) + int(loads) for name, stores, loads in rows}
 
 
-def spills_of_ptx(ptxas: str, ptx: str, architecture: str, entry: str | None = None) -> int:
-    """Spilled bytes of the one kernel of a PTX text, or of the one called `entry`."""
+def spills_of_ptx(ptxas: str, ptx: str, architecture: str, entries: Sequence[str] = ()) -> dict[str, int]:
+    """Kernel -> spilled bytes: those of a PTX text, or the `entries` among them."""
     with tempfile.TemporaryDirectory() as directory:
         source, binary = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
         source.write_text(ptx)
         command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", str(binary)]
-        command += ["--entry", entry] if entry else []
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(spills(log).values())
+        command += [f"--entry={entry}" for entry in entries]
+        return spills(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
 def _run(*command) -> str:

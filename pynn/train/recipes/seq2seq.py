@@ -35,7 +35,7 @@ class Reverse(Recipe):
 
     name = "seq2seq"
     summary = "GRU encoder and decoder with additive attention reverse unseen words"
-    settings = Settings(steps=700, batch_size=64, learning_rate=4e-3, warmup=20, clip_norm=1.0)
+    settings = Settings(steps=900, batch_size=64, learning_rate=4e-3, warmup=20, clip_norm=1.0)
     metric, gate = "words", 0.97
     better_than: ClassVar[str | None] = "seq2seq_plain"
     attention: str | None = "additive"

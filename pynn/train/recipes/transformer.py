@@ -19,7 +19,7 @@ class CharGpt(LanguageModel):
     name = "gpt"
     summary = "GPT of three blocks on Python's help topics"
     settings = Settings(
-        steps=700, batch_size=16, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01, warmup=50, clip_norm=1.0
+        steps=600, batch_size=32, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01, warmup=50, clip_norm=1.0
     )
     gate = 2.2
 
@@ -36,7 +36,7 @@ class MaskedBert(Recipe):
     name = "bert"
     summary = "BERT names hidden characters of Python's help topics"
     settings = Settings(
-        steps=800, batch_size=16, learning_rate=2e-3, optimizer="adamw", weight_decay=0.01, warmup=50, clip_norm=1.0
+        steps=900, batch_size=32, learning_rate=2e-3, optimizer="adamw", weight_decay=0.01, warmup=50, clip_norm=1.0
     )
     metric, gate = "masked_accuracy", 0.35
     length = 128
@@ -95,7 +95,7 @@ class SpanT5(Recipe):
 
     name = "t5"
     summary = "T5 restores spans cut out of Python's help topics"
-    settings = Settings(steps=700, batch_size=16, learning_rate=2e-3, optimizer="adamw", warmup=50, clip_norm=1.0)
+    settings = Settings(steps=1200, batch_size=32, learning_rate=2e-3, optimizer="adamw", warmup=50, clip_norm=1.0)
     metric, gate = "span_accuracy", 0.40
     length, spans, span = 96, 5, 3
 
