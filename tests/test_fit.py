@@ -172,6 +172,13 @@ def test_batches_that_do_not_fit_are_refused():
         fit(build(), loss, batch, dataclasses.replace(SETTINGS, batch_size=4))
 
 
+def test_sharding_wants_processes_and_no_fp16():
+    with pytest.raises(ValueError, match="shard: expected several processes, started by torchrun, got one"):
+        fit(build(), loss, batch, SETTINGS, shard=True)
+    with pytest.raises(ValueError, match="shard: expected precision no or bf16, got fp16"):
+        fit(build(), loss, batch, dataclasses.replace(SETTINGS, precision="fp16"), shard=True)
+
+
 # Processes of their own: torchrun, and a precision that accelerate fixes for a process
 
 WORKER = """
@@ -192,8 +199,13 @@ def watch(step, value):
     if rank == 1 and attempt == 0 and step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 resume = bool(checkpoint.find(out / "checkpoints"))
-fit(t.build(0.0), t.loss, t.batch, t.SETTINGS, out=out, resume=resume, checkpoint_every=4, on_step=watch)
+shard = {shard!r}[attempt]
+model = t.build(0.0)
+fit(model, t.loss, t.batch, t.SETTINGS, out=out, resume=resume, checkpoint_every=4, on_step=watch, shard=shard)
 assert torch.distributed.get_world_size() == 2
+assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+if rank == 0:
+    torch.save(model.state_dict(), out / "weights.pt")
 """
 
 
@@ -202,19 +214,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_are_one_and_survive_the_death_of_one(tmp_path):
+@pytest.mark.parametrize("shard", [(False, False), (True, False), (False, True)], ids=str)
+def test_two_processes_are_one_and_survive_the_death_of_one(tmp_path, shard):
     """The second is killed after step 7, which ends the first too; a new start goes on from the checkpoint of step 4.
 
-    Every loss is that of one process.
+    shard: before and after it. Every loss is that of one process.
     """
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path), shard=shard))
     for attempt in (0, 1):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["--monitor-interval", "0.2", str(script), str(attempt)]
         result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert (result.returncode == 0) == (attempt == 1), result.stderr[-3000:]
-    expected = dict(enumerate(losses_of(build(0.0)), start=1))
+    model = build(0.0)
+    expected = dict(enumerate(losses_of(model), start=1))
+    found = torch.load(tmp_path / "weights.pt")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
     for attempt, steps in ((0, range(1, 8)), (1, range(5, 13))):
         lines = (tmp_path / f"losses-{attempt}.jsonl").read_text().splitlines()
         seen = dict(json.loads(line) for line in lines)

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,12 @@ def test_training_evaluating_listing(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(RECIPES)
     assert next(line for line in lines if line.startswith("rbf ")).split()[4:6] == [f"{row.value:g}", "1/1"]
+
+
+def test_readme_shows_what_was_measured(capsys):
+    assert pynn("list", "--markdown") == 0
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert capsys.readouterr().out in readme, "paste the output of pynn list --markdown"
 
 
 def test_recorded_rows_replace_older_ones_of_their_seed(tmp_path):

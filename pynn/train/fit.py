@@ -1,15 +1,16 @@
 """fit: the training loop of every recipe but DDPM's, on Hugging Face accelerate.
 
-accelerate does mixed precision, gradient accumulation and DistributedDataParallel; under torchrun each process takes
-its part of every batch, and the losses are those of one process to rounding, dropout and batch normalisation apart. A
-batch follows from (seed, step) and so does the state of the random generators inside a step: a resumed run needs no
-state but weights and optimizer, and goes on bit for bit.
+accelerate does mixed precision, gradient accumulation and DistributedDataParallel, sharding.py FSDP2; under torchrun
+each process takes its part of every batch, and the losses are those of one process to rounding, dropout and batch
+normalisation apart. A batch follows from (seed, step) and so does the state of the random generators inside a step: a
+resumed run needs no state but weights and optimizer, and goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -110,6 +111,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    shard: bool = False,
     progress: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> History:
@@ -130,17 +132,21 @@ def fit(
         resume: continue from the newest intact checkpoint in `out`.
         overwrite: remove the checkpoints that `out` holds.
         device: "cpu" or "cuda"; under torchrun accelerate chooses the GPU of each process.
+        shard: every process keeps a part of the weights and of the optimizer (FSDP2) instead of all of them; the
+            checkpoints are the same. Batch statistics are those of the first process.
         progress: show a progress bar.
         on_step: called with (steps done, loss) after every step.
     Returns:
         The history; `finished` is False when a signal ended the run.
     Raises:
         ValueError: batch_size that processes and `accumulate` do not divide; a checkpoint of another run; `out` holds a
-            run and is neither to be resumed nor overwritten.
+            run and is neither to be resumed nor overwritten; `shard` with one process or in fp16.
         FileNotFoundError: nothing to resume.
         FloatingPointError: the loss is no longer finite; the last checkpoint is from before that.
     """
     accelerate = require("accelerate")
+    if shard and settings.precision == "fp16":
+        raise ValueError("shard: expected precision no or bf16, got fp16")
     accelerator = accelerate.Accelerator(
         cpu=device == "cpu", mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
     )
@@ -149,7 +155,7 @@ def fit(
         parts = f"{accelerator.num_processes} processes x accumulate {settings.accumulate}"
         raise ValueError(f"batch_size: expected a multiple of {parts}, got {settings.batch_size}")
     history = History()
-    model.to(accelerator.device)
+    model.to("cpu" if shard else accelerator.device)
     old = [] if out is None or resume else checkpoint.find(out / "checkpoints")
     if old and not overwrite:
         raise ValueError(f"{out} holds a run: continue it with resume, or start anew with overwrite")
@@ -163,12 +169,29 @@ def fit(
             if out is None:
                 raise ValueError("resume: expected an out directory to continue from")
             history = _restore(model, optimizer, accelerator.scaler, settings, name, out)
-        trained, wrapped = accelerator.prepare(model, optimizer)
-        run = _Run(accelerator, model, trained, wrapped, loss, batch, settings, share, history)
+        sharded = None
+        if shard:
+            from .sharding import Sharded  # here, because torch.distributed's parts take a second to import
+
+            build = functools.partial(build_optimizer, settings=settings)
+            sharded = Sharded(model, optimizer, build, accelerator.device, accelerator.num_processes)
+            trained = accelerator.prepare_model(sharded.model, evaluation_mode=True)  # autocast alone
+            wrapped = accelerator.prepare_optimizer(sharded.optimizer)
+        else:
+            trained, wrapped = accelerator.prepare(model, optimizer)
+        run = _Run(accelerator, model, trained, wrapped, loss, batch, settings, share, history, sharded)
+
+        def save() -> None:
+            if out is not None:
+                _save(model, optimizer, accelerator.scaler, settings, name, history, out)
+
         try:
-            run.loop(out, name, evaluate, evaluate_every, checkpoint_every, log_every, progress, on_step)
+            run.loop(out, save, name, evaluate, evaluate_every, checkpoint_every, log_every, progress, on_step)
         finally:
             accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # prepare() put autocast around forward
+        if sharded is not None:
+            sharded.collect()
+            model.to(accelerator.device)
     history.finished = history.step == settings.steps
     model.eval()
     if history.finished and evaluate is not None:
@@ -181,20 +204,21 @@ def fit(
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, accelerator, model, trained, optimizer, loss, batch, settings, share, history) -> None:
-        self.accelerator, self.model, self.trained, self.optimizer = accelerator, model, trained, optimizer
+    def __init__(self, accelerator, model, trained, optimizer, loss, batch, settings, share, history, sharded) -> None:
+        self.accelerator, self.trained, self.optimizer, self.sharded = accelerator, trained, optimizer, sharded
+        self.model = model if sharded is None else trained
         self.loss, self.batch, self.settings, self.share, self.history = loss, batch, settings, share, history
         self.stop = False
         # A frozen batch normalisation keeps its statistics too.
         self.frozen = [
             module
-            for module in model.modules()
+            for module in self.model.modules()
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
             and module.affine
             and not any(parameter.requires_grad for parameter in module.parameters())
         ]
 
-    def loop(self, out, name, evaluate, evaluate_every, checkpoint_every, log_every, progress, on_step) -> None:
+    def loop(self, out, save, name, evaluate, evaluate_every, checkpoint_every, log_every, progress, on_step) -> None:
         history, settings, main = self.history, self.settings, self.accelerator.is_main_process
         writer = None
         if out is not None and main:
@@ -229,8 +253,11 @@ class _Run:
                         self.model.eval()
                         history.metrics.append((history.step, evaluate(self.model)))
                         _log(writer, history.step, **history.metrics[-1][1])
-                    if out is not None and main and (history.step % checkpoint_every == 0 or last):
-                        _save(self.model, self.optimizer, self.accelerator.scaler, settings, name, history, out)
+                    if out is not None and (history.step % checkpoint_every == 0 or last):
+                        if self.sharded is not None:
+                            self.sharded.collect()
+                        if main:
+                            save()
         finally:
             bar.close()
             if writer is not None:

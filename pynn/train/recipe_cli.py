@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ def add_train(commands: Any, add_machine: Any) -> None:
                 value = getattr(recipe.settings, field.name)
                 option = "--" + field.name.replace("_", "-")
                 parser.add_argument(option, type=type(value), default=value, choices=choices, help="of the run")
+        parser.add_argument("--shard", action="store_true", help="under torchrun: weights in parts (FSDP2)")
         parser.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
         parser.add_argument("--rounds", type=int, default=0, help="steps to time against torch.nn; 0 leaves it out")
         parser.add_argument("--record", action="store_true", help=f"write the result into {results.PATH.name}")
@@ -63,6 +65,7 @@ def add_commands(commands: Any, add_machine: Any) -> None:
     add_machine(parser)
     parser = commands.add_parser("list", help="show the recipes, their goals and what was measured last")
     parser.set_defaults(run=show)
+    parser.add_argument("--markdown", action="store_true", help="as the table of the README")
 
 
 def gate_of(recipe: type[Recipe] | Recipe) -> str:
@@ -95,6 +98,7 @@ def train(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         device=options.device,
+        shard=options.shard,
         progress=not options.quiet,
     )
     seconds = time.perf_counter() - start
@@ -165,28 +169,36 @@ def _verdict(recipe: Recipe, metrics: dict[str, float]) -> str:
 
 def show(options: argparse.Namespace) -> int:
     """`pynn list`."""
-    rows = results.read()
-    lines = [("recipe", "goal", "measured", "met", "seconds", "step / torch.nn", "date", "what")]
-    for name, recipe in RECIPES.items():
-        own = [row for row in rows if row.recipe == name]
-        met = _met(recipe, rows)
-        ratios = [row.ratio for row in own if row.ratio]
-        lines.append(
-            (
-                name,
-                f"{recipe.metric} {gate_of(recipe)}" + (f", > {recipe.better_than}" if recipe.better_than else ""),
-                " ".join(f"{row.value:g}" for row in own),
-                met,
-                f"{max(row.seconds for row in own):.0f}" if own else "",
-                " ".join(ratios),
-                max((row.date for row in own), default=""),
-                recipe.summary,
-            )
-        )
+    lines = table(results.read())
+    if options.markdown:
+        lines.insert(1, tuple("---" for _ in lines[0]))
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return 0
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
     return 0
+
+
+def table(rows: list[results.Row]) -> list[tuple[str, ...]]:
+    """Every recipe with its goal and, seed by seed, what was measured; a header first."""
+    lines: list[tuple[str, ...]] = [("recipe", "goal", "measured", "met", "seconds", "step / torch.nn", "date", "what")]
+    for name, recipe in RECIPES.items():
+        own = [row for row in rows if row.recipe == name]
+        ratios = [float(row.ratio) for row in own if row.ratio]
+        lines.append(
+            (
+                name,
+                f"{recipe.metric} {gate_of(recipe)}" + (f", > {recipe.better_than}" if recipe.better_than else ""),
+                " ".join(f"{row.value:.4g}" for row in own),
+                _met(recipe, rows),
+                f"{statistics.median(row.seconds for row in own):.0f}" if own else "",
+                f"{statistics.median(ratios):.2f}" if ratios else "",
+                max((row.date for row in own), default=""),
+                recipe.summary,
+            )
+        )
+    return lines
 
 
 def _met(recipe: type[Recipe], rows: list[results.Row]) -> str:

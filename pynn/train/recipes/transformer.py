@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pynn.models._transformer import normal_init
 from pynn.models.transformer import GPT, T5, Bert, ViT
 
 from .. import data
@@ -47,8 +48,10 @@ class MaskedBert(Recipe):
         self.mask = len(self.text.characters)  # the token after the characters
 
     def model(self) -> nn.Module:
-        return Bert(self.mask + 1, self.length, width=128, layers=3, heads=4, segments=0, pooler=False, sentence=False,
+        bert = Bert(self.mask + 1, self.length, width=128, layers=3, heads=4, segments=0, pooler=False, sentence=False,
                     dropout=0.0)  # fmt: skip
+        normal_init(bert, bert.token_embedding.embedding_dim**-0.5)  # BERT's 0.02 suits 768 features: slow with 128
+        return bert
 
     def hide(self, ids: Tensor, generator: torch.Generator) -> Batch:
         """(ids with some hidden, the hidden ones and -100 elsewhere)."""
