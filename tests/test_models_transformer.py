@@ -218,6 +218,30 @@ def test_generation_stops_each_row_at_the_stop_token():
     assert one[0, -1] == stop
 
 
+def test_t5_writes_the_most_likely_continuation():
+    torch.manual_seed(1)
+    model, ids = T5(40, 24, 2, 3, dropout=0.0).eval(), tokens(3, 6) % 40
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    expected = ids.new_full((3, 1), 7)
+    with torch.no_grad():
+        memory = model.encode(ids, mask)
+        caches = model.caches(9, 6)
+        for _ in range(8):
+            expected = torch.cat([expected, model(ids, expected, mask)[:, -1].argmax(-1, keepdim=True)], 1)
+        parts = [model.decode(part, memory, mask, caches) for part in expected.split([4, 1, 3, 1], dim=1)]
+    peers.assert_close(torch.cat(parts, 1), model.decode(expected, memory, mask))
+    options = {"attention_mask": mask, "start_token": 7, "temperature": 0}
+    assert torch.equal(model.generate(ids, 8, stop_token=None, **options), expected[:, 1:])
+    stop = expected[0, 3].item()
+    first = model.generate(ids, 8, stop_token=stop, **options)[0]
+    end = expected[0, 1:].tolist().index(stop)
+    assert torch.equal(first[: end + 1], expected[0, 1 : end + 2])
+    assert (first[end:] == stop).all()
+    with pytest.raises(ValueError, match=r"T5\.generate: expected max_new_tokens >= 0, got -1"):
+        model.generate(ids, -1)
+
+
 def test_generation_follows_the_generator_and_the_probabilities():
     model, ids = gpt(), tokens(1, 4)
 

@@ -170,6 +170,31 @@ def test_hugging_face(name, tmp_path):
     peers.assert_gradients_close({n: t for n, t in got.items() if t.any()}, expected)
 
 
+@pytest.mark.parametrize(
+    ("make", "new", "start", "stop", "masked"),
+    [(t5, 6, {"decoder_start_token_id": 0}, 1, True), (gpt2, 2, {}, 0, False)],
+)
+def test_generation_is_transformers(make, new, start, stop, masked):
+    """The most likely tokens, from the same weights."""
+    case, x = make(), ids()
+    peers.randomise(case.theirs)
+    pynn.load_weights(case.ours, case.theirs.state_dict(), "hf")
+    own = {"attention_mask": MASK} if masked else {}
+    found = case.ours.eval().generate(x, new, temperature=0, stop_token=stop, **own)
+    # Without its cache, which counts the layers of the encoder in a decoder of more.
+    options = {
+        "do_sample": False,
+        "use_cache": False,
+        "max_new_tokens": new,
+        "pad_token_id": stop,
+        "eos_token_id": stop,
+        **start,
+    }
+    mask = MASK if masked else torch.ones_like(MASK)
+    expected = case.theirs.eval().generate(x, attention_mask=mask.long(), **options)
+    assert torch.equal(found, expected[:, -found.shape[1] :])
+
+
 def read(directory):
     return peers.load("safetensors.torch").load_file(directory / "model.safetensors")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._generation import extend, sampler
 from ._positions import RelativePositionBias
 from ._transformer import (
+    KeyValueCache,
     Stack,
     TransformerBlock,
     causal_mask,
@@ -199,14 +202,30 @@ class T5(nn.Module):
         x = self.encoder(self.dropout(self.token_embedding(ids)), mask=bias)
         return self.dropout(x)
 
-    def decode(self, ids: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """(B, T) tokens and the memory (B, S, width) to logits (B, T, vocab_size); memory_mask: (B, S)."""
+    def decode(
+        self,
+        ids: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        caches: tuple[list[KeyValueCache], list[KeyValueCache]] | None = None,
+    ) -> Tensor:
+        """Logits of the token after each.
+
+        Args:
+            ids: (B, T) int64. memory: (B, S, width), of `encode`. memory_mask: (B, S).
+            caches: those of the tokens before ids and of the memory, from `caches`; the new ones are added.
+        Returns:
+            (B, T, vocab_size).
+        """
         check_tokens("T5", "decoder_ids", ids)
         keys = key_mask("T5", memory_mask, memory.shape[:2])
+        own, crossed = caches or (None, None)
         length = ids.shape[1]
-        bias = self.decoder_bias(length, length)
-        bias = bias.masked_fill(~causal_mask(length, length, ids.device), -math.inf)
-        x = self.decoder(self.dropout(self.token_embedding(ids)), memory, bias, keys)
+        total = length + (own[0].used if own else 0)
+        bias = self.decoder_bias(length, total)
+        bias = bias.masked_fill(~causal_mask(length, total, ids.device), -math.inf)
+        x = self.token_embedding(ids)
+        x = self.decoder(self.dropout(x), memory, bias, keys, caches=own, memory_caches=crossed)
         x = self.dropout(x)
         if self.head is not None:
             return self.head(x)
@@ -225,3 +244,46 @@ class T5(nn.Module):
         """
         memory = self.encode(ids, attention_mask)
         return self.decode(decoder_ids, memory, attention_mask)
+
+    def caches(self, length: int, memory_length: int) -> tuple[list[KeyValueCache], list[KeyValueCache]]:
+        """Empty caches for `decode` of `length` tokens and of the memory, one per block."""
+        layers = range(len(self.decoder.layers))
+        return [KeyValueCache(length) for _ in layers], [KeyValueCache(memory_length) for _ in layers]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        start_token: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Writes the output for an input, with cached keys and values. Dropout acts in training mode: call eval().
+
+        Args:
+            ids: (B, S) int64, the input. max_new_tokens: the most tokens to write.
+            attention_mask: (B, S), true where a token takes part; None for all.
+            start_token: what the decoder begins with; 0 in T5's files. stop_token: ends a row; 1 in T5's files.
+            temperature, top_k, top_p, generator: see GPT.generate.
+        Returns:
+            (B, n) int64, n <= max_new_tokens, without the start token.
+        Raises:
+            ValueError: a number out of its range, shapes that do not fit.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"T5.generate: expected max_new_tokens >= 0, got {max_new_tokens}")
+        pick = sampler("T5.generate", temperature, top_k, top_p, generator)
+        memory = self.encode(ids, attention_mask)
+        caches = self.caches(max_new_tokens, ids.shape[1])
+
+        def logits(new: Tensor) -> Tensor:
+            return self.decode(new, memory, attention_mask, caches)[:, -1]
+
+        start = ids.new_full((ids.shape[0], 1), start_token)
+        return extend(start, max_new_tokens, logits, pick, stop_token)[:, 1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,12 @@ class KeyValueCache:
         self.used = 0
         self._store: tuple[Tensor, Tensor] | None = None
 
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, (B, H, used, D)."""
+        if self._store is None:
+            raise ValueError("KeyValueCache: nothing was stored yet")
+        return self._store[0][:, :, : self.used], self._store[1][:, :, : self.used]
+
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, L, D) keys and values; returns all so far, (B, H, used, D)."""
         if self._store is None:
@@ -80,7 +86,7 @@ class KeyValueCache:
         for store, new in zip(self._store, (key, value), strict=True):
             store[:, :, self.used : end] = new
         self.used = end
-        return self._store[0][:, :, :end], self._store[1][:, :, :end]
+        return self.stored()
 
 
 class Attention(nn.Module):
@@ -134,23 +140,30 @@ class Attention(nn.Module):
             x: (B, L, width). memory: (B, S, width).
             mask: broadcastable to (B, H, L, S): bool (true takes part) or float (added to the scores).
             is_causal: token i sees tokens 0 .. i, those in the cache included; not together with mask.
-            rotary: turns queries and keys. cache: keys and values of earlier tokens; those of x are added to it.
+            rotary: turns queries and keys.
+            cache: keys and values of earlier tokens, to which those of x are added; or those of the memory, once.
         Returns:
             (B, L, width).
         """
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        past = 0 if cache is None else cache.used
         if memory is None:
-            query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            query, key, value = map(heads, F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1))
         else:
             inner = self.out_proj.in_features
             weights = self.in_proj_weight.split((inner, 2 * inner))
             biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split((inner, 2 * inner))
-            query = F.linear(x, weights[0], biases[0])
-            key, value = F.linear(memory, weights[1], biases[1]).chunk(2, dim=-1)
-        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        past = 0 if cache is None else cache.used
+            query = heads(F.linear(x, weights[0], biases[0]))
+            if cache is not None and past > 0:
+                key, value = cache.stored()
+            else:
+                key, value = map(heads, F.linear(memory, weights[1], biases[1]).chunk(2, dim=-1))
         if rotary is not None:
             query, key = rotary(query, past), rotary(key, past)
-        if cache is not None:
+        if cache is not None and (memory is None or past == 0):
             key, value = cache.append(key, value)  # (B, H, past + L, D)
         if is_causal and past > 0:
             is_causal = False
@@ -236,8 +249,9 @@ class TransformerBlock(nn.Module):
         is_causal: bool = False,
         rotary: RotaryEmbedding | None = None,
         cache: KeyValueCache | None = None,
+        memory_cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """(B, L, width) to the same; memory (B, S, width) if built with cross_attention. Masks as in Attention.
+        """(B, L, width) to the same; memory (B, S, width) if built with cross_attention. Masks, caches as in Attention.
 
         Raises:
             ValueError: memory is missing, or given to a block without cross_attention.
@@ -250,7 +264,7 @@ class TransformerBlock(nn.Module):
         last = self.norm2
         if self.multihead_attn is not None and self.norm3 is not None:
             attend = self.multihead_attn
-            x = self._residual(x, self.norm2, lambda h: attend(h, memory, memory_mask))
+            x = self._residual(x, self.norm2, lambda h: attend(h, memory, memory_mask, cache=memory_cache))
             last = self.norm3
         return self._residual(x, last, self._network)
 
@@ -267,9 +281,18 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
 
-    def forward(self, x: Tensor, *arguments, caches: list[KeyValueCache] | None = None, **options) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *arguments,
+        caches: Sequence[KeyValueCache] | None = None,
+        memory_caches: Sequence[KeyValueCache] | None = None,
+        **options,
+    ) -> Tensor:
         for i, block in enumerate(self.layers):
-            x = block(x, *arguments, cache=None if caches is None else caches[i], **options)
+            cache = None if caches is None else caches[i]
+            memory_cache = None if memory_caches is None else memory_caches[i]
+            x = block(x, *arguments, cache=cache, memory_cache=memory_cache, **options)
         return x if self.norm is None else self.norm(x)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._encoder_decoder import T5, Transformer
+from ._generation import extend, sampler
 from ._positions import LearnedPositionalEmbedding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
 from ._transformer import (
     Attention,
@@ -252,42 +252,6 @@ class GPT(nn.Module):
                 f"GPT.generate: expected 0 <= max_new_tokens <= {self.context_length - ids.shape[1]} "
                 f"(context_length - L), got {max_new_tokens}"
             )
-        pick = _sampler("GPT.generate", temperature, top_k, top_p, generator)
-        caches, new = self.caches(), ids
-        ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        for _ in range(max_new_tokens):
-            token = pick(self(new, caches)[:, -1])
-            if stop_token is not None:
-                token = token.masked_fill(ended, stop_token)
-                ended |= token == stop_token
-            new = token[:, None].to(ids.dtype)
-            ids = torch.cat([ids, new], dim=1)
-            if stop_token is not None and ended.all():
-                break
-        return ids
-
-
-def _sampler(
-    function: str, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Callable[[Tensor], Tensor]:
-    """(B, V) logits to (B,) tokens; see GPT.generate."""
-    if temperature < 0:
-        raise ValueError(f"{function}: expected temperature >= 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"{function}: expected top_k >= 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"{function}: expected top_p in (0, 1], got {top_p}")
-
-    def pick(logits: Tensor) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        logits, tokens = (logits.float() / temperature).sort(descending=True)
-        if top_k is not None:
-            logits = logits[:, :top_k]
-        probabilities = logits.softmax(-1)
-        if top_p is not None:  # a token stays when those before it do not reach p; the first always does
-            before = probabilities.cumsum(-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-        return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
-
-    return pick
+        pick = sampler("GPT.generate", temperature, top_k, top_p, generator)
+        caches = self.caches()
+        return extend(ids, max_new_tokens, lambda new: self(new, caches)[:, -1], pick, stop_token)

@@ -99,7 +99,7 @@ class SpanT5(Recipe):
     name = "t5"
     summary = "T5 restores spans cut out of Python's help topics"
     settings = Settings(steps=1200, batch_size=32, learning_rate=2e-3, optimizer="adamw", warmup=50, clip_norm=1.0)
-    metric, gate = "span_accuracy", 0.40
+    metric, gate = "span_accuracy", 0.37
     length, spans, span = 96, 5, 3
 
     def __init__(self, seed: int = 0) -> None:
