@@ -67,7 +67,7 @@ class Segmentation(Recipe):
 
     name = "unet"
     summary = "U-Net finds the pixels of three digits in noise"
-    settings = Settings(steps=600, batch_size=16, learning_rate=1e-2, warmup=10)
+    settings = Settings(steps=600, batch_size=16, learning_rate=1e-2, warmup=30, clip_norm=1.0)
     metric, gate = "foreground_iou", 0.83
     size, digits, noise = 64, 3, 0.5
 
