@@ -1,5 +1,6 @@
 """Fused ops, with the arguments of torch.nn.functional plus keyword-only extras."""
 
+from . import _attention_provider
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
@@ -30,3 +31,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "tree_lstm",
 ]
+
+_attention_provider.register()
