@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from .random import make_key
+from .scaled_dot_product_attention import lse_dtype
 
 NAME = "pynn"
 _FORWARD, _BACKWARD = "scaled_dot_product_attention_fwd", "scaled_dot_product_attention_bwd"
@@ -65,7 +66,7 @@ def _sums(lse: Tensor, query: Tensor) -> Tensor:
 
 def _own_sums(lse: Tensor, query: Tensor) -> Tensor:
     """The same as pynn's backward has them."""
-    return lse.contiguous().to(torch.float32 if query.dtype.itemsize == 2 else torch.float64)
+    return lse.contiguous().to(lse_dtype(query.dtype))
 
 
 def _cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):

@@ -28,14 +28,15 @@ def _new_heads(like, width):  # stored as (..., L, H, width)
     return like.new_empty(sizes).transpose(-3, -2)
 
 
-def _lse_dtype(dtype):
+def lse_dtype(dtype):
+    """Of the log-sum-exps that forward gives and backward takes, for operands of this dtype."""
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 @define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     check_devices(_NAME, query, key, value, attn_mask, dropout_key)
-    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query.dtype))
+    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
 
 
 @define(

@@ -189,9 +189,7 @@ def fit(
             run.loop(out, save, name, evaluate, evaluate_every, checkpoint_every, log_every, progress, on_step)
         finally:
             accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # prepare() put autocast around forward
-        if sharded is not None:
-            sharded.collect()
-            model.to(accelerator.device)
+        model.to(accelerator.device)  # where it is already, unless its parts were trained
     history.finished = history.step == settings.steps
     model.eval()
     if history.finished and evaluate is not None:
@@ -253,11 +251,11 @@ class _Run:
                         self.model.eval()
                         history.metrics.append((history.step, evaluate(self.model)))
                         _log(writer, history.step, **history.metrics[-1][1])
-                    if out is not None and (history.step % checkpoint_every == 0 or last):
-                        if self.sharded is not None:
-                            self.sharded.collect()
-                        if main:
-                            save()
+                    due = last or (out is not None and history.step % checkpoint_every == 0)
+                    if due and self.sharded is not None:
+                        self.sharded.collect()
+                    if due and out is not None and main:
+                        save()
         finally:
             bar.close()
             if writer is not None:
