@@ -7,6 +7,9 @@ VENV ?= .venv
 # Torch for the environment. A machine with a GPU wants a CUDA build: make TORCH=torch ...
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2
+# One in so many variants of each test where the tests are run again on other back ends (interpreter, sanitizers, older
+# instruction sets), and of the Triton kernels compiled ahead of time. 1: all. The sample is always the same one.
+SAMPLE ?= 1
 # Installed without what they depend on, which would replace torch, and beside the environment: see tests/peers.py.
 PEERS := torchvision==0.28.0 timm==1.0.31
 
@@ -27,7 +30,8 @@ INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildc
 	tests/test_conv_transpose2d.py tests/test_conv2d_triton.py tests/test_random.py tests/test_recurrent_triton.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "[interpret" $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE) -k "[interpret" \
+	  $(INTERPRETED)
 
 # The same kernels for older CPUs: the op tests again on the other instruction sets. The baseline has no fused
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
@@ -37,13 +41,14 @@ ISA_TESTS := tests/test_conv2d.py tests/test_conv2d_depthwise.py tests/test_conv
 	tests/test_scaled_dot_product_attention.py tests/test_scaled_dot_product_attention_decode.py tests/test_recurrent.py \
 	tests/test_layer_norm_lstm.py tests/test_tree_lstm.py
 test-isa: build
-	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim" $(ISA_TESTS)
-	PYNN_CPU_ISA=baseline OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q -k "not [sim and not accuracy" \
+	PYNN_CPU_ISA=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q --every $(SAMPLE) -k "not [sim" \
 	  $(ISA_TESTS)
+	PYNN_CPU_ISA=baseline OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -q --every $(SAMPLE) \
+	  -k "not [sim and not accuracy" $(ISA_TESTS)
 
 # The CUDA sources on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and gcov.
 test-sanitized: build
-	$(BIN)/python tests/sanitized.py
+	$(BIN)/python tests/sanitized.py --every $(SAMPLE)
 
 # The program that compares every PTX wrapper with its twin on a GPU: build/primitives_check. Exit status 77 without one.
 PRIMITIVES := csrc/sim/selftest/primitives_check.cu csrc/sim/selftest/kernels.cuh csrc/sim/twins.h csrc/include/dtype.h \
@@ -70,7 +75,7 @@ packaging: wheel
 # Every GPU kernel compiled for every target on this machine without a GPU; registers, spills, vector widths and what may be
 # fused against tests/aot/ratchet.json. ACCEPT=1 writes new values there, for review.
 aot: build
-	$(BIN)/python -m tests.aot $(if $(ACCEPT),--accept)
+	PYTHONPATH=.:tests $(BIN)/python -m aot --every $(SAMPLE) $(if $(ACCEPT),--accept)
 
 # A short benchmark run: fails on wrong results, never on time.
 bench: build

@@ -129,8 +129,10 @@ class BuildLibraries(build_ext):
         ninja = self.describe(temp, package)
         (temp / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        program = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-        command = [program] if Path(program).exists() else [sys.executable, "-m", "ninja"]
+        # The environment's own first: another version's log of the build is not read, and everything is built again.
+        beside = shutil.which("ninja", path=str(Path(sys.executable).parent))
+        program = beside or shutil.which("ninja")
+        command = [program] if program else [sys.executable, "-m", "ninja"]
         subprocess.check_call([*command, "-C", str(temp), "-j", jobs])
 
     def describe(self, temp, package):

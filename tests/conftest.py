@@ -14,6 +14,7 @@ import warnings
 import zlib
 
 import pytest
+import sample
 import simulator
 import torch
 from hypothesis import HealthCheck, settings
@@ -36,6 +37,26 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter
 
     triton_interpreter.install()  # before a kernel module is imported
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, help="run one in so many variants of each test function")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m left
+def pytest_collection_modifyitems(config, items):
+    """Keeps a sample of the variants of each test function, and at least one."""
+    every = config.getoption("every")
+    if every == 1:
+        return
+    functions = collections.defaultdict(list)
+    for item in items:
+        functions[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for variants in functions.values():
+        kept.update([item for item in variants if sample.chosen(item.nodeid, every)] or variants[:1])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @dataclasses.dataclass(frozen=True)

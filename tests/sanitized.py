@@ -1,8 +1,8 @@
 """make test-sanitized: the CUDA sources under sanitizers, on the CPU.
 
 1. self-tests   csrc/sim/selftest's correct kernels under ASan + UBSan and under TSan
-2. launchers    every launcher of every op, without torch: under ASan + UBSan, under TSan (a race detector for CUDA),
-                and for coverage: at least 95 % of the lines of every kernel file
+2. launchers    every launcher of every op, without torch: under ASan + UBSan in three schedules, under TSan (a race
+                detector for CUDA), and for coverage: at least 95 % of the lines of every kernel file
 3. pytest       the op tests on a libpynn_sim.so built with ASan + UBSan, which sees past the ends of torch's tensors
 
 An op takes part with csrc/sim/selftest/launchers_<op>.cpp. Prints a table; exit status 1 when a part failed.
@@ -10,6 +10,7 @@ An op takes part with csrc/sim/selftest/launchers_<op>.cpp. Prints a table; exit
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import json
 import os
@@ -53,8 +54,8 @@ def check_self_tests(variant: str) -> str:
     return "two schedules"
 
 
-def check_launchers(variant: str) -> str:
-    outcome = simulator.run([launchers(variant)], timeout=300)
+def check_launchers(variant: str, *arguments: str) -> str:
+    outcome = simulator.run([launchers(variant), *arguments], timeout=1200)
     if outcome.status != 0:
         raise RuntimeError(outcome.text)
     return outcome.text.strip()
@@ -64,7 +65,7 @@ def check_coverage() -> str:
     path = launchers("gcov")
     for old in DIRECTORY.glob("*.gcda"):
         old.unlink()
-    outcome = simulator.run([path])
+    outcome = simulator.run([path, "once"], timeout=600)
     if outcome.status != 0:
         raise RuntimeError(outcome.text)
     verdicts, uncovered = [], []
@@ -98,7 +99,7 @@ def _line_counts() -> dict[Path, dict[int, int]]:
     return counts
 
 
-def check_pytest() -> str:
+def check_pytest(every: int) -> str:
     sources = [*(ROOT / f"csrc/ops/{op}.cpp" for op in OPS), *(ROOT / f"csrc/cuda/{op}.cu" for op in OPS)]
     library = simulator.torch_library(DIRECTORY, "pynn_sim", sources, "asan")
     environment = {
@@ -112,37 +113,41 @@ def check_pytest() -> str:
     }
     tests = [f"tests/test_{op}.py" for op in OPS]
     # --capture=sys: a report that ends the process goes to stderr itself.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-k", DESELECTED, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", f"--every={every}", "-k", DESELECTED]
+    command += tests
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0 or " passed" not in result.stdout:
         raise RuntimeError(result.stdout[-10000:] + result.stderr[-10000:])
     return result.stdout.strip().splitlines()[-1].strip("= ")
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "launchers, TSan": lambda: check_launchers("tsan"),  # the longest first
-    "tests, ASan + UBSan": check_pytest,
-    "self-tests, TSan": lambda: check_self_tests("tsan"),
-    "self-tests, ASan + UBSan": lambda: check_self_tests("asan"),
-    "launchers, ASan + UBSan": lambda: check_launchers("asan"),
-    "launchers, coverage": check_coverage,
+PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "tests, ASan + UBSan": lambda options: check_pytest(options.every),  # the longest first
+    "launchers, TSan": lambda _: check_launchers("tsan", "once"),
+    "self-tests, TSan": lambda _: check_self_tests("tsan"),
+    "self-tests, ASan + UBSan": lambda _: check_self_tests("asan"),
+    "launchers, ASan + UBSan": lambda _: check_launchers("asan"),
+    "launchers, coverage": lambda _: check_coverage(),
 }
 
 
-def run_part(part: str) -> tuple[bool, float, str]:
+def run_part(part: str, options: argparse.Namespace) -> tuple[bool, float, str]:
     start = time.monotonic()
     try:
-        detail, passed = PARTS[part](), True
+        detail, passed = PARTS[part](options), True
     except (RuntimeError, subprocess.SubprocessError) as error:
         detail, passed = str(error), False
     return passed, time.monotonic() - start, detail
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=1, help="one in so many variants of each test (default: all)")
+    options = parser.parse_args()
     simulator.runtime_objects(DIRECTORY)
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        results = dict(zip(PARTS, pool.map(run_part, PARTS), strict=True))
+        results = dict(zip(PARTS, pool.map(lambda part: run_part(part, options), PARTS), strict=True))
     for part, (passed, _, detail) in results.items():
         if not passed:
             print(f"--- {part} failed\n{detail}\n")

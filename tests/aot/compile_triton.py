@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import sample
 import triton
 
 from . import measure
@@ -16,8 +17,8 @@ from .ratchet import Promise, Result
 from .targets import TARGETS, compiling
 
 
-def compile_for(target: str) -> Result:
-    """Every kernel of every case for one target of targets.TARGETS."""
+def compile_for(target: str, every: int = 1) -> Result:
+    """Every kernel of every case, or of a sample of one case in `every`, for one target of targets.TARGETS."""
     nvidia = triton.knobs.nvidia
     result = Result(
         {},
@@ -30,6 +31,8 @@ def compile_for(target: str) -> Result:
     )
     for module, cases in CASES.items():
         for case in cases():
+            if not sample.chosen(f"{module} {case.label} {target}", every):
+                continue
             with compiling(target) as compiled:
                 case.run()
             if not compiled:

@@ -23,6 +23,7 @@ class Job:
     target: str
     source: Path | None = None
     nvcc: str = ""
+    every: int = 1  # so many Triton cases, one is compiled
 
     def __str__(self) -> str:
         return f"{self.source.name if self.source else 'Triton'} for {self.target}"
@@ -36,11 +37,11 @@ def run(job: Job):
     else:
         from . import compile_triton
 
-        result = compile_triton.compile_for(job.target)
+        result = compile_triton.compile_for(job.target, job.every)
     return job, result, time.monotonic() - start
 
 
-def jobs_of(nvcc: str | None) -> list[Job]:
+def jobs_of(nvcc: str | None, every: int) -> list[Job]:
     """The slowest first."""
     cuda = [
         Job("cuda", architecture, source, nvcc)
@@ -48,7 +49,7 @@ def jobs_of(nvcc: str | None) -> list[Job]:
         for architecture in built_cuda.ARCHITECTURES
         if nvcc
     ]
-    return [*(Job("triton", target) for target in TRITON_TARGETS), *cuda]
+    return [*(Job("triton", target, every=every) for target in TRITON_TARGETS), *cuda]
 
 
 def compile_all(jobs: list[Job], processes: int) -> tuple[Halves, dict[str, ratchet.Promise]]:

@@ -1,8 +1,11 @@
-// launchers: runs every launcher of every op under several schedules. The results of one op must be the same bits under
-// all of them, whatever its outputs held before. Exit status 1 when they are not.
+// launchers [once]: runs every launcher of every op under several schedules. The results of one op must be the same
+// bits under all of them, whatever its outputs held before. Exit status 1 when they are not. With "once" only the first
+// schedule runs, the one that mixes threads and blocks most: for race detection and coverage, which need no second
+// result.
 #include "launchers.h"
 
 #include <cstdio>
+#include <cstring>
 
 #include "../launch.h"
 
@@ -18,10 +21,11 @@ struct Schedule {
   int order, resident_blocks, fill;
   const char* name;
 };
-constexpr Schedule kFirst = {0, 1, 0x00, "forward"}, kOthers[] = {
-                                                         {1, 2, 0xff, "reverse, two blocks at a time"},
-                                                         {2, 3, 0x55, "shuffled, three blocks at a time"},
-                                                     };
+constexpr Schedule kFirst = {2, 3, 0x55, "shuffled, three blocks at a time"},
+                   kOthers[] = {
+                       {1, 2, 0xff, "reverse, two blocks at a time"},
+                       {0, 1, 0x00, "forward"},
+                   };
 
 std::vector<char> run(const Op& op, const Schedule& schedule) {
   pynn_sim_configure(schedule.order, 7, schedule.resident_blocks);
@@ -34,13 +38,14 @@ std::vector<char> run(const Op& op, const Schedule& schedule) {
 
 Op::Op(const char* name, void (*launch)(Run&)) : name(name), launch(launch) { ops().push_back(this); }
 
-int run_all() {
+int run_all(bool once) {
   bool all_same = !ops().empty();
   for (const Op* op : ops()) {
     bool same = true;
     const uint64_t before = pynn_sim_launches();
     const std::vector<char> expected = run(*op, kFirst);
     for (const Schedule& schedule : kOthers) {
+      if (once) break;
       const std::vector<char> got = run(*op, schedule);
       if (got == expected) continue;
       size_t at = 0;
@@ -51,7 +56,10 @@ int run_all() {
     }
     std::printf("%s: %llu launches, %zu bytes of results, %s\n", op->name,
                 static_cast<unsigned long long>(pynn_sim_launches() - before), expected.size(),
-                same ? "the same under every schedule" : "FAILED");
+                once   ? "one schedule"
+                : same ? "the same under every schedule"
+                       : "FAILED");
+    std::fflush(stdout);
     all_same = all_same && same;
   }
   return !all_same;
@@ -59,4 +67,6 @@ int run_all() {
 
 }  // namespace launchers
 
-int main() { return launchers::run_all(); }
+int main(int arguments, char** values) {
+  return launchers::run_all(arguments > 1 && std::strcmp(values[1], "once") == 0);
+}
