@@ -474,13 +474,17 @@ def test_gradcheck(backend, kind):
 
 def test_opcheck(backend):
     query, key, value = (torch.randn(2, 4, n, 8) for n in (3, 5, 5))
-    mask, random = torch.randn(4, 1, 5), torch.tensor([1, 0])
-    for attn_mask, dropout_key, p, causal in ((None, None, 0.0, True), (mask, random, 0.5, False)):
-        args = (query, key, value, attn_mask, dropout_key)
-        options = (p, causal, 0.4)
+    mask, random, numbers = torch.randn(4, 1, 5), torch.tensor([1, 0]), torch.randn(2, 4)
+    for attn_mask, dropout_key, per_head, options in (
+        (None, None, None, (0.0, -1, 0, False, 0.4)),
+        (mask, random, None, (0.5, -1, -1, False, 0.4)),
+        (mask, None, numbers, (0.0, 2, 1, True, 0.4)),
+    ):
+        args = (query, key, value, attn_mask, dropout_key, per_head, per_head)
         torch.library.opcheck(ops.scaled_dot_product_attention_fwd.default, (*args, *options))
         out, lse = ops.scaled_dot_product_attention_fwd(*args, *options)
-        backward = (out, *args, out, lse, *options, attn_mask is not None)
+        grad_lse = None if per_head is None else torch.randn(lse.shape).to(lse.dtype)
+        backward = (out, grad_lse, *args, out, lse, *options, attn_mask is not None, per_head is not None)
         torch.library.opcheck(ops.scaled_dot_product_attention_bwd.default, backward)
     torch.library.opcheck(ops.scaled_dot_product_attention_keep.default, (query, key, random, 0.5))
 
@@ -544,14 +548,18 @@ def test_errors(backend, change, message):
 def bad_call(rng):
     """A call of an op with one argument spoiled."""
     query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
-    names = ["query", "key", "value", "attn_mask", "dropout_key", "dropout_p", "is_causal", "scale"]
-    arguments = [query, key, value, torch.randn(3, 5), torch.tensor([1, 2]), 0.5, False, 0.3]
-    op, limit = ops.scaled_dot_product_attention_fwd, 5
+    names = ["query", "key", "value", "attn_mask", "dropout_key", "alibi_slopes", "sinks"]
+    options = ["dropout_p", "left", "right", "lower_right", "scale"]
+    arguments = [query, key, value, torch.randn(3, 5), torch.tensor([1, 2]), torch.rand(2, 4), torch.randn(2, 4)]
+    values = [0.5, 3, -1, rng.random() < 0.5, 0.3]
+    op, limit = ops.scaled_dot_product_attention_fwd, 7
     if rng.random() < 0.5:
-        out, lse = op(*arguments)
-        op, limit = ops.scaled_dot_product_attention_bwd, 8
-        names = ["grad_out", *names[:5], "out", "lse", *names[5:], "mask_gradient"]
-        arguments = [torch.randn(out.shape), *arguments[:5], out, lse, *arguments[5:], True]
+        out, lse = op(*arguments, *values)
+        op, limit = ops.scaled_dot_product_attention_bwd, 11
+        names = ["grad_out", "grad_lse", *names, "out", "lse"]
+        arguments = [torch.randn(out.shape), torch.randn(lse.shape).to(lse.dtype), *arguments, out, lse]
+        options, values = [*options, "mask_gradient", "sinks_gradient"], [*values, True, True]
+    names, arguments = [*names, *options], [*arguments, *values]
     i = rng.randrange(limit)
     x = arguments[i]
     kind = rng.choice(["rank", "unsqueeze", "size", "dtype", "device", "option", "huge", "empty"])

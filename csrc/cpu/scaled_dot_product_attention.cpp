@@ -2,8 +2,9 @@
 //
 // A task is a run of (head, block of queries) pairs. Keys are transposed into panels once per key head of the run;
 // for each block of kKeys keys the task forms a (rows x kKeys) tile of scores, turns it into exponentials against the
-// running row maximum, and adds tile x values to the output rows. Blocks beyond the causal diagonal, and keys at the
-// end that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are cut.
+// running row maximum, and adds tile x values to the output rows. Keys outside of the windows of all queries of a
+// block, and those at the end that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are
+// cut.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -23,13 +24,15 @@ class Forward {
   using Lse = typename Launcher::Lse;
 
   Forward(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
-          typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionShape& shape)
+          typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionPerHead<F>& per_head,
+          const AttentionShape& shape)
       : out_(out),
         lse_(lse),
         query_(query),
         key_(key),
         value_(value),
         mask_(mask),
+        per_head_(per_head),
         shape_(shape),
         stride_(tile_stride(shape)) {
     const int64_t width = padded<F>(shape.dim), value_width = padded<F>(shape.value_dim);
@@ -40,10 +43,11 @@ class Forward {
     query_columns_ = scratch_.take<F>(kRows * shape.dim);
     scores_ = scratch_.take<F>(block_rows(shape) * stride_);
     sums_ = scratch_.take<F>(kRows * value_width);
-    mask_row_ = scratch_.take<F>(stride_);
+    tile_mask_ = scratch_.take<F>(stride_);
+    row_mask_ = scratch_.take<F>(stride_);
     factors_ = scratch_.take<F>(stride_);
     if (failed()) return;
-    for (int64_t j = 0; j < stride_; ++j) mask_row_[j] = factors_[j] = 0;
+    for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = factors_[j] = 0;
   }
   bool failed() const { return scratch_.failed; }
 
@@ -56,7 +60,7 @@ class Forward {
     }
     values_ = rows_of<T>({head_start(value_, shape_, head, shape_.group), value_.row, value_.column}, shape_.keys,
                          shape_.value_dim, value_buffer_);
-    const bool masked = shape_.causal || mask_.kind != AttentionMask::kNone;
+    const bool masked = shape_.windowed() || mask_.kind != AttentionMask::kNone;
     values_finite_ = !masked || all_finite(values_, shape_.keys, padded<F>(shape_.value_dim));
   }
 
@@ -65,21 +69,24 @@ class Forward {
     const T* query = head_start(query_, shape_, head, 1) + first * query_.row;
     transpose(rows_of<T>({query, query_.row, query_.column}, rows, shape_.dim, query_buffer_), rows, shape_.dim,
               query_columns_, kRows);
+    const F* const sink = per_head_.sinks ? per_head_.sinks + head : nullptr;
     F top[kRows], total[kRows];
-    for (int64_t i = 0; i < rows; ++i) top[i] = -kInfinity<F>, total[i] = 0;
-    const void* mask = mask_start(mask_, shape_, head);
+    for (int64_t i = 0; i < rows; ++i) top[i] = sink ? *sink : -kInfinity<F>, total[i] = sink ? F(1) : F(0);
+    const HeadScores<F> scores{shape_,
+                               mask_,
+                               mask_start(mask_, shape_, head),
+                               per_head_.alibi_slopes ? per_head_.alibi_slopes[head] : F(0),
+                               tile_mask_,
+                               row_mask_};
+    const KeyRange seen = keys_of(shape_, first, rows);
     bool started = false;
-    for (int64_t k = 0; k < shape_.keys && !(shape_.causal && k >= first + rows); k += kKeys) {
-      int64_t count = std::min(kKeys, shape_.keys - k);
-      if (shape_.causal) count = std::min(count, first + rows - k);
-      if (mask_.kind != AttentionMask::kNone && mask_.operand.row == 0) {
-        read_mask(mask_, mask, 0, k, count, mask_row_);
-        while (count > 0 && mask_row_[count - 1] == -kInfinity<F>) --count;
-      }
-      if (count == 0) continue;
+    for (int64_t block = seen.begin / kKeys * kKeys; block < seen.end; block += kKeys) {
+      const int64_t k = std::max(block, seen.begin / kPanel<F> * kPanel<F>);
+      const int64_t count = read_tile_mask(scores, k, std::min(block + kKeys, seen.end) - k);
+      if (count <= 0) continue;
       multiply<1>(rows, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk}, key_panels_ + k * shape_.dim,
                   kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
-      for (int64_t i = 0; i < rows; ++i) softmax_row(head, first, i, k, count, mask, started, top[i], total[i]);
+      for (int64_t i = 0; i < rows; ++i) softmax_row(scores, head, first, i, k, count, started, top[i], total[i]);
       multiply_scores(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride}, values_finite_,
                       sums_, value_width, started);
       started = true;
@@ -91,20 +98,11 @@ class Forward {
 
  private:
   // Folds scores [k, k + count) of query first + i into its running maximum and sum; rescales its output row.
-  void softmax_row(int64_t head, int64_t first, int64_t i, int64_t k, int64_t count, const void* mask, bool started,
-                   F& top, F& total) {
+  void softmax_row(const HeadScores<F>& scores, int64_t head, int64_t first, int64_t i, int64_t k, int64_t count,
+                   bool started, F& top, F& total) {
     F* s = scores_ + i * stride_;
-    const int64_t valid = shape_.causal ? std::min(count, first + i - k + 1) : count;
-    const int64_t vectors_end = valid > 0 ? padded<F>(valid) : 0;
-    for (int64_t j = vectors_end; j < count; ++j) s[j] = 0;
-    if (valid <= 0) return;
-    F block_top;
-    if (mask_.kind == AttentionMask::kNone)
-      block_top = finish_scores<false>(s, valid, F(shape_.scale), mask_row_);
-    else {
-      if (mask_.operand.row != 0) read_mask(mask_, mask, first + i, k, valid, mask_row_);
-      block_top = finish_scores<true>(s, valid, F(shape_.scale), mask_row_);
-    }
+    const auto [valid, block_top, masked] = finish_row(scores, s, first + i, k, count);
+    if (valid == 0) return;
     const F new_top = block_top > top ? block_top : top;
     const F shift = new_top == -kInfinity<F> ? F(0) : new_top;
     const F* factors = nullptr;
@@ -114,11 +112,12 @@ class Forward {
       factors = factors_;
     }
     const F sum = exponentials(s, valid, shift, factors);
-    if (started) {
+    if (started || per_head_.sinks) {
       const Vec<F> correction = exp(broadcast(top - shift));
       total *= correction[0];
       F* row = sums_ + i * padded<F>(shape_.value_dim);
-      for (int64_t j = 0; j < shape_.value_dim; j += kLanes<F>) store(row + j, load(row + j) * correction);
+      for (int64_t j = 0; j < (started ? shape_.value_dim : 0); j += kLanes<F>)
+        store(row + j, load(row + j) * correction);
     }
     total += sum;
     top = new_top;
@@ -141,11 +140,12 @@ class Forward {
   Lse* lse_;
   typename Launcher::Input query_, key_, value_;
   const AttentionMaskOperand& mask_;
+  const AttentionPerHead<F>& per_head_;
   const AttentionShape& shape_;
   const int64_t stride_;
   Scratch scratch_;
-  F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *mask_row_,
-      *factors_;
+  F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *tile_mask_,
+      *row_mask_, *factors_;
   Matrix<F> values_{};
   bool values_finite_ = true;
 };
@@ -154,13 +154,13 @@ class Forward {
 
 template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
-                       AttentionShape shape, void*) {
-  if (Decode<T>::serves(key, value, shape)) return Decode<T>(out, lse, query, key, value, mask, shape).run();
+                       PerHead per_head, AttentionShape shape, void*) {
+  if (Decode<T>::serves(key, value, shape)) return Decode<T>(out, lse, query, key, value, mask, per_head, shape).run();
   const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height);
   const int64_t cost = height * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
   std::atomic<bool> failed{false};
   parallel_for(shape.heads * blocks, std::max<int64_t>(1, 100000 / cost), [&](int64_t begin, int64_t end) {
-    Forward<T> forward(out, lse, query, key, value, mask, shape);
+    Forward<T> forward(out, lse, query, key, value, mask, per_head, shape);
     if (forward.failed()) {
       failed = true;
       return;
@@ -189,8 +189,9 @@ void attention_keep(bool* keep, AttentionShape shape, void*) {
   });
 }
 
-#define PYNN_INSTANTIATE(T) \
-  template bool Attention<T>::fwd(Output, Lse*, Input, Input, Input, AttentionMaskOperand, AttentionShape, void*);
+#define PYNN_INSTANTIATE(T)                                                                                         \
+  template bool Attention<T>::fwd(Output, Lse*, Input, Input, Input, AttentionMaskOperand, PerHead, AttentionShape, \
+                                  void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

@@ -1,7 +1,9 @@
 // Attention, backward. With P = exp(S - lse), A = P * keep / (1 - p), G = (dout V^T) * keep / (1 - p):
 //
 //   delta_i = sum_j P_ij G_ij    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
-//   dmask = dS summed over the dimensions in which the mask is broadcast
+//   dmask = dS summed over the dimensions in which the mask is broadcast, dsink = -sum_i exp(sink - lse_i) delta_i
+//
+// A gradient of lse is taken off delta, since lse has the gradient P with respect to S.
 //
 // Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of queries of
 // all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
@@ -9,8 +11,8 @@
 // every block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same
 // bits.
 //
-// delta comes from P and G themselves when all keys that a row may see are in one block. Otherwise it is dout . out in
-// float and double, and a sweep over the keys for 16-bit types, whose out has been rounded.
+// delta comes from P and G themselves when all keys that a block of queries may see are in one block. Otherwise it is
+// dout . out in float and double, and a sweep over the keys for 16-bit types, whose out has been rounded.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -34,7 +36,9 @@ struct Inputs {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Input grad_out, query, key, value, out;
   const typename launch::Attention<T>::Lse* lse;
-  F* delta;  // (heads, queries), used when a row has more than one block of keys
+  const typename launch::Attention<T>::Lse* grad_lse;  // nullptr for zeros
+  F* delta;                                            // (heads, queries); nullptr when nobody needs it
+  AttentionPerHead<F> per_head;
 };
 
 template <class T>
@@ -51,7 +55,7 @@ class Backward {
         width_(padded<F>(shape.dim)),
         value_width_(padded<F>(shape.value_dim)),
         stride_(tile_stride(shape)),
-        masked_(shape.causal || mask.kind != AttentionMask::kNone) {
+        masked_(shape.windowed() || mask.kind != AttentionMask::kNone) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -67,11 +71,12 @@ class Backward {
     query_sums_ = scratch_.take<F>(kRows * width_);
     scores_ = scratch_.take<F>(block_rows(shape) * stride_);
     score_grads_ = scratch_.take<F>(block_rows(shape) * stride_);
-    mask_row_ = scratch_.take<F>(stride_);
+    tile_mask_ = scratch_.take<F>(stride_);
+    row_mask_ = scratch_.take<F>(stride_);
     factors_ = scratch_.take<F>(stride_);
     keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, kKeys));
     if (failed()) return;
-    for (int64_t j = 0; j < stride_; ++j) mask_row_[j] = factors_[j] = 0;
+    for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = factors_[j] = 0;
   }
   bool failed() const { return scratch_.failed; }
 
@@ -101,7 +106,8 @@ class Backward {
 
   void load_queries(int64_t head, int64_t first, int64_t rows) {
     head_ = head, first_ = first, rows_ = rows;
-    one_block_ = shape_.keys <= kKeys || (shape_.causal && first + rows <= kKeys);
+    seen_ = keys_of(shape_, first, rows);
+    one_block_ = seen_.begin >= seen_.end || seen_.begin / kKeys == (seen_.end - 1) / kKeys;
     queries_ =
         rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row, in_.query.column},
                    rows, shape_.dim, query_buffer_);
@@ -115,29 +121,37 @@ class Backward {
     mask_start_ = mask_start(mask_, shape_, head);
   }
 
-  // P (with dropout) and dS of the loaded queries and keys [k, k + count) into the tiles; returns count, 0 to skip.
-  int64_t tiles(int64_t k) {
-    int64_t count = std::min(kKeys, end_ - k);
-    if (shape_.causal) count = std::min(count, first_ + rows_ - k);
-    if (count > 0 && mask_.kind != AttentionMask::kNone && mask_.operand.row == 0) {
-      read_mask(mask_, mask_start_, 0, k, count, mask_row_);
-      while (count > 0 && mask_row_[count - 1] == -kInfinity<F>) --count;
-    }
-    if (count <= 0) return 0;
+  // P (with dropout) and dS of the loaded queries and those keys of the block from `block` on that they see.
+  KeyRange tiles(int64_t block) {
+    const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
+    const HeadScores<F> scores{shape_,      mask_,
+                               mask_start_, in_.per_head.alibi_slopes ? in_.per_head.alibi_slopes[head_] : F(0),
+                               tile_mask_,  row_mask_};
+    const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
+    if (count <= 0) return {k, k};
     multiply<1>(rows_, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
                 key_panels_ + (k - begin_) * shape_.dim, kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
     multiply<1>(rows_, count, shape_.value_dim, Left<F>{grad_columns_, kRows, kScoreChunk},
                 value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim, score_grads_,
                 stride_, false);
-    for (int64_t i = 0; i < rows_; ++i) row(i, k, count, sum_delta_);
-    return count;
+    for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
+    return {k, k + count};
+  }
+
+  // The first block of the packed keys that the loaded queries may see.
+  int64_t first_block() const { return std::max(begin_, seen_.begin / kKeys * kKeys); }
+  // Whether queries [first, first + rows) see any of keys [begin, end).
+  bool sees(int64_t first, int64_t rows, int64_t begin, int64_t end) const {
+    const KeyRange seen = keys_of(shape_, first, rows);
+    return std::max(seen.begin, begin) < std::min(seen.end, end);
   }
 
   // Everything one block of queries adds to dK and dV, and its dQ.
   void block(bool want_query, bool want_key) {
     bool started = false;
-    for (int64_t k = begin_; k < end_; k += kKeys) {
-      const int64_t count = tiles(k), at = k - begin_;
+    for (int64_t block = first_block(); block < end_; block += kKeys) {
+      const auto [k, key_end] = tiles(block);
+      const int64_t count = key_end - k, at = k - begin_;
       if (count == 0) continue;
       if (want_key) {
         multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk}, grads_, grads_finite_,
@@ -179,20 +193,22 @@ class Backward {
         Vec<F> sum{};
         for (int64_t d = 0; d < value_width_; d += kLanes<F>)
           sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
-        delta[i] = sum_lanes<F>(sum);
+        delta[i] = sum_lanes<F>(sum) - grad_lse(i);
       }
     } else {
       std::fill(delta, delta + rows_, F(0));
       sum_delta_ = true;
-      for (int64_t k = begin_; k < end_; k += kKeys) tiles(k);
+      for (int64_t block = first_block(); block < end_; block += kKeys) tiles(block);
       sum_delta_ = false;
+      for (int64_t i = 0; i < rows_; ++i) delta[i] -= grad_lse(i);
     }
   }
 
   // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
   void add_mask_gradient(double* sums) {
-    for (int64_t k = begin_; k < end_; k += kKeys) {
-      const int64_t count = tiles(k);
+    for (int64_t block = first_block(); block < end_; block += kKeys) {
+      const auto [k, key_end] = tiles(block);
+      const int64_t count = key_end - k;
       for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
         double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
         const F* from = score_grads_ + i * stride_;
@@ -205,32 +221,31 @@ class Backward {
   }
 
  private:
-  void row(int64_t i, int64_t k, int64_t count, bool only_delta) {
+  F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
+
+  void row(const HeadScores<F>& scores, int64_t i, int64_t k, int64_t count, bool only_delta) {
     F *s = scores_ + i * stride_, *g = score_grads_ + i * stride_;
     const int64_t query = first_ + i, at = head_ * shape_.queries + query;
-    const int64_t valid = shape_.causal ? std::min(count, query - k + 1) : count;
-    const int64_t vectors_end = valid > 0 ? padded<F>(valid) : 0;
-    for (int64_t j = vectors_end; j < count; ++j) s[j] = g[j] = 0;
-    if (valid <= 0) return;
+    const auto [valid, top, masked] = finish_row(scores, s, query, k, count);
+    for (int64_t j = valid > 0 ? padded<F>(valid) : 0; j < count; ++j) g[j] = 0;
+    if (valid == 0) return;
     const F* factors = nullptr;
     if (shape_.dropout_key) {
       dropout_factors(shape_, uint64_t(at * shape_.keys + k), valid, factors_);
       factors = factors_;
     }
-    const bool masked = mask_.kind != AttentionMask::kNone;
-    if (masked && mask_.operand.row != 0) read_mask(mask_, mask_start_, query, k, valid, mask_row_);
-    const F scale = F(shape_.scale);
-    const F top =
-        masked ? finish_scores<true>(s, valid, scale, mask_row_) : finish_scores<false>(s, valid, scale, mask_row_);
     // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
     const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
-    const auto [sum, dot] =
-        masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    auto [sum, dot] = masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
     const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[at]));
-    if (only_delta)
+    if (only_delta) {
       in_.delta[at] += dot * norm;
-    else
-      score_gradients(s, g, valid, norm, one_block_ ? dot * norm : in_.delta[at], masked_, factors);
+      return;
+    }
+    const F delta = one_block_ ? dot * norm - grad_lse(i) : in_.delta[at];
+    if (one_block_ && in_.delta) in_.delta[at] = delta;
+    score_gradients(s, g, valid, norm, delta, masked_ || masked, factors);
   }
 
   static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
@@ -247,11 +262,13 @@ class Backward {
   const bool masked_;
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
-      *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *mask_row_, *factors_;
+      *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *tile_mask_, *row_mask_,
+      *factors_;
   bool* keys_finite_;
   bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
   Matrix<F> keys_{}, queries_{}, grads_{};
   const void* mask_start_ = nullptr;
+  KeyRange seen_{};
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };
 
@@ -306,9 +323,10 @@ int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand&, const AttentionSh
 }
 
 template <class T>
-bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
-                       Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse,
-                       AttentionShape shape, void*, void*) {
+bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, F* grad_sinks,
+                       Input grad_out, const Lse* grad_lse, Input query, Input key, Input value,
+                       AttentionMaskOperand mask, PerHead per_head, Input out, const Lse* lse, AttentionShape shape,
+                       void*, void*) {
   const int64_t key_heads = shape.heads / shape.group;
   const int64_t height = block_rows(shape);
   const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
@@ -318,8 +336,10 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
                      std::equal(shape.batch, shape.batch + shape.batch_dims, mask.batch);
   if (whole) std::fill_n(grad_mask, shape.heads * shape.queries * shape.keys, F(0));
   const Gradients<T> gradients{grad_query, grad_key, grad_value, whole ? grad_mask : nullptr};
-  std::vector<F> delta(size_t(key_blocks > 1 ? shape.heads * shape.queries : 0));
-  const Inputs<T> in{grad_out, query, key, value, out, lse, key_blocks > 1 ? delta.data() : nullptr};
+  std::vector<F> delta(size_t(key_blocks > 1 || grad_sinks ? shape.heads * shape.queries : 0));
+  if (grad_lse)  // of queries that see no key
+    for (size_t i = 0; i < delta.size(); ++i) delta[i] = F(-grad_lse[i]);
+  const Inputs<T> in{grad_out, query, key, value, out, lse, grad_lse, delta.empty() ? nullptr : delta.data(), per_head};
 
   std::atomic<bool> failed{false};
   const auto for_items = [&](int64_t count, const auto& body) {
@@ -331,10 +351,13 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
     });
   };
   // Runs body on every block of queries of key head `index`, from block `begin` to `end`.
-  const auto for_blocks = [&](Backward<T>& backward, int64_t key_head, int64_t begin, int64_t end, const auto& body) {
+  const auto all = [](int64_t, int64_t) { return true; };
+  const auto for_blocks = [&](Backward<T>& backward, int64_t key_head, int64_t begin, int64_t end, const auto& needed,
+                              const auto& body) {
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b % query_blocks * height;
-      backward.load_queries(key_head * shape.group + b / query_blocks, first, std::min(height, shape.queries - first));
+      const int64_t first = b % query_blocks * height, rows = std::min(height, shape.queries - first);
+      if (!needed(first, rows)) continue;
+      backward.load_queries(key_head * shape.group + b / query_blocks, first, rows);
       body();
     }
   };
@@ -343,7 +366,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
     for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
       const int64_t head = item / blocks;
       if constexpr (!std::is_same_v<T, F>) backward.load_keys(head * shape.group, 0, shape.keys);
-      for_blocks(backward, head, item % blocks, item % blocks + 1, [&] { backward.find_delta(); });
+      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] { backward.find_delta(); });
       return true;
     });
   const bool split = key_heads < int64_t(torch::stable::get_num_threads());
@@ -351,34 +374,41 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
     for_items(key_heads, [&](Backward<T>& backward, int64_t head) {
       backward.load_keys(head * shape.group, 0, shape.keys);
       backward.clear_key_sums();
-      for_blocks(backward, head, 0, blocks, [&] { backward.block(true, true); });
+      for_blocks(backward, head, 0, blocks, all, [&] { backward.block(true, true); });
       backward.write_keys(head * shape.group);
       return true;
     });
   else {
     for_items(key_heads * key_blocks, [&](Backward<T>& backward, int64_t item) {
-      const int64_t head = item / key_blocks, k = item % key_blocks * kKeys;
-      backward.load_keys(head * shape.group, k, std::min(k + kKeys, shape.keys));
+      const int64_t head = item / key_blocks, k = item % key_blocks * kKeys, key_end = std::min(k + kKeys, shape.keys);
+      backward.load_keys(head * shape.group, k, key_end);
       backward.clear_key_sums();
-      for_blocks(backward, head, 0, blocks, [&] { backward.block(false, true); });
+      const auto see = [&](int64_t first, int64_t rows) { return backward.sees(first, rows, k, key_end); };
+      for_blocks(backward, head, 0, blocks, see, [&] { backward.block(false, true); });
       backward.write_keys(head * shape.group);
       return true;
     });
     for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
       const int64_t head = item / blocks;
       backward.load_keys(head * shape.group, 0, shape.keys);
-      for_blocks(backward, head, item % blocks, item % blocks + 1, [&] { backward.block(true, false); });
+      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] { backward.block(true, false); });
       return true;
     });
   }
   if (grad_mask && !whole) mask_gradient<T>(grad_mask, mask, shape, for_items);
+  for (int64_t head = 0; head < (grad_sinks ? shape.heads : 0); ++head) {
+    double sum = 0;
+    for (int64_t i = head * shape.queries; i < (head + 1) * shape.queries; ++i)
+      sum -= std::exp(double(per_head.sinks[head]) - double(lse[i])) * double(delta[size_t(i)]);
+    grad_sinks[head] = F(sum);
+  }
   return !failed;
 }
 
-#define PYNN_INSTANTIATE(T)                                                                                            \
-  template int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand&, const AttentionShape&, bool);                \
-  template bool Attention<T>::bwd(Output, Output, Output, F*, Input, Input, Input, Input, AttentionMaskOperand, Input, \
-                                  const Lse*, AttentionShape, void*, void*);
+#define PYNN_INSTANTIATE(T)                                                                               \
+  template int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand&, const AttentionShape&, bool);   \
+  template bool Attention<T>::bwd(Output, Output, Output, F*, F*, Input, const Lse*, Input, Input, Input, \
+                                  AttentionMaskOperand, PerHead, Input, const Lse*, AttentionShape, void*, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

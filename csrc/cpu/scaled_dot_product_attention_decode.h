@@ -98,8 +98,16 @@ class Decode {
   }
 
   Decode(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
-         typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionShape& shape)
-      : out_(out), lse_(lse), query_(query), key_(key), value_(value), mask_(mask), shape_(shape) {}
+         typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionPerHead<F>& per_head,
+         const AttentionShape& shape)
+      : out_(out),
+        lse_(lse),
+        query_(query),
+        key_(key),
+        value_(value),
+        mask_(mask),
+        per_head_(per_head),
+        shape_(shape) {}
 
   // False when there is no memory.
   bool run() {
@@ -113,15 +121,16 @@ class Decode {
       Scratch own;
       F* queries = own.take<F>(rows_ * padded<F>(shape_.dim));
       F* scores = own.take<F>(rows_ * kChunkStride);
-      F* mask_row = own.take<F>(kChunkStride);
+      F* tile_mask = own.take<F>(kChunkStride);
+      F* row_mask = own.take<F>(kChunkStride);
       F* factors = own.take<F>(kChunkStride);
       if (own.failed) {
         failed = true;
         return;
       }
-      for (int64_t j = 0; j < kChunkStride; ++j) mask_row[j] = factors[j] = 0;
+      for (int64_t j = 0; j < kChunkStride; ++j) tile_mask[j] = row_mask[j] = factors[j] = 0;
       for (int64_t task = begin; task < end; ++task)
-        chunk(task / chunks_, task % chunks_, queries, scores, mask_row, factors);
+        chunk(task / chunks_, task % chunks_, queries, scores, tile_mask, row_mask, factors);
     });
     if (failed) return false;
     for (int64_t row = 0; row < shape_.heads * shape_.queries; ++row) combine(row);
@@ -134,9 +143,13 @@ class Decode {
     return partial_ + ((head * shape_.queries + query) * chunks_ + chunk) * stride_;
   }
 
-  void chunk(int64_t key_head, int64_t number, F* queries, F* scores, F* mask_row, F* factors) const {
-    const int64_t begin = number * kChunkKeys, count = std::min(kChunkKeys, shape_.keys - begin);
-    const int64_t head = key_head * shape_.group, width = padded<F>(shape_.dim);
+  void chunk(int64_t key_head, int64_t number, F* queries, F* scores, F* tile_mask, F* row_mask, F* factors) const {
+    const int64_t head = key_head * shape_.group, width = padded<F>(shape_.dim), chunk_begin = number * kChunkKeys;
+    for (int64_t r = 0; r < rows_; ++r) start(head + r / shape_.queries, r % shape_.queries, number);
+    const KeyRange seen = keys_of(shape_, 0, shape_.queries);
+    const int64_t begin = std::max(chunk_begin, seen.begin / kValueKeys * kValueKeys),
+                  count = std::min(chunk_begin + kChunkKeys, seen.end) - begin;
+    if (count <= 0) return;
     for (int64_t r = 0; r < rows_; ++r) {
       const T* from = head_start(query_, shape_, head + r / shape_.queries, 1) + r % shape_.queries * query_.row;
       for (int64_t d = 0; d < width; ++d)
@@ -147,9 +160,17 @@ class Decode {
       for (int64_t r = 0; r < rows_; ++r)
         score_keys(key + j * key_.row, key_.row, std::min<int64_t>(kLanes<F>, count - j), queries + r * width,
                    shape_.dim, scores + r * kChunkStride + j);
-    for (int64_t r = 0; r < rows_; ++r)
-      softmax(head + r / shape_.queries, r % shape_.queries, number, begin, count, scores + r * kChunkStride, mask_row,
-              factors);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t own = head + r / shape_.queries;
+      const HeadScores<F> of_head{shape_,
+                                  mask_,
+                                  mask_start(mask_, shape_, own),
+                                  per_head_.alibi_slopes ? per_head_.alibi_slopes[own] : F(0),
+                                  tile_mask,
+                                  row_mask};
+      read_tile_mask(of_head, begin, count);
+      softmax(of_head, own, r % shape_.queries, number, begin, count, scores + r * kChunkStride, factors);
+    }
     const T* value = head_start(value_, shape_, head, shape_.group) + begin * value_.row;
     for (int64_t j = 0; j < count; j += kValueKeys)
       for (int64_t r = 0; r < rows_;) {
@@ -168,7 +189,7 @@ class Decode {
 
   template <int M>
   void add(const T* value, int64_t count, const F* weights, F* to) const {
-    const bool masked = shape_.causal || mask_.kind != AttentionMask::kNone;
+    const bool masked = shape_.windowed() || mask_.kind != AttentionMask::kNone;
     for (int64_t d = 0; d < shape_.value_dim; d += 4 * kLanes<F>) {
       const int64_t width = shape_.value_dim - d, stride = chunks_ * stride_;
       const auto run = [&]<int N>(std::integral_constant<int, N>) {
@@ -186,23 +207,22 @@ class Decode {
     }
   }
 
-  // Turns the scores of one query into weights against their own maximum; starts its partial result.
-  void softmax(int64_t head, int64_t query, int64_t number, int64_t begin, int64_t count, F* s, F* mask_row,
-               F* factors) const {
+  // The partial result of a query to which nothing has been added.
+  void start(int64_t head, int64_t query, int64_t number) const {
     F* to = partial(head, query, number);
     const int64_t width = padded<F>(shape_.value_dim);
     for (int64_t d = 0; d < width; ++d) to[d] = 0;
-    F &top = to[width], &total = to[width + 1];
-    top = -kInfinity<F>, total = 0;
-    const int64_t valid = shape_.causal ? std::min(count, query - begin + 1) : count;
-    for (int64_t j = std::max<int64_t>(valid, 0); j < count; ++j) s[j] = 0;
-    if (valid <= 0) return;
-    if (mask_.kind == AttentionMask::kNone)
-      top = finish_scores<false>(s, valid, F(shape_.scale), mask_row);
-    else {
-      read_mask(mask_, mask_start(mask_, shape_, head), query, begin, valid, mask_row);
-      top = finish_scores<true>(s, valid, F(shape_.scale), mask_row);
-    }
+    to[width] = -kInfinity<F>, to[width + 1] = 0;
+  }
+
+  // Turns the scores of one query into weights against their own maximum.
+  void softmax(const HeadScores<F>& of_head, int64_t head, int64_t query, int64_t number, int64_t begin, int64_t count,
+               F* s, F* factors) const {
+    F* to = partial(head, query, number) + padded<F>(shape_.value_dim);
+    F &top = to[0], &total = to[1];
+    const auto [valid, largest, masked] = finish_row(of_head, s, query, begin, count);
+    top = largest;
+    if (valid == 0) return;
     const bool drop = shape_.dropout_key != nullptr;
     if (drop) dropout_factors(shape_, uint64_t((head * shape_.queries + query) * shape_.keys + begin), valid, factors);
     total = exponentials(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
@@ -212,19 +232,21 @@ class Decode {
   void combine(int64_t row) const {
     const int64_t width = padded<F>(shape_.value_dim);
     F* first = partial_ + row * chunks_ * stride_;
-    F top = -kInfinity<F>, total = 0;
+    const F* const sink = per_head_.sinks ? per_head_.sinks + row / shape_.queries : nullptr;
+    F top = sink ? *sink : -kInfinity<F>, total = 0;
     for (int64_t c = 0; c < chunks_; ++c) top = std::max(top, first[c * stride_ + width]);
     const F shift = top == -kInfinity<F> ? F(0) : top;
     for (int64_t c = 0; c < chunks_; ++c) {
       const F* part = first + c * stride_;
       const F factor = exp(broadcast(part[width] - shift))[0];
       total += part[width + 1] * factor;
-      if (c == 0 && chunks_ == 1) break;
+      if (chunks_ == 1 && !sink) break;
       for (int64_t d = 0; d < width; d += kLanes<F>) {
         const Vec<F> scaled = load(part + d) * factor;
         store(first + d, c == 0 ? scaled : load(first + d) + scaled);
       }
     }
+    if (sink) total += exp(broadcast(*sink - shift))[0];
     T* out = head_start(out_, shape_, row / shape_.queries, 1) + row % shape_.queries * out_.row;
     const F divisor = total == F(0) ? F(1) : total;
     for (int64_t d = 0; d < shape_.value_dim; ++d) out[d * out_.column] = from_float<T>(first[d] / divisor);
@@ -236,6 +258,7 @@ class Decode {
   Lse* lse_;
   typename Launcher::Input query_, key_, value_;
   const AttentionMaskOperand& mask_;
+  const AttentionPerHead<F>& per_head_;
   const AttentionShape& shape_;
   const int64_t rows_ = shape_.queries * shape_.group, chunks_ = divide_up(shape_.keys, kChunkKeys);
   const int64_t stride_ = padded<F>(shape_.value_dim) + kLanes<F>;

@@ -1,5 +1,8 @@
 // What the attention kernels do to one row of a score tile: mask, softmax, dropout, and the gradient of all three.
 #pragma once
+#include <algorithm>
+#include <cmath>
+
 #include "normal.h"
 #include "scaled_dot_product_attention_tile.h"
 #include "vec_math.h"
@@ -96,6 +99,71 @@ inline const void* mask_start(const AttentionMaskOperand& mask, const AttentionS
   AttentionOperand<const char*> bytes{static_cast<const char*>(mask.operand.data), {}, 0, 0};
   for (int d = 0; d < shape.batch_dims; ++d) bytes.batch[d] = mask.operand.batch[d] * mask_bytes(mask.kind);
   return head_start(bytes, shape, head, 1);
+}
+
+// What becomes of the scores of a head.
+template <class F>
+struct HeadScores {
+  const AttentionShape& shape;
+  const AttentionMaskOperand& mask;
+  const void* mask_start;
+  F slope;       // of alibi
+  F* tile_mask;  // the mask of a tile, the same for all of its rows, where masks have no rows of their own
+  F* row_mask;   // room for a row of numbers to add
+};
+
+// A row of scores: those from `valid` on take no part, and are 0; the others take none where they are -inf, and such
+// there are only if `masked`.
+template <class F>
+struct FinishedRow {
+  int64_t valid;
+  F top;  // the largest
+  bool masked;
+};
+
+// Turns the products of query `query` with keys [key, key + count) into scores: scaled, masked, with alibi.
+template <class F>
+FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_t key, int64_t count) {
+  const AttentionShape& shape = head.shape;
+  int64_t valid = std::clamp<int64_t>(query + shape.upper + 1 - key, 0, count);
+  const int64_t hidden = std::clamp<int64_t>(query + shape.lower - key, 0, valid);  // before the window
+  if (hidden == valid) valid = 0;
+  for (int64_t j = valid > 0 ? padded<F>(valid) : 0; j < count; ++j) s[j] = 0;
+  if (valid == 0) return {0, -kInfinity<F>, false};
+  const F* added = nullptr;
+  if (head.mask.kind != AttentionMask::kNone) {
+    added = head.tile_mask;
+    if (head.mask.operand.row != 0) {
+      read_mask(head.mask, head.mask_start, query, key, valid, head.row_mask);
+      added = head.row_mask;
+    }
+  }
+  if (hidden > 0 || head.slope != F(0)) {
+    F* const to = head.row_mask;
+    if (!added)
+      std::fill_n(to, valid, F(0));
+    else if (added != to)
+      std::copy_n(added, valid, to);
+    if (head.slope != F(0)) {
+      const F slope = head.slope, distance = F(query + shape.diagonal - key);
+      for (int64_t j = 0; j < valid; ++j) to[j] -= slope * std::fabs(distance - F(j));
+    }
+    std::fill_n(to, hidden, -kInfinity<F>);
+    added = to;
+  }
+  const F scale = F(shape.scale);
+  const F top = added ? finish_scores<true>(s, valid, scale, added) : finish_scores<false>(s, valid, scale, added);
+  return {valid, top, added != nullptr};
+}
+
+// Reads the mask of a tile whose rows share it; returns how many of its keys are left without those at its end that it
+// hides.
+template <class F>
+int64_t read_tile_mask(const HeadScores<F>& head, int64_t key, int64_t count) {
+  if (count <= 0 || head.mask.kind == AttentionMask::kNone || head.mask.operand.row != 0) return count;
+  read_mask(head.mask, head.mask_start, 0, key, count, head.tile_mask);
+  while (count > 0 && head.tile_mask[count - 1] == -kInfinity<F>) --count;
+  return count;
 }
 
 // to[j] = 1 / (1 - p) where dropout keeps element first + j, otherwise 0.

@@ -1,6 +1,7 @@
 // What the forward and backward attention kernels share: operands in compute precision, transposes, and one matrix
 // product C (+)= A B in which the scalars of A are broadcast and the rows of B are vectors.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <type_traits>
@@ -26,6 +27,14 @@ inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
 inline int64_t block_rows(const AttentionShape& shape) { return shape.keys <= kShortKeys ? kRows : kRows / 2; }
 inline int64_t tile_stride(const AttentionShape& shape) {
   return shape.keys <= kShortKeys ? kShortStride : kLongStride;
+}
+
+// The keys that some query of [first, first + rows) sees are among these; begin may lie behind end.
+struct KeyRange {
+  int64_t begin, end;
+};
+inline KeyRange keys_of(const AttentionShape& shape, int64_t first, int64_t rows) {
+  return {std::max<int64_t>(first + shape.lower, 0), std::min(first + rows + shape.upper, shape.keys)};
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

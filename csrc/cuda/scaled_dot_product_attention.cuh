@@ -55,11 +55,11 @@ Operand<T> operand_of(const AttentionOperand<T*>& at, const AttentionShape& s, i
 template <class T>
 Problem<T> problem_of(const AttentionOperand<const T*>& query, const AttentionOperand<const T*>& key,
                       const AttentionOperand<const T*>& value, const AttentionMaskOperand& mask,
-                      const AttentionShape& s) {
-  if (std::max({s.queries, s.keys, s.dim, s.value_dim}) >= (int64_t(1) << 31) - 1024)
+                      const AttentionPerHead<accumulate_t<T>>& per_head, const AttentionShape& s) {
+  if (std::max({s.queries + s.keys, s.dim, s.value_dim}) >= (int64_t(1) << 31) - 1024)
     throw std::runtime_error("scaled_dot_product_attention: expected fewer than 2^31 queries and keys on a GPU");
   Problem<T> p{};
-  p.shape = s, p.mask = mask;
+  p.shape = s, p.mask = mask, p.per_head = per_head;
   p.dropout = {s.dropout_key, uint64_t(s.dropout_p * 4294967296.0), s.dropout_p < 1 ? 1 / (1 - s.dropout_p) : 0.0};
   p.query = operand_of(query, s, s.queries, 1);
   p.key = operand_of(key, s, s.keys, s.group), p.value = operand_of(value, s, s.keys, s.group);
@@ -98,8 +98,8 @@ int64_t statistics_bytes(const AttentionShape& s) {
 }
 
 template <class T, class Engines>
-void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumulate_t<T>* grad_mask, void* partial,
-                     void* stream) {
+void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumulate_t<T>* grad_mask,
+                     accumulate_t<T>* grad_sinks, void* partial, void* stream) {
   using E = typename Engines::Backward;
   using K = typename Engines::KeyBackward;
   using F = accumulate_t<T>;
@@ -115,6 +115,9 @@ void launch_backward(const Problem<T>& p, BackwardArguments<T> arguments, accumu
   LAUNCH((gradient_kernel<E, false, kStages, kBlocks>), grid_of(s.heads, s.queries, E::kRows, s.dim, E::kWidth),
          E::kThreads, (kBackwardShared<E, kStages>), stream, p, arguments);
   arguments.statistics = arguments.completed;
+  if (grad_sinks)
+    LAUNCH(sink_gradient_kernel<T>, unsigned(s.heads), kSinkThreads, kSinkThreads * sizeof(double), stream, grad_sinks,
+           p.per_head.sinks, arguments.statistics, s.queries);
   LAUNCH((gradient_kernel<K, true, kStages, Engines::kKeyBackwardBlocks>),
          grid_of(s.heads / s.group, s.keys, K::kRows, width, K::kWidth), K::kThreads, (kBackwardShared<K, kStages>),
          stream, p, arguments);
@@ -153,15 +156,16 @@ void forward(const Problem<T>& p, const ForwardOutputs<T>& to, void* stream) {
 
 template <class T>
 void backward(const Problem<T>& p, BackwardArguments<T> arguments, const Operand<const T>& out,
-              const attention_lse_t<T>* lse, accumulate_t<T>* grad_mask, void* scratch, void* stream) {
+              const attention_lse_t<T>* lse, accumulate_t<T>* grad_mask, accumulate_t<T>* grad_sinks, void* scratch,
+              void* stream) {
   auto* const statistics = static_cast<RowStatistics<accumulate_t<T>>*>(scratch);
   arguments.statistics = statistics;
   arguments.completed = statistics + statistics_bytes<T>(p.shape) / int64_t(sizeof(*statistics));
   LAUNCH(statistics_kernel<T>, grid_of(1, p.shape.heads * p.shape.queries, kDeltaThreads / 32, 1, 1), kDeltaThreads, 0,
-         stream, p, out, lse, statistics);
+         stream, p, out, lse, arguments.grad_lse, statistics);
   with_engines<T>(p.shape, [&]<class Engines>(Engines) {
     void* const partial = static_cast<char*>(scratch) + 2 * statistics_bytes<T>(p.shape);
-    launch_backward<T, Engines>(p, arguments, grad_mask, partial, stream);
+    launch_backward<T, Engines>(p, arguments, grad_mask, grad_sinks, partial, stream);
   });
 }
 
@@ -187,25 +191,27 @@ int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand& mask, const Attent
 
 template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
-                       AttentionShape shape, void* stream) {
+                       PerHead per_head, AttentionShape shape, void* stream) {
   using namespace attention;
-  forward<T>(problem_of<T>(query, key, value, mask, shape), {operand_of(out, shape, shape.queries, 1), lse}, stream);
+  forward<T>(problem_of<T>(query, key, value, mask, per_head, shape), {operand_of(out, shape, shape.queries, 1), lse},
+             stream);
   return true;
 }
 
 template <class T>
-bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
-                       Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse,
-                       AttentionShape shape, void* scratch, void* stream) {
+bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, F* grad_sinks,
+                       Input grad_out, const Lse* grad_lse, Input query, Input key, Input value,
+                       AttentionMaskOperand mask, PerHead per_head, Input out, const Lse* lse, AttentionShape shape,
+                       void* scratch, void* stream) {
   using namespace attention;
-  Problem<T> p = problem_of<T>(query, key, value, mask, shape);
+  Problem<T> p = problem_of<T>(query, key, value, mask, per_head, shape);
   p.grad_out = operand_of(grad_out, shape, shape.queries, 1);
   BackwardArguments<T> arguments{};
   arguments.grad_query = operand_of(grad_query, shape, shape.queries, 1);
   arguments.grad_key = operand_of(grad_key, shape, shape.keys, shape.group);
   arguments.grad_value = operand_of(grad_value, shape, shape.keys, shape.group);
-  arguments.scale = F(shape.scale);
-  backward<T>(p, arguments, operand_of(out, shape, shape.queries, 1), lse, grad_mask, scratch, stream);
+  arguments.grad_lse = grad_lse, arguments.scale = F(shape.scale);
+  backward<T>(p, arguments, operand_of(out, shape, shape.queries, 1), lse, grad_mask, grad_sinks, scratch, stream);
   return true;
 }
 

@@ -1,6 +1,7 @@
 // Attention, backward. With P = exp(S - lse), A = P * keep / (1 - p), G = (dout V^T) * keep / (1 - p):
 //
-//   delta_i = dout_i . out_i    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
+//   delta_i = dout_i . out_i - dlse_i    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
+//   dsink = -sum_i exp(sink - lse_i) delta_i
 //
 // One kernel in two roles, so that every sum has one owner and no atomics are needed: a block owns kRows keys and
 // streams the queries of all heads that share them (dK, dV), or owns queries and streams keys (dQ). Either way a tile
@@ -31,6 +32,7 @@ struct BackwardArguments {
   accumulate_t<T>* grad_mask;  // (heads, queries, keys), zeroed, when the mask is not broadcast; nullptr otherwise
   const RowStatistics<accumulate_t<T>>* statistics;  // (heads, queries)
   RowStatistics<accumulate_t<T>>* completed;         // the same, written by blocks that own queries; nullptr for keys
+  const attention_lse_t<T>* grad_lse;                // (heads, queries), or nullptr for zeros
   accumulate_t<T> scale;
 };
 
@@ -48,7 +50,8 @@ constexpr int kDeltaThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads)
     statistics_kernel(const __grid_constant__ Problem<T> p, const __grid_constant__ Operand<const T> out,
-                      const attention_lse_t<T>* lse, RowStatistics<accumulate_t<T>>* to) {
+                      const attention_lse_t<T>* lse, const attention_lse_t<T>* grad_lse,
+                      RowStatistics<accumulate_t<T>>* to) {
   using F = accumulate_t<T>;
   const int64_t index = int64_t(blockIdx.x) * (kDeltaThreads / 32) + threadIdx.x / 32;
   if (index >= p.shape.heads * p.shape.queries) return;
@@ -62,12 +65,42 @@ __global__ void __launch_bounds__(kDeltaThreads)
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) delta += __shfl_xor_sync(kWarp, delta, distance);
   if (threadIdx.x % 32 != 0) return;
+  if (grad_lse) delta -= F(grad_lse[index]);
   if constexpr (kBase2<T>) {
     to[index] = {lse[index] * kLogUnit<T>, F(1), delta};
   } else {
     const F shift = F(lse[index]);
     to[index] = {shift, is_finite(shift) ? F(exp(double(shift) - lse[index])) : F(1), delta};
   }
+}
+
+// The weight that the sink of a head has in a row.
+template <class T>
+__device__ __forceinline__ accumulate_t<T> sink_weight(accumulate_t<T> sink,
+                                                       const RowStatistics<accumulate_t<T>>& row) {
+  return shifted_exponential<T>(sink * kLogUnit<T>, row.shift) * row.norm;
+}
+
+// A block per head: grad_sinks[head] = -sum of the weights of its sink times delta.
+constexpr int kSinkThreads = 256;
+template <class T>
+__global__ void __launch_bounds__(kSinkThreads)
+    sink_gradient_kernel(accumulate_t<T>* grad_sinks, const accumulate_t<T>* sinks,
+                         const RowStatistics<accumulate_t<T>>* statistics, int64_t queries) {
+  using F = accumulate_t<T>;
+  DYNAMIC_SHARED(double, sums);
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < queries; i += kSinkThreads) {
+    const RowStatistics<F>& row = statistics[blockIdx.x * queries + i];
+    sum -= double(sink_weight<T>(sinks[blockIdx.x], row)) * double(row.delta);
+  }
+  sums[threadIdx.x] = sum;
+#pragma unroll 1
+  for (int half = kSinkThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) grad_sinks[blockIdx.x] = F(sums[0]);
 }
 
 // A tile of the backward for one (own, streamed) pair: what the gradients of keys, queries and mask have in common.
@@ -214,12 +247,14 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
   const int64_t group = kKeyRows ? shape.group : 1, first_head = blockIdx.x / tiles * group;
   const int first_row = int(kKeyRows ? blockIdx.x % tiles : tiles - 1 - blockIdx.x % tiles) * E::kRows;
   const int chunk = int(blockIdx.y), out_column = chunk * E::kWidth;
-  const int streamed = int(kKeyRows ? shape.queries : shape.keys);
 
-  // Tiles of a head that causality leaves.
-  int begin = 0, end = (streamed + E::kColumns - 1) / E::kColumns;
-  if (shape.causal && kKeyRows) begin = first_row / E::kColumns;
-  if (shape.causal && !kKeyRows) end = min(end, (first_row + E::kRows + E::kColumns - 1) / E::kColumns);
+  // Tiles of a head that the windows leave.
+  int begin, end;
+  {
+    const Scores<T> scores(p, first_head);
+    begin = scores.template first_tile<kKeyRows>(first_row, E::kColumns);
+    end = scores.template end_tile<kKeyRows>(first_row, E::kRows, E::kColumns);
+  }
 
   RowStatistics<F> rows[E::kThreadRows] = {};
   if constexpr (!kKeyRows) {
@@ -245,8 +280,13 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
   };
   if (!b.chunked()) b.load_own(first_head, first_row, 0, false), b.load_own(first_head, first_row, 0, true);
   cp_async_commit();
-  bool sweeping = !kKeyRows && end * E::kColumns <= kSweptKeys;  // the tiles come twice: for delta, for the sums
+  bool sweeping =
+      !kKeyRows && (end - begin) * E::kColumns <= kSweptKeys;  // the tiles come twice: for delta, for the sums
   F delta[E::kThreadRows] = {}, total[E::kThreadRows] = {};
+  const auto grad_lse = [&](int i) {
+    const int row = first_row + e.row(i);
+    return to.grad_lse && row < shape.queries ? F(to.grad_lse[first_head * shape.queries + row]) : F(0);
+  };
 #pragma unroll
   for (int i = 0; i < E::kThreadRows; ++i)
     if (sweeping) rows[i].delta = 0;
@@ -283,7 +323,9 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
         for (int i = 0; i < E::kThreadRows; ++i) {
           delta[i] = over_row<E>(delta[i], [](F a, F b) { return a + b; });
           total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
-          if (total[i] != F(0)) rows[i].norm /= total[i], rows[i].delta = delta[i] / total[i];
+          if (p.per_head.sinks) total[i] += sink_weight<T>(p.per_head.sinks[first_head], rows[i]);
+          if (total[i] != F(0)) rows[i].norm /= total[i], delta[i] /= total[i];
+          rows[i].delta = delta[i] - grad_lse(i);
         }
       }
       if (to.grad_mask && chunk == 0 && !sweeping) {
@@ -329,6 +371,7 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
 #pragma unroll
     for (int i = 0; i < E::kThreadRows; ++i) {
       const int row = first_row + e.row(i);
+      if (sweeping) rows[i].delta = -grad_lse(i);  // there was no key to see
       if (chunk == 0 && threadIdx.x % E::kRowLanes == 0 && row < shape.queries)
         to.completed[first_head * shape.queries + row] = rows[i];
     }

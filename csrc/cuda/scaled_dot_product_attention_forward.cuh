@@ -1,9 +1,9 @@
 // Attention, forward: one pass over the keys with an online softmax.
 //
 // A block owns kRows queries of a head and kWidth columns of their outputs; tiles of kColumns keys and values stream
-// past. Values arrive while the scores are formed, the next keys while weights and values are multiplied. Tiles beyond
-// the causal diagonal, and those that a mask hides from all queries of the block, are never copied. A head dimension of
-// more than kWidth is summed in chunks for which queries and keys come one after the other.
+// past. Values arrive while the scores are formed, the next keys while weights and values are multiplied. Tiles outside
+// of the windows of all its queries, and those that a mask hides from all queries of the block, are never copied. A
+// head dimension of more than kWidth is summed in chunks for which queries and keys come one after the other.
 #pragma once
 #include "scaled_dot_product_attention_engines.cuh"
 
@@ -60,18 +60,21 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
   const auto keys = matrix_of(p.key, shape, head, shape.group, shape.keys, shape.dim);
   const auto values = matrix_of(p.value, shape, head, shape.group, shape.keys, shape.value_dim);
   const int chunks = (queries.width + E::kWidth - 1) / E::kWidth;
-  const int seen = scores.causal ? min(scores.keys, first_row + E::kRows) : scores.keys;
-  const int end = (seen + E::kColumns - 1) / E::kColumns;
+  const int begin = scores.template first_tile<false>(first_row, E::kColumns),
+            end = scores.template end_tile<false>(first_row, E::kRows, E::kColumns);
   const int value_width = padded_width(values.width, out_column, E::kWidth);
 
   typename E::Output out;
   clear_output<E>(out);
   F top[E::kThreadRows], total[E::kThreadRows];
 #pragma unroll
-  for (int i = 0; i < E::kThreadRows; ++i) top[i] = minus_infinity<F>(), total[i] = 0;
+  for (int i = 0; i < E::kThreadRows; ++i) {
+    top[i] = p.per_head.sinks ? p.per_head.sinks[head] * kLogUnit<T> : minus_infinity<F>();
+    total[i] = p.per_head.sinks && threadIdx.x % E::kRowLanes == 0 ? F(1) : F(0);
+  }
 
   unsigned bits[E::kThreadRows] = {};
-  int tile = next_tile<false>(0, end, bits, e, scores, first_row);
+  int tile = next_tile<false>(begin, end, bits, e, scores, first_row);
   load_tile<E, E::kRows>(own, queries, first_row, 0);
   if (tile < end) load_tile<E, E::kColumns>(key_tile, keys, tile * E::kColumns, 0);
   cp_async_commit();

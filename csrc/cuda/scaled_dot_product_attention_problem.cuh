@@ -82,6 +82,7 @@ struct Problem {
   Dropout dropout;
   Operand<const T> query, key, value, grad_out;
   accumulate_t<T> factor;  // of the scores, in units of kLogUnit
+  AttentionPerHead<accumulate_t<T>> per_head;
 };
 
 // The offset of a query head; in an operand with fewer heads, `group` of them share one.
@@ -172,7 +173,8 @@ template <class T>
 struct Scores {
   using F = accumulate_t<T>;
   int queries, keys;
-  bool causal;
+  int lower, upper, diagonal;  // as in AttentionShape
+  F slope;                     // of alibi, in units of kLogUnit
   AttentionMask kind;
   const void* mask;  // of the head
   int64_t mask_row, mask_column;
@@ -183,7 +185,10 @@ struct Scores {
   __device__ __forceinline__ Scores(const Problem<T>& p, int64_t head)
       : queries(int(p.shape.queries)),
         keys(int(p.shape.keys)),
-        causal(p.shape.causal),
+        lower(int(p.shape.lower)),
+        upper(int(p.shape.upper)),
+        diagonal(int(p.shape.diagonal)),
+        slope(p.per_head.alibi_slopes ? p.per_head.alibi_slopes[head] * kLogUnit<T> : F(0)),
         kind(p.mask.kind),
         mask(nullptr),
         mask_row(p.mask.operand.row),
@@ -213,25 +218,39 @@ struct Scores {
 
   __device__ __forceinline__ int64_t mask_at(int query, int key) const { return query * mask_row + key * mask_column; }
 
-  // Whether every score of a tile takes part, as far as its place says.
+  // Whether all queries of a tile see all keys of it, as far as their places say.
+  template <bool kKeyRows>
+  __device__ __forceinline__ bool is_inside(int first_row, int rows, int first_column, int columns) const {
+    const int query = kKeyRows ? first_column : first_row,
+              query_end = min(query + (kKeyRows ? columns : rows), queries), key = kKeyRows ? first_row : first_column,
+              key_end = min(key + (kKeyRows ? rows : columns), keys);
+    return key_end <= query + upper + 1 && key >= query_end - 1 + lower;
+  }
   template <bool kKeyRows>
   __device__ __forceinline__ bool is_whole(int first_row, int rows, int first_column, int columns) const {
-    const int query = kKeyRows ? first_column : first_row,
-              key_end = kKeyRows ? first_row + rows : first_column + columns;
-    const int limit = kKeyRows ? queries : keys;
-    return kind == AttentionMask::kNone && first_column + columns <= limit && (!causal || key_end <= query + 1);
+    return kind == AttentionMask::kNone && first_column + columns <= (kKeyRows ? queries : keys) &&
+           is_inside<kKeyRows>(first_row, rows, first_column, columns);
   }
 
   // Whether masks may hide scores of the tile, so that what they hide must not be seen.
   template <bool kKeyRows>
   __device__ __forceinline__ bool may_hide(int first_row, int rows, int first_column, int columns) const {
-    const int query = kKeyRows ? first_column : first_row,
-              key_end = kKeyRows ? first_row + rows : first_column + columns;
-    return kind != AttentionMask::kNone || (causal && key_end > query + 1);
+    return kind != AttentionMask::kNone || !is_inside<kKeyRows>(first_row, rows, first_column, columns);
+  }
+
+  // The tiles of `columns` that queries (keys, with kKeyRows) of [first_row, first_row + rows) may see (be seen by).
+  template <bool kKeyRows>
+  __device__ __forceinline__ int first_tile(int first_row, int columns) const {
+    return max(first_row + (kKeyRows ? -upper : lower), 0) / columns;
+  }
+  template <bool kKeyRows>
+  __device__ __forceinline__ int end_tile(int first_row, int rows, int columns) const {
+    const int end = min(first_row + rows + (kKeyRows ? -lower : upper), kKeyRows ? queries : keys);
+    return end <= 0 ? 0 : (end + columns - 1) / columns;
   }
 
   __device__ __forceinline__ bool takes_part(int query, int key) const {
-    if (query >= queries || key >= keys || (causal && key > query)) return false;
+    if (query >= queries || key >= keys || key > query + upper || key < query + lower) return false;
     bool visible = true;
     if (kind == AttentionMask::kBool) visible = static_cast<const uint8_t*>(mask)[mask_at(query, key)] != 0;
     with_mask(mask, [&](auto* data) { visible = to_float(data[mask_at(query, key)]) != minus_infinity<F>(); });
@@ -262,6 +281,17 @@ struct Scores {
     for (int i = 0; i < E::kThreadRows; ++i)
 #pragma unroll
       for (int j = 0; j < E::kThreadColumns; ++j) E::at(s, i, j) *= factor;
+    if (slope != F(0)) {
+#pragma unroll
+      for (int i = 0; i < E::kThreadRows; ++i) {
+        const int row = first_row + e.row(i);
+#pragma unroll
+        for (int j = 0; j < E::kThreadColumns; ++j) {
+          const int column = first_column + e.column(j), distance = (kKeyRows ? row - column : column - row) - diagonal;
+          E::at(s, i, j) = multiply_add(-slope, F(distance < 0 ? -distance : distance), E::at(s, i, j));
+        }
+      }
+    }
     if (whole) return;
     with_mask(mask, [&](auto* data) {
 #pragma unroll

@@ -1,10 +1,12 @@
 // Launchers of scaled_dot_product_attention.
 //
-//   S = scale Q K^T + mask,  P = softmax(S),  out = (P * keep / (1 - dropout_p)) V,  lse = log sum_j exp S_ij
+//   S = scale Q K^T + mask + alibi,  lse = log (exp sink + sum_j exp S_ij),  P = exp(S - lse),
+//   out = (P * keep / (1 - dropout_p)) V
 //
+// without a sink where a head has none, and alibi_ij = -slope |j - (i + diagonal)|.
 // Q (..., H, Lq, D), K (..., Hk, Lk, D), V (..., Hk, Lk, Dv) with H a multiple of Hk; all leading dimensions together
-// are "heads" here, numbered row-major. A score that is masked (bool false, float -inf, beyond the causal diagonal)
-// contributes nothing, whatever its key and value hold; a row without any score gives out 0 and lse -inf.
+// are "heads" here, numbered row-major. A score that is masked (bool false, float -inf, outside of the window of its
+// query) contributes nothing, whatever its key and value hold; a row without any score gives out 0 and lse -inf (sink).
 // Dropout keeps element e of P, counted row-major over (heads, Lq, Lk), when word e % 4 of
 // philox4x32(seed, offset + e / 4) is at least dropout_p * 2^32.
 #pragma once
@@ -33,9 +35,13 @@ struct AttentionShape {
   int64_t heads;  // product of batch
   int64_t group;  // query heads that share one key head
   int64_t queries, keys, dim, value_dim;
-  bool causal;
+  // Query i sees the keys i + lower .. i + upper: -queries and keys where nothing is hidden. Distances for alibi count
+  // from key i + diagonal.
+  int64_t lower, upper, diagonal;
   double scale, dropout_p;
   const int64_t* dropout_key;  // (seed, offset), or nullptr without dropout
+
+  PYNN_HD bool windowed() const { return lower > 1 - queries || upper < keys - 1; }
 };
 
 struct AttentionMaskOperand {
@@ -43,6 +49,12 @@ struct AttentionMaskOperand {
   AttentionOperand<const void*> operand;
   int64_t batch[kAttentionBatchDims];  // the mask's own sizes, 1 where it is broadcast
   int64_t rows, columns;
+};
+
+// Numbers of the heads; nullptr where they have none.
+template <class F>
+struct AttentionPerHead {
+  const F *alibi_slopes, *sinks;
 };
 
 // lse is kept in float64 unless the data is 16 bits wide: its rounding error is a relative error of a whole row of P,
@@ -60,18 +72,20 @@ struct Attention {
   using Lse = attention_lse_t<T>;
   using Input = AttentionOperand<const T*>;
   using Output = AttentionOperand<T*>;
+  using PerHead = AttentionPerHead<F>;
 
   // lse: (heads, queries). Returns false when there is no memory for what the CPU kernels allocate themselves.
   static bool fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
-                  AttentionShape shape, void* stream);
+                  PerHead per_head, AttentionShape shape, void* stream);
 
   // Bytes of scratch that bwd wants.
   static int64_t bwd_scratch(const AttentionMaskOperand& mask, const AttentionShape& shape, bool mask_gradient);
 
-  // grad_key and grad_value are per key head. grad_mask has the mask's own shape, contiguous; nullptr when not wanted.
-  static bool bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, Input grad_out, Input query,
-                  Input key, Input value, AttentionMaskOperand mask, Input out, const Lse* lse, AttentionShape shape,
-                  void* scratch, void* stream);
+  // grad_key and grad_value are per key head. grad_mask has the mask's own shape, contiguous; nullptr when not wanted,
+  // as grad_sinks (heads). grad_lse (heads, queries) is nullptr for zeros.
+  static bool bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, F* grad_sinks, Input grad_out,
+                  const Lse* grad_lse, Input query, Input key, Input value, AttentionMaskOperand mask, PerHead per_head,
+                  Input out, const Lse* lse, AttentionShape shape, void* scratch, void* stream);
 };
 
 // keep[e] = whether dropout keeps element e of P.

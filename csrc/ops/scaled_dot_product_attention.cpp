@@ -24,6 +24,10 @@ AttentionMask mask_kind(ScalarType dtype) {
   }
 }
 
+ScalarType sum_dtype(const Tensor& query) {
+  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 void check_query_key(AttentionShape& shape, const Tensor& query, const Tensor& key) {
   const int64_t rank = query.dim();
   PYNN_CHECK(rank >= 2 && key.dim() >= 2, kOp, ": expected query, key and value to all be at least 2 dimensional, got ",
@@ -85,6 +89,44 @@ Tensor check_dropout(AttentionShape& shape, const Tensor& query, const OptionalT
   return contiguous;
 }
 
+// The keys that a query sees, from the diagonal on: `left` and `right` of it, or all where negative.
+void set_window(AttentionShape& shape, int64_t left, int64_t right, bool lower_right) {
+  shape.diagonal = lower_right ? shape.keys - shape.queries : 0;
+  shape.lower =
+      left < 0 ? -shape.queries : std::max(shape.diagonal - std::min(left, shape.queries + shape.keys), -shape.queries);
+  shape.upper =
+      right < 0 ? shape.keys : std::min(shape.diagonal + std::min(right, shape.queries + shape.keys), shape.keys);
+}
+
+// A number for every head, in the precision of sums.
+Tensor check_per_head(const char* name, const Tensor& query, const OptionalTensor& numbers) {
+  if (!numbers) return query;
+  check_same_device(kOp, name, *numbers, "query", query);
+  PYNN_CHECK(numbers->scalar_type() == sum_dtype(query), kOp, ": expected ", name, " to be ", name_of(sum_dtype(query)),
+             ", got ", name_of(numbers->scalar_type()));
+  check_rank(kOp, name, *numbers, query.dim() - 2);
+  for (int64_t d = 0; d < numbers->dim(); ++d)
+    PYNN_CHECK(numbers->size(d) == query.size(d), kOp, ": expected ", name, " with the leading dimensions of query ",
+               shape_of(query), ", got ", shape_of(*numbers));
+  return torch::stable::contiguous(*numbers);
+}
+
+struct PerHeadTensors {
+  Tensor alibi_slopes, sinks;
+  bool has_alibi_slopes, has_sinks;
+  template <class F>
+  AttentionPerHead<F> pointers() const {
+    return {has_alibi_slopes ? pointer<F>(alibi_slopes) : nullptr, has_sinks ? pointer<F>(sinks) : nullptr};
+  }
+};
+
+PerHeadTensors check_heads(const AttentionShape& shape, const Tensor& query, const OptionalTensor& alibi_slopes,
+                           const OptionalTensor& sinks) {
+  PYNN_CHECK(!sinks || shape.keys > 0, kOp, ": expected at least one key together with sinks, got key ", shape.keys);
+  return {check_per_head("alibi_slopes", query, alibi_slopes), check_per_head("sinks", query, sinks),
+          alibi_slopes.has_value(), sinks.has_value()};
+}
+
 AttentionMaskOperand check_mask(const AttentionShape& shape, const Tensor& query, const OptionalTensor& attn_mask) {
   AttentionMaskOperand mask{};
   if (!attn_mask) return mask;
@@ -95,7 +137,6 @@ AttentionMaskOperand check_mask(const AttentionShape& shape, const Tensor& query
              "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: ",
              name_of(dtype), " and query.dtype: ", name_of(query.scalar_type()), " instead.");
   const int64_t lead = query.dim() - m.dim();
-  PYNN_CHECK(!shape.causal, "_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True");
   PYNN_CHECK(lead >= 0, kOp, ": expected attn_mask with at most ", query.dim(), " dimensions, got ", shape_of(m));
   mask.kind = mask_kind(dtype);
   mask.operand.data = m.const_data_ptr();
@@ -149,14 +190,17 @@ ScalarType lse_dtype(const Tensor& query) {
 bool is_empty(const AttentionShape& shape) { return shape.heads == 0 || shape.queries == 0 || shape.keys == 0; }
 
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Tensor& value,
-                               const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, double dropout_p,
-                               bool is_causal, double scale) {
+                               const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
+                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double dropout_p,
+                               int64_t left, int64_t right, bool lower_right, double scale) {
   AttentionShape shape{};
-  shape.causal = is_causal, shape.scale = scale;
+  shape.scale = scale;
   check_query_key(shape, query, key);
   check_value(shape, key, value);
+  set_window(shape, left, right, lower_right);
   const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
   const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
+  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
   Tensor out = new_heads(query, shape.value_dim);
   const std::vector<int64_t> rows(query.sizes().begin(), query.sizes().end() - 1);
   Tensor lse = torch::stable::new_empty(query, rows, lse_dtype(query));
@@ -167,22 +211,34 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
   }
   dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool done =
-        launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse), reading<T>(query),
-                                  reading<T>(key), reading<T>(value), mask, shape, current_stream(query));
+    const bool done = launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse),
+                                                reading<T>(query), reading<T>(key), reading<T>(value), mask,
+                                                per_head.pointers<accumulate_t<T>>(), shape, current_stream(query));
     PYNN_CHECK(done, kOp, ": out of memory");
   });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Tensor& query, const Tensor& key,
-                                               const Tensor& value, const OptionalTensor& attn_mask,
-                                               const OptionalTensor& dropout_key, const Tensor& out, const Tensor& lse,
-                                               double dropout_p, bool is_causal, double scale, bool mask_gradient) {
+void check_lse(const char* name, const Tensor& query, const Tensor& lse) {
+  check_same_device(kOp, name, lse, "query", query);
+  PYNN_CHECK(lse.scalar_type() == lse_dtype(query), kOp, ": expected ", name, " to be ", name_of(lse_dtype(query)),
+             ", got ", name_of(lse.scalar_type()));
+  check_rank(kOp, name, lse, query.dim() - 1);
+  for (int64_t d = 0; d < lse.dim(); ++d)
+    PYNN_CHECK(lse.size(d) == query.size(d), kOp, ": expected ", name,
+               " with the shape of query but the last dimension, got ", shape_of(lse));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right,
+    bool lower_right, double scale, bool mask_gradient, bool sinks_gradient) {
   AttentionShape shape{};
-  shape.causal = is_causal, shape.scale = scale;
+  shape.scale = scale;
   check_query_key(shape, query, key);
   check_value(shape, key, value);
+  set_window(shape, left, right, lower_right);
   const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
   const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
   check_same_device(kOp, "out", out, "query", query);
@@ -195,40 +251,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& grad_out, const Ten
   check_same_device(kOp, "grad_out", grad_out, "query", query);
   check_same_dtype(kOp, "grad_out", grad_out, "query", query);
   check_same_shape(kOp, "grad_out", grad_out, "out", out);
-  const ScalarType accumulate = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check_same_device(kOp, "lse", lse, "query", query);
-  PYNN_CHECK(lse.scalar_type() == lse_dtype(query), kOp, ": expected lse to be ", name_of(lse_dtype(query)), ", got ",
-             name_of(lse.scalar_type()));
-  check_rank(kOp, "lse", lse, query.dim() - 1);
-  for (int64_t d = 0; d < lse.dim(); ++d)
-    PYNN_CHECK(lse.size(d) == query.size(d), kOp, ": expected lse with the shape of query but the last dimension, got ",
-               shape_of(lse));
+  check_lse("lse", query, lse);
+  if (grad_lse) check_lse("grad_lse", query, *grad_lse);
+  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
   PYNN_CHECK(!mask_gradient || (attn_mask && is_floating(attn_mask->scalar_type())), kOp,
              ": expected a floating attn_mask to give it a gradient");
+  PYNN_CHECK(!sinks_gradient || sinks, kOp, ": expected sinks to give them a gradient");
 
   Tensor grad_query = new_heads(query, shape.dim), grad_key = new_heads(key, shape.dim);
   Tensor grad_value = new_heads(value, shape.value_dim);
+  const ScalarType accumulate = sum_dtype(query);
   Tensor grad_mask = mask_gradient ? torch::stable::new_empty(query, attn_mask->sizes(), accumulate)
                                    : torch::stable::new_empty(query, {0});
+  Tensor grad_sinks = torch::stable::new_empty(
+      query,
+      sinks_gradient ? std::vector<int64_t>(sinks->sizes().begin(), sinks->sizes().end()) : std::vector<int64_t>{0},
+      accumulate);
   if (is_empty(shape)) {
-    for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_mask}) torch::stable::zero_(*grad);
+    for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_mask, &grad_sinks}) torch::stable::zero_(*grad);
   } else {
     const Tensor log_sums = torch::stable::contiguous(lse);
+    const Tensor grad_log_sums = grad_lse ? torch::stable::contiguous(*grad_lse) : log_sums;
     dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       using F = accumulate_t<T>;
       Scratch scratch(query, launch::Attention<T>::bwd_scratch(mask, shape, mask_gradient));
-      const bool done =
-          launch::Attention<T>::bwd(writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
-                                    mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr, reading<T>(grad_out),
-                                    reading<T>(query), reading<T>(key), reading<T>(value), mask, reading<T>(out),
-                                    pointer<attention_lse_t<T>>(log_sums), shape, scratch.get(), current_stream(query));
+      using Lse = attention_lse_t<T>;
+      const bool done = launch::Attention<T>::bwd(
+          writing<T>(grad_query), writing<T>(grad_key), writing<T>(grad_value),
+          mask_gradient ? mutable_pointer<F>(grad_mask) : nullptr,
+          sinks_gradient ? mutable_pointer<F>(grad_sinks) : nullptr, reading<T>(grad_out),
+          grad_lse ? pointer<Lse>(grad_log_sums) : nullptr, reading<T>(query), reading<T>(key), reading<T>(value), mask,
+          per_head.pointers<F>(), reading<T>(out), pointer<Lse>(log_sums), shape, scratch.get(), current_stream(query));
       PYNN_CHECK(done, kOp, ": out of memory");
     });
   }
   if (mask_gradient && attn_mask->scalar_type() != accumulate)
     grad_mask = torch::stable::to(grad_mask, attn_mask->scalar_type());
-  return {grad_query, grad_key, grad_value, grad_mask};
+  return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
 // The dropout mask of the scores of query and key: (..., H, Lq, Lk), true where an element is kept.

@@ -79,7 +79,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         output = attend(q, k, v, *options)
         output = output.transpose(1, 2) if sequence_dim == 1 else output.permute(2, 0, 1, 3)
         output = F.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
-        attention = weights(q, k, *options) if need_weights else None
+        attention = None
+        if need_weights:
+            attention = weights(q, k, mask, dropout_key, None, None, dropout_p, -1, -1, False, options[-1])
         if attention is not None and average_attn_weights:
             attention = attention.mean(1)
         if not batched:

@@ -36,21 +36,45 @@ def _summed(t, key):
     return t if t.shape == key.shape else t.unflatten(-3, (key.shape[-3], -1)).sum(-3)
 
 
-def _probabilities(query, keys, attn_mask, is_causal, scale):
-    """softmax(scale Q K^T + mask), 0 where masked and in rows that are masked as a whole."""
+def _window(query, key, left, right, lower_right):
+    """Which keys each query sees, (Lq, Lk) bool, and the distance of each key from the diagonal; None for all keys."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    rows = torch.arange(queries, device=query.device)[:, None]
+    distance = torch.arange(keys, device=query.device) - rows - (keys - queries if lower_right else 0)
+    seen = None
+    if left >= 0:
+        seen = distance >= -left
+    if right >= 0:
+        seen = distance <= right if seen is None else seen & (distance <= right)
+    return seen, distance
+
+
+def _probabilities(query, keys, attn_mask, alibi_slopes, sinks, left, right, lower_right, scale):
+    """softmax(scale Q K^T + mask + alibi), 0 where masked and in rows that are masked as a whole.
+
+    With sinks there is one more column, the weight of the sink.
+    """
     scores = query @ keys.mT * scale
-    if attn_mask is None and not is_causal:
+    seen, distance = _window(query, keys, left, right, lower_right)
+    hidden = None if seen is None else seen.logical_not()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = attn_mask.logical_not() if hidden is None else hidden | attn_mask.logical_not()
+    elif attn_mask is not None:
+        out = attn_mask == -math.inf
+        scores = scores + attn_mask.masked_fill(out, 0)
+        hidden = out if hidden is None else hidden | out
+    if alibi_slopes is not None:
+        scores = scores - (alibi_slopes[..., None, None] * distance.abs()).to(scores.dtype)
+    if hidden is not None:
+        hidden = hidden.expand_as(scores)
+        scores = scores.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        column = sinks[..., None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, column), -1).softmax(-1)
+    if hidden is None:
         return scores.softmax(-1)
-    if attn_mask is None:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril().logical_not()
-    elif attn_mask.dtype == torch.bool:
-        hidden = attn_mask.logical_not()
-    else:
-        hidden = attn_mask == -math.inf
-        scores = scores + attn_mask.masked_fill(hidden, 0)
-    empty = hidden.expand_as(scores).all(-1, keepdim=True)
-    p = scores.masked_fill(hidden, -math.inf).masked_fill(empty, 0).softmax(-1)
-    return p.masked_fill(hidden, 0)
+    empty = hidden.all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(hidden, 0)
 
 
 def _dropped(x, query, key, dropout_key, dropout_p):
@@ -63,37 +87,53 @@ def _dropped(x, query, key, dropout_key, dropout_p):
     return (x * (1 / (1 - dropout_p))).masked_fill(keep.logical_not(), 0)
 
 
-def weights(query, key, attn_mask, dropout_key, dropout_p, is_causal, scale):
+def weights(query, key, attn_mask, dropout_key, alibi_slopes, sinks, dropout_p, left, right, lower_right, scale):
     """The (..., H, Lq, Lk) weights that scaled_dot_product_attention gives to the values, dropout included."""
-    p = _probabilities(query, _repeated(key, query), attn_mask, is_causal, scale)
-    return _dropped(p, query, key, dropout_key, dropout_p)
+    options = (attn_mask, alibi_slopes, sinks, left, right, lower_right, scale)
+    p = _probabilities(query, _repeated(key, query), *options)
+    return _dropped(p[..., : key.shape[-2]], query, key, dropout_key, dropout_p)
 
 
-def second_order(grad_out, query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale, mask_gradient, *c):
-    """Gradients of <c, backward(grad_out, query, key, value, attn_mask)>.
+def second_order(inputs, options, cotangents):
+    """Gradients of <cotangents, backward(*inputs, *options)>, in the order of `inputs`.
 
-    With weights A = drop(P), G = drop(grad_out V^T) and dS = P * (G - rowsum(P * G)), the backward is
-    dQ = scale dS K, dK = scale dS^T Q, dV = A^T grad_out, dmask = dS.
+    With weights A = drop(P), G = drop(grad_out V^T) and dS = P * (G - rowsum(P * G) + grad_lse), the backward is
+    dQ = scale dS K, dK = scale dS^T Q, dV = A^T grad_out, dmask = dS. A sink is a column of S, P and dS whose G is 0.
     """
+    grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks = inputs
+    dropout_p, left, right, lower_right, scale, mask_gradient, sinks_gradient = options
+    c_query, c_key, c_value, c_mask, c_sinks = cotangents
 
     def drop(x):
         return _dropped(x, query, key, dropout_key, dropout_p)
 
-    c_query, c_key, c_value, c_mask = c
+    def with_sink(x, column=0):
+        """x with the column of the sink."""
+        return x if sinks is None else torch.cat((x, torch.zeros_like(x[..., :1]) + column), -1)
+
+    count = key.shape[-2]
     keys, values, c_key, c_value = (_repeated(t, query) for t in (key, value, c_key, c_value))
-    p = _probabilities(query, keys, attn_mask, is_causal, scale)
-    g = drop(grad_out @ values.mT)
+    p = _probabilities(query, keys, attn_mask, alibi_slopes, sinks, left, right, lower_right, scale)
+    own = p[..., :count]  # of the keys
+    g = with_sink(drop(grad_out @ values.mT))
     centred = g - (p * g).sum(-1, keepdim=True)
-    ds = p * centred
+    if grad_lse is not None:
+        centred = centred + grad_lse[..., None].to(p.dtype)
+    ds = (p * centred)[..., :count]
     c_ds = scale * (c_query @ keys.mT + query @ c_key.mT)
     if mask_gradient:
         c_ds = c_ds + c_mask
+    c_ds = with_sink(c_ds, c_sinks[..., None, None].to(p.dtype) if sinks_gradient else 0)
     mean = (p * c_ds).sum(-1, keepdim=True)
-    c_g = drop(p * (c_ds - mean))
-    c_p = c_ds * centred - mean * g + drop(grad_out @ c_value.mT)
+    c_g = drop((p * (c_ds - mean))[..., :count])
+    c_p = c_ds * centred - mean * g + with_sink(drop(grad_out @ c_value.mT))
     c_scores = p * (c_p - (p * c_p).sum(-1, keepdim=True))
-    d_grad_out = c_g @ values + drop(p) @ c_value
+    d_sinks = c_scores[..., count].sum(-1).to(sinks.dtype) if sinks_gradient else None
+    c_scores = c_scores[..., :count]
+    d_grad_out = c_g @ values + drop(own) @ c_value
+    d_grad_lse = mean.squeeze(-1).to(grad_lse.dtype) if grad_lse is not None else None
     d_query = scale * (ds @ c_key + c_scores @ keys)
     d_key = scale * (ds.mT @ c_query + c_scores.mT @ query)
     d_mask = c_scores.sum_to_size(attn_mask.shape) if mask_gradient else None
-    return d_grad_out, d_query, _summed(d_key, key), _summed(c_g.mT @ grad_out, value), d_mask
+    d_value = _summed(c_g.mT @ grad_out, value)
+    return d_grad_out, d_grad_lse, d_query, _summed(d_key, key), d_value, d_mask, None, None, d_sinks

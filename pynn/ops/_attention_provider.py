@@ -18,8 +18,8 @@ import torch.nn.attention
 from torch import Tensor
 
 from .. import backends
+from ._attention_functions import lse_dtype
 from .random import make_key
-from .scaled_dot_product_attention import lse_dtype
 
 NAME = "pynn"
 _FORWARD, _BACKWARD = "scaled_dot_product_attention_fwd", "scaled_dot_product_attention_bwd"
@@ -55,8 +55,9 @@ def _activate() -> _Handle:
     return _Handle(library)
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
-    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+def _options(query: Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> tuple:
+    """The last arguments of the ops: dropout_p, left, right, lower_right, scale."""
+    return dropout_p, -1, 0 if is_causal else -1, False, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
 def _sums(lse: Tensor, query: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _own_sums(lse: Tensor, query: Tensor) -> Tensor:
 
 def _cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     op = backends.op(_FORWARD, query)
-    out, lse = op(query, key, value, attn_mask, None, 0.0, is_causal, _scale(query, scale))
+    out, lse = op(query, key, value, attn_mask, None, None, None, *_options(query, 0.0, is_causal, scale))
     # Compiled code relies on torch's strides: those of the query, and sums stored as (B, L, H).
     like = torch.empty_like(query)
     out = out if out.stride() == like.stride() else like.copy_(out)
@@ -79,9 +80,10 @@ def _cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask
 
 
 def _cpu_backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
-    options = 0.0, is_causal, _scale(query, scale), False
+    options = *_options(query, 0.0, is_causal, scale), False, False
     op = backends.op(_BACKWARD, query)
-    return op(grad_out, query, key, value, attn_mask, None, out, _own_sums(lse, query), *options)[:3]
+    inputs = grad_out, None, query, key, value, attn_mask, None, None, None, out, _own_sums(lse, query)
+    return op(*inputs, *options)[:3]
 
 
 def _gpu_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
@@ -91,7 +93,7 @@ def _gpu_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug
     if dropout_p > 0:  # drawn on the device, as in a CUDA graph it has to be
         dropout_key = make_key(query.device, generator=torch.cuda.default_generators[query.device.index])
     op = backends.op(_FORWARD, query)
-    out, lse = op(query, key, value, None, dropout_key, dropout_p, is_causal, _scale(query, scale))
+    out, lse = op(query, key, value, None, dropout_key, None, None, *_options(query, dropout_p, is_causal, scale))
     nothing = query.new_empty(0)
     state = query.new_empty(0, dtype=torch.int64) if dropout_key is None else dropout_key
     return out, _sums(lse, query), None, None, query.shape[-2], key.shape[-2], state, nothing, nothing
@@ -101,6 +103,7 @@ def _gpu_backward(
     grad_out, query, key, value, out, lse, _q, _k, max_q, max_k, dropout_p, is_causal, state, _, *, scale=None
 ):
     dropout_key = state if dropout_p > 0 else None
-    options = dropout_p, is_causal, _scale(query, scale), False
+    options = *_options(query, dropout_p, is_causal, scale), False, False
     op = backends.op(_BACKWARD, query)
-    return op(grad_out, query, key, value, None, dropout_key, out, _own_sums(lse, query), *options)[:3]
+    inputs = grad_out, None, query, key, value, None, dropout_key, None, None, out, _own_sums(lse, query)
+    return op(*inputs, *options)[:3]

@@ -1,139 +1,31 @@
 """scaled_dot_product_attention: softmax(scale Q K^T + mask) V with a fused backward, dropout and mask gradient.
 
 Shapes: query (..., H, Lq, D), key (..., Hk, Lk, D), value (..., Hk, Lk, Dv) -> (..., H, Lq, Dv); H a multiple of Hk.
+The ops and their Functions are in _attention_functions.py.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, overload
 
 import torch
 
-from .. import backends
-from ._attention_composite import broadcast_leading, second_order
-from ._function import autocast, call, check_devices, eager
-from ._registry import define
+from ._attention_composite import broadcast_leading
+from ._attention_functions import ScaledDotProductAttention
+from ._function import autocast, call, compute_dtype
 from .random import make_key
 
 _NAME = "scaled_dot_product_attention"
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
-_OPTIONS = "float dropout_p, bool is_causal, float scale"
 
 
-def _new_heads(like, width):  # stored as (..., L, H, width)
-    sizes = [*like.shape[:-1], width]
-    if like.dim() < 4:
-        return like.new_empty(sizes)
-    sizes[-3], sizes[-2] = sizes[-2], sizes[-3]
-    return like.new_empty(sizes).transpose(-3, -2)
-
-
-def lse_dtype(dtype):
-    """Of the log-sum-exps that forward gives and backward takes, for operands of this dtype."""
-    return torch.float32 if dtype.itemsize == 2 else torch.float64
-
-
-@define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-def _(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
-    check_devices(_NAME, query, key, value, attn_mask, dropout_key)
-    return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
-
-
-@define(
-    f"scaled_dot_product_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-def _(grad_out, query, key, value, attn_mask, dropout_key, out, lse, dropout_p, is_causal, scale, mask_gradient):
-    check_devices(_NAME, query, grad_out, key, value, attn_mask, dropout_key, out, lse)
-    grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
-    return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask)
-
-
-@define("scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor")
-def _(query, key, dropout_key, dropout_p):
-    check_devices(_NAME, query, key, dropout_key)
-    return query.new_empty((*query.shape[:-1], key.shape[-2]), dtype=torch.bool)
-
-
-@eager
-class ScaledDotProductAttention(torch.autograd.Function):
-    """(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale) -> (out, log-sum-exp)."""
-
-    @staticmethod
-    def forward(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
-        op = backends.op("scaled_dot_product_attention_fwd", query)
-        return op(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5], *output)
-        ctx.mark_non_differentiable(output[1])
-        ctx.options = inputs[5:]
-
-    @staticmethod
-    def backward(ctx, grad_out, _):
-        mask_gradient = ctx.needs_input_grad[3]
-        inputs = (grad_out, *ctx.saved_tensors, *ctx.options, mask_gradient)
-        function = ScaledDotProductAttentionBackward
-        # A compiled backward has no backward of its own.
-        grads = function.forward(*inputs) if torch.compiler.is_compiling() else call(function, *inputs)
-        return (*grads[:3], grads[3] if mask_gradient else None, None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(ScaledDotProductAttention, info, in_dims, inputs, tensors=5, attn_mask=3, dropout_key=4)
-
-
-@eager
-class ScaledDotProductAttentionBackward(torch.autograd.Function):
-    """Gradients of query, key, value and attn_mask; differentiable any number of times through torch ops."""
-
-    @staticmethod
-    def forward(grad_out, query, key, value, attn_mask, dropout_key, out, lse, *options):
-        op = backends.op("scaled_dot_product_attention_bwd", query)
-        return op(grad_out, query, key, value, attn_mask, dropout_key, out, lse, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[8:]
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        grads = second_order(*ctx.saved_tensors, *ctx.options, *cotangents)
-        return (*grads, None, None, None, None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _vmap(ScaledDotProductAttentionBackward, info, in_dims, inputs, tensors=8, attn_mask=4, dropout_key=5)
-
-
-def _vmap(function, info, in_dims, inputs, tensors, attn_mask, dropout_key):
-    """Folds the mapped dimension into a new leading one; with dropout, each sample is a call of its own."""
-    if inputs[dropout_key] is not None:
-        samples = []
-        for i in range(info.batch_size):
-            sample = [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True)]
-            samples.append(call(function, *sample))
-        return tuple(torch.stack(outputs) for outputs in zip(*samples, strict=True)), (0,) * len(samples[0])
-    rank = max(x.dim() - (d is not None) for x, d in zip(inputs[:tensors], in_dims, strict=False) if x is not None)
-    folded = list(inputs)
-    for i, (x, d) in enumerate(zip(inputs[:tensors], in_dims, strict=False)):
-        if x is None:
-            continue
-        x = x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
-        if i == attn_mask:
-            mask_shape = x.shape
-            x = x.reshape(info.batch_size, *(1,) * (rank + 1 - x.dim()), *x.shape[1:])
-        folded[i] = x
-    outputs = call(function, *folded)
-    if len(outputs) == 4:
-        grad_mask = outputs[3].reshape(mask_shape) if inputs[-1] else outputs[3].new_empty(info.batch_size, 0)
-        outputs = (*outputs[:3], grad_mask)
-    return outputs, (0,) * len(outputs)
-
-
+@overload
+def scaled_dot_product_attention(*args: Any, return_lse: Literal[False] = False, **options: Any) -> torch.Tensor: ...
+@overload
 def scaled_dot_product_attention(
+    *args: Any, return_lse: Literal[True], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave the arguments to this signature
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -143,13 +35,19 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: tuple[int, int] | None = None,
+    alignment: str = "upper_left",
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over the keys: softmax(scale Q K^T + mask) V, with dropout on the softmax.
 
-    A key that is masked (False, -inf or in the future) has no influence at all, NaN included; a query whose keys are
-    all masked gets 0 and gives no gradient. The gradient of a float mask is summed over its broadcast dimensions.
+    A key that is masked (False, -inf or outside of the window) has no influence at all, NaN included; a query whose
+    keys are all masked gets 0 and gives no gradient. The gradient of a float mask is summed over its broadcast
+    dimensions.
 
     Args:
         query: (..., H, Lq, D) float64, float32, float16 or bfloat16; at least 2 dimensions.
@@ -157,26 +55,69 @@ def scaled_dot_product_attention(
         value: (..., H, Lk, Dv), or (..., Hk, Lk, Dv).
         attn_mask: broadcastable to (..., H, Lq, Lk): bool (True takes part) or float (added to the scores).
         dropout_p: probability of dropping a weight. The draw follows torch.manual_seed.
-        is_causal: query i sees keys 0 .. i. Not together with attn_mask.
+        is_causal: a query sees no key behind the diagonal. Not together with attn_mask, as in torch; window=(-1, 0) is.
         scale: factor of the scores; 1 / sqrt(D) by default.
         enable_gqa: heads of key and value are shared by groups of query heads.
+        window: (left, right): a query sees so many keys before and behind the diagonal, and the one on it; -1 for all.
+            Tiles of keys outside of it cost nothing.
+        alignment: where the diagonal of is_causal, window and alibi_slopes lies, for Lq != Lk: "upper_left" at key i of
+            query i (as is_causal of torch), "lower_right" at key i + Lk - Lq (as FlashAttention; the last query is at
+            the last key, which is what a cache of keys wants).
+        alibi_slopes: broadcastable to (..., H); takes slope |j - diagonal| off the score of key j (Press et al. 2022,
+            arXiv 2108.12409). No gradient.
+        sinks: broadcastable to (..., H): a score per head that takes part in the softmax but has no value (Xiao et al.
+            2024, arXiv 2309.17453; gpt-oss). Needs a key.
+        return_lse: also return log (exp sink + sum_j exp S_ij), with its gradient: what merging attention over parts of
+            the keys needs.
         generator: where the dropout key is drawn from instead of torch's default CPU generator.
         seed: the dropout key itself; the same seed drops the same weights.
     Returns:
-        (..., H, Lq, Dv), dtype of query.
+        (..., H, Lq, Dv), dtype of query. With return_lse also (..., H, Lq), float32 (float64 for float64).
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit; dropout_p is not in [0, 1]; attn_mask with is_causal.
+        RuntimeError: shapes, dtypes or devices do not fit; dropout_p is not in [0, 1]; attn_mask with is_causal;
+            alibi_slopes that require a gradient.
+        ValueError: window or alignment is none of the above.
     """
     query, key, value = autocast(query, key, value)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
+    if is_causal and attn_mask is not None:
+        raise RuntimeError(f"_{_NAME}: Explicit attn_mask should not be set when is_causal=True")
+    left, right = (-1, -1) if window is None else _checked_window(window)
+    if alignment not in ("upper_left", "lower_right"):
+        raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
+    if alibi_slopes is not None:
+        if alibi_slopes.requires_grad:
+            raise RuntimeError(f"{_NAME}: alibi_slopes have no gradient, expected them not to require one")
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query)
+    if sinks is not None:
+        sinks = _per_head("sinks", sinks, query)
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1)) if query.dim() else 1.0
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
-    return attend(query, key, value, attn_mask, dropout_key, float(dropout_p), bool(is_causal), float(scale))
+    inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks)
+    options = (float(dropout_p), left, 0 if is_causal else right, alignment == "lower_right", float(scale))
+    out, lse = call(ScaledDotProductAttention, *inputs, *options)
+    return (out, lse.to(compute_dtype(query))) if return_lse else out
+
+
+def _checked_window(window):
+    if len(window) != 2 or not all(isinstance(n, int) and n >= -1 for n in window):
+        raise ValueError(f"{_NAME}: expected window to be two integers from -1 on, got {window!r}")
+    return window
+
+
+def _per_head(name, numbers, query):
+    """Numbers of the heads as the op takes them."""
+    shape = query.shape[:-2]
+    try:
+        return numbers.to(compute_dtype(query)).expand(shape)
+    except RuntimeError:
+        shapes = f"{tuple(shape)} of query, got {tuple(numbers.shape)}"
+        raise RuntimeError(f"{_NAME}: expected {name} that broadcast to the heads {shapes}") from None
 
 
 def attend(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     """scaled_dot_product_attention on operands whose leading dimensions agree, with the dropout key given."""
-    inputs = (query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale)
-    return call(ScaledDotProductAttention, *inputs)[0]
+    options = (dropout_p, -1, 0 if is_causal else -1, False, scale)
+    return call(ScaledDotProductAttention, query, key, value, attn_mask, dropout_key, None, None, *options)[0]

@@ -1,6 +1,6 @@
 // Every launcher of csrc/include/scaled_dot_product_attention.h: both widths of engine and head dimensions beyond them,
-// every kind of mask, causality, dropout, shared heads, packs and single elements, NaN behind a mask; forward results
-// are compared with the formula in float64.
+// every kind of mask, windows, alibi, sinks, dropout, shared heads, packs and single elements, NaN behind a mask;
+// forward results are compared with the formula in float64.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,9 @@ using pynn::AttentionMaskOperand;
 using pynn::AttentionOperand;
 using pynn::AttentionShape;
 
-enum class Kind { kNone, kCausal, kBool, kFloat, kOwn };  // kOwn: a mask in the dtype of the data
+// kWindow: each query sees three keys before its diagonal, which ends at the last key, and one behind; with alibi and
+// sinks. kOwn: a mask in the dtype of the data.
+enum class Kind { kNone, kCausal, kWindow, kBool, kFloat, kOwn };
 
 struct Case {
   int64_t batch, heads, group, queries, keys, dim, value_dim;
@@ -35,11 +37,14 @@ constexpr Case kSmall[] = {
     {1, 2, 1, 9, 5, 8, 8, Kind::kOwn, false, false, false, 0, 0, 0},
     {1, 1, 1, 6, 7, 4, 4, Kind::kOwn, false, false, false, 0, 0, 1},
     {1, 1, 1, 5, 6, 8, 8, Kind::kCausal, false, true},
+    {1, 2, 1, 70, 72, 8, 8, Kind::kWindow, true},
+    {1, 2, 2, 9, 6, 8, 8, Kind::kWindow, false, true},
 };
 constexpr Case kWide[] = {
     {1, 1, 1, 5, 9, 72, 136, Kind::kCausal},
     {1, 1, 1, 5, 9, 136, 72, Kind::kBool, false, true, false, 1, 0, 0},
     {1, 1, 1, 3, 600, 8, 8},
+    {1, 2, 1, 600, 600, 8, 8, Kind::kWindow},
 };
 
 template <class F>
@@ -59,12 +64,18 @@ struct Call {
   const Case& c;
   AttentionShape shape{};
   AttentionMaskOperand mask{};
+  pynn::AttentionPerHead<F> per_head{};
 
   Call(Run& run, const Case& c) : run(run), c(c) {
     shape.batch_dims = 2, shape.batch[0] = c.batch, shape.batch[1] = c.heads;
     shape.heads = c.batch * c.heads, shape.group = c.group;
     shape.queries = c.queries, shape.keys = c.keys, shape.dim = c.dim, shape.value_dim = c.value_dim;
-    shape.causal = c.kind == Kind::kCausal, shape.scale = 0.3;
+    shape.lower = -c.queries, shape.upper = c.kind == Kind::kCausal ? 0 : c.keys, shape.scale = 0.3;
+    if (c.kind == Kind::kWindow) {
+      shape.diagonal = c.keys - c.queries, shape.lower = shape.diagonal - 3, shape.upper = shape.diagonal + 1;
+      per_head.alibi_slopes = run.input<F>(size_t(shape.heads), [](size_t i) { return F(0.25 + 0.5 * double(i)); });
+      per_head.sinks = run.input<F>(size_t(shape.heads), [](size_t i) { return F(0.5 - double(i)); });
+    }
     if (c.dropout) {
       shape.dropout_p = 0.25;
       shape.dropout_key = run.input<int64_t>(2, [](size_t i) { return int64_t(5 + i); });
@@ -88,7 +99,7 @@ struct Call {
 
   int64_t mask_size(int64_t chosen, int64_t whole) const { return chosen == 0 ? whole : chosen; }
   void make_mask() {
-    if (c.kind == Kind::kNone || c.kind == Kind::kCausal) return;
+    if (c.kind < Kind::kBool) return;
     mask.batch[0] = 1, mask.batch[1] = mask_size(c.mask_heads, c.heads);
     mask.rows = mask_size(c.mask_rows, c.queries), mask.columns = mask_size(c.mask_columns, c.keys);
     mask.operand.column = mask.columns == 1 ? 0 : 1;
@@ -120,7 +131,9 @@ struct Call {
     return double(pynn::to_float(m.data[b * m.batch[0] + h * m.batch[1] + row * m.row + column * m.column]));
   }
   double mask_value(int64_t head, int64_t query, int64_t key) const {
-    if (shape.causal && key > query) return -INFINITY;
+    if (key < query + shape.lower || key > query + shape.upper) return -INFINITY;
+    if (per_head.alibi_slopes)
+      return -double(per_head.alibi_slopes[head]) * double(std::abs(key - query - shape.diagonal));
     const auto& m = mask.operand;
     const int64_t at = head % c.heads * m.batch[1] + query * m.row + key * m.column;
     switch (mask.kind) {
@@ -143,7 +156,7 @@ struct Call {
     std::vector<double> weights(size_t(c.keys));
     for (int64_t head = 0; head < shape.heads; ++head)
       for (int64_t i = 0; i < c.queries; ++i) {
-        double total = 0;
+        double total = per_head.sinks ? std::exp(double(per_head.sinks[head])) : 0;
         for (int64_t j = 0; j < c.keys; ++j) {
           double score = mask_value(head, i, j);
           weights[size_t(j)] = 0;
@@ -182,7 +195,7 @@ struct Call {
     }
     const auto out = output(c.heads, c.queries, c.value_dim);
     Lse* lse = run.output<Lse>(size_t(shape.heads * c.queries));
-    Launcher::fwd(out, lse, query, key, value, mask, shape, nullptr);
+    Launcher::fwd(out, lse, query, key, value, mask, per_head, shape, nullptr);
     check(query, key, value, out, keep);
 
     if (c.nonfinite) const_cast<T*>(grad_out.data)[0] = pynn::from_float<T>(std::numeric_limits<F>::infinity());
@@ -190,9 +203,13 @@ struct Call {
     F* grad_mask = wanted ? run.output<F>(size_t(mask.batch[1] * mask.rows * mask.columns)) : nullptr;
     const AttentionOperand<const T*> saved = {out.data, {out.batch[0], out.batch[1]}, out.row, out.column};
     void* scratch = run.scratch<double>(size_t(Launcher::bwd_scratch(mask, shape, wanted) / 8 + 1));
+    F* grad_sinks = per_head.sinks ? run.output<F>(size_t(shape.heads)) : nullptr;
+    const Lse* grad_lse = per_head.sinks ? run.input<Lse>(size_t(shape.heads * c.queries),
+                                                          [](size_t i) { return Lse(0.1 * double(i % 7)); })
+                                         : nullptr;
     Launcher::bwd(output(c.heads, c.queries, c.dim), output(key_heads, c.keys, c.dim),
-                  output(key_heads, c.keys, c.value_dim), grad_mask, grad_out, query, key, value, mask, saved, lse,
-                  shape, scratch, nullptr);
+                  output(key_heads, c.keys, c.value_dim), grad_mask, grad_sinks, grad_out, grad_lse, query, key, value,
+                  mask, per_head, saved, lse, shape, scratch, nullptr);
   }
 };
 

@@ -1,0 +1,350 @@
+"""Windows, alignment, ALiBi, sinks and log-sum-exps of scaled_dot_product_attention."""
+
+import math
+
+import pytest
+import torch
+import transforms
+from adversary import Canary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy import DTYPES, assert_bitwise, assert_relative, run, threads, truth_of
+from torch.nn import functional as F
+
+from pynn.ops.scaled_dot_product_attention import scaled_dot_product_attention as attention
+
+KERNEL = "scaled_dot_product_attention_fwd"
+
+
+def distances(queries, keys, alignment):
+    diagonal = keys - queries if alignment == "lower_right" else 0
+    return torch.arange(keys) - torch.arange(queries)[:, None] - diagonal
+
+
+def visible(queries, keys, window, alignment):
+    left, right = window
+    distance = distances(queries, keys, alignment)
+    return (distance >= -(keys + queries if left < 0 else left)) & (
+        distance <= (keys + queries if right < 0 else right)
+    )
+
+
+def reference(
+    query, key, value, mask=None, sinks=None, slopes=None, *, window=(-1, -1), alignment="upper_left", causal=False
+):
+    """(out, lse) by the formula, in the dtype of query. A bool mask has True for what takes part."""
+    group = query.shape[-3] // key.shape[-3]
+    key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    seen = visible(query.shape[-2], key.shape[-2], (window[0], 0 if causal else window[1]), alignment)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask
+    if slopes is not None:
+        distance = distances(query.shape[-2], key.shape[-2], alignment).abs().to(scores.dtype)
+        scores = scores - slopes[..., None, None].to(scores.dtype) * distance
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        column = sinks[..., None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    finite = scores.masked_fill(empty, 0)
+    weights = finite.softmax(-1).masked_fill(empty, 0)[..., : key.shape[-2]]
+    return weights @ value, finite.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf)
+
+
+def operands(batch, heads, key_heads, queries, keys, dim, value_dim, dtype):
+    sizes = ((heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, value_dim))
+    return [torch.randn(batch, *size).to(dtype) for size in sizes]
+
+
+OPTIONS = {
+    "window": {"window": (9, 3)},
+    "sliding": {"window": (30, -1), "is_causal": True},
+    "lower right": {"is_causal": True, "alignment": "lower_right"},
+    "alibi": {"alibi": True, "is_causal": True, "alignment": "lower_right"},
+    "sinks": {"sinks": True},
+    "all": {"window": (40, 8), "alignment": "lower_right", "alibi": True, "sinks": True},
+}
+GRID = [  # batch, heads, key heads, queries, keys, dim, value dim
+    (8, 4, 4, 40, 40, 16, 16),
+    (4, 4, 2, 65, 127, 64, 64),
+    (8, 2, 1, 100, 70, 32, 24),
+    (4, 2, 2, 70, 1100, 40, 40),  # two blocks of keys
+]
+
+
+def formula_of(kind, heads, dtype):
+    """(attention, the same by the formula, sinks): functions of query, key, value and sinks that give (out, lse)."""
+    options = dict(OPTIONS[kind])
+    slopes = torch.tensor([2.0 ** -(i + 1) for i in range(heads)]) if options.pop("alibi", False) else None
+    sinks = None
+    if options.pop("sinks", False):
+        sinks = torch.randn(heads, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+
+    def ours(q, k, v, s):
+        return attention(q, k, v, enable_gqa=True, alibi_slopes=slopes, sinks=s, return_lse=True, **options)
+
+    def formula(q, k, v, s):
+        window, alignment = options.get("window", (-1, -1)), options.get("alignment", "upper_left")
+        causal = options.get("is_causal", False)
+        return reference(q, k, v, None, s, slopes, window=window, alignment=alignment, causal=causal)
+
+    return ours, formula, sinks
+
+
+def joined(fn):
+    """(out, lse) of fn in one tensor, 0 for rows without a key."""
+
+    def call(*inputs):
+        out, lse = fn(*inputs)
+        return torch.cat((out, lse.masked_fill(lse == -math.inf, 0)[..., None].to(out.dtype)), -1)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("shape", GRID, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy(backend, dtype, shape, kind):
+    """P1: output and gradients have no larger an error than the formula in torch's ops in the same dtype."""
+    if backend.name in ("sim", "interpret") and shape[3] * shape[4] > 10000:
+        shape = (1, *shape[1:])
+    ours, formula, sinks = formula_of(kind, shape[1], dtype)
+    query, key, value = operands(*shape, dtype)
+    grad = torch.randn(*query.shape[:-1], value.shape[-1] + 1).to(dtype)
+    output, grads = run(joined(ours), query, key, value, sinks, grad_output=grad)
+    truth, truth_grads = truth_of(joined(formula), query, key, value, sinks, grad_output=grad)
+    peer = run(joined(formula), query, key, value, sinks, grad_output=grad)
+    assert_relative(output[..., :-1], truth[..., :-1], [peer[0][..., :-1]], what=f"{kind} output")
+    for i, name in enumerate(("query", "key", "value")):
+        assert_relative(grads[i], truth_grads[i], [peer[1][i]], kind="gradient", what=f"{kind} grad_{name}")
+    relative = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(output[..., -1].double(), truth[..., -1], rtol=relative, atol=relative)
+    if sinks is not None:
+        torch.testing.assert_close(grads[3].double(), truth_grads[3], rtol=10 * relative, atol=10 * relative)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_of_decoding(backend, dtype, kind):
+    """P1 for a few queries over many keys."""
+    shape = (2 if backend.name in ("sim", "interpret") else 16, 4, 2, 2, 1100, 40, 24)
+    ours, formula, sinks = formula_of(kind, 4, dtype)
+    query, key, value = operands(*shape, dtype)
+    output, lse = ours(query, key, value, sinks)
+    truth, truth_lse = formula(*(t.double() for t in (query, key, value)), sinks)
+    assert_relative(output, truth, [formula(query, key, value, sinks)[0]], what=kind)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
+
+
+SMALL = st.integers(1, 9)
+
+
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    batch=st.integers(1, 2),
+    group=st.integers(1, 2),
+    key_heads=st.integers(1, 2),
+    queries=st.integers(1, 30),
+    keys=st.integers(1, 40),
+    dim=SMALL,
+    value_dim=SMALL,
+    alignment=st.sampled_from(["upper_left", "lower_right"]),
+    mask_kind=st.sampled_from([None, "bool", "float"]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=2000)
+def test_generated(data, dtype, batch, group, key_heads, queries, keys, dim, value_dim, alignment, mask_kind, seed):
+    """Every combination of the options with every mask, in every shape: results and all gradients."""
+    torch.manual_seed(seed)
+    heads = group * key_heads
+    query, key, value = operands(batch, heads, key_heads, queries, keys, dim, value_dim, dtype)
+    window = (data.draw(st.integers(-1, 20)), data.draw(st.integers(-1, 20)))
+    sinks = None
+    if data.draw(st.booleans()):
+        sinks = torch.randn(data.draw(st.sampled_from([1, heads])), dtype=torch.float64).to(
+            torch.float64 if dtype is torch.float64 else torch.float32
+        )
+    slopes = torch.rand(batch, heads) if data.draw(st.booleans()) else None
+    mask = None
+    if mask_kind:
+        mask = torch.rand([data.draw(st.sampled_from([1, n])) for n in (batch, heads, queries, keys)]) > 0.3
+        if mask_kind == "float":
+            mask = torch.randn(mask.shape).to(dtype).masked_fill(~mask, -math.inf)
+    causal = mask is None and data.draw(st.booleans())
+    options = {"window": window, "alignment": alignment}
+    float_mask = mask if mask_kind == "float" else None
+    grad = torch.randn(batch, heads, queries, value_dim + 1).to(dtype)
+
+    def ours(q, k, v, m, s):
+        m = mask if m is None else m
+        own = {"is_causal": causal, "alibi_slopes": slopes, "sinks": s, "enable_gqa": True, "return_lse": True}
+        return attention(q, k, v, m, **own, **options)
+
+    def formula(q, k, v, m, s):
+        return reference(q, k, v, mask if m is None else m, s, slopes, causal=causal, **options)
+
+    output, grads = run(joined(ours), query, key, value, float_mask, sinks, grad_output=grad)
+    truth, truth_grads = truth_of(joined(formula), query, key, value, float_mask, sinks, grad_output=grad)
+    tolerance = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(output.double(), truth, rtol=tolerance, atol=tolerance)
+    for i, (got, expected) in enumerate(zip(grads, truth_grads, strict=True)):
+        if got is not None:
+            expected = expected.nan_to_num() if i == 3 else expected
+            torch.testing.assert_close(got.double(), expected, rtol=4 * tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 9), (9, 5), (70, 130)])
+def test_alignment_is_that_of_torch(backend, queries, keys, alignment):
+    from torch.nn.attention import bias
+
+    query, key, value = operands(1, 2, 2, queries, keys, 8, 8, torch.float32)
+    variant = bias.causal_lower_right if alignment == "lower_right" else bias.causal_upper_left
+    expected = F.scaled_dot_product_attention(query, key, value, variant(queries, keys)._materialize(query.device))
+    expected = expected.nan_to_num()  # torch: NaN for queries without a key
+    torch.testing.assert_close(attention(query, key, value, is_causal=True, alignment=alignment), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 1300), (3, 2100)], ids=str)
+def test_bitwise(backend, dtype, shape):
+    """P5: run to run and for any number of threads, when keys are split over them too."""
+    query, key, value = operands(1, 2, 1, *shape, 16, 16, dtype)
+    sinks, slopes = torch.randn(2), torch.tensor([0.5, 0.01])
+    grad = torch.randn(query.shape).to(dtype)
+
+    def fn(q, k, v, s):
+        options = {"window": (200, -1), "is_causal": True, "alignment": "lower_right"}
+        return attention(q, k, v, sinks=s, alibi_slopes=slopes, enable_gqa=True, **options)
+
+    first = run(fn, query, key, value, sinks, grad_output=grad)
+    for count in (1, 2, 3):
+        with threads(count):
+            again = run(fn, query, key, value, sinks, grad_output=grad)
+        assert_bitwise(again[0], first[0], f"{count} threads")
+        for a, b in zip(again[1], first[1], strict=True):
+            assert_bitwise(a, b, f"{count} threads")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [20, 1100])
+def test_what_lies_outside_is_not_seen(backend, dtype, keys):
+    """P6: NaN and infinity outside of a window change no bit of what is inside, in any gradient."""
+    query, key, value = operands(2, 2, 2, 9, keys, 8, 8, dtype)
+    grad = torch.randn(query.shape).to(dtype)
+    seen = visible(9, keys, (3, 2), "lower_right").any(0)
+
+    def fn(q, k, v):
+        return attention(q, k, v, window=(3, 2), alignment="lower_right")
+
+    expected = run(fn, query, key, value, grad_output=grad)
+    for poison in (math.nan, math.inf):
+        k, v = key.clone(), value.clone()
+        k[:, :, ~seen] = v[:, :, ~seen] = poison
+        got = run(fn, query, k, v, grad_output=grad)
+        assert_bitwise(got[0], expected[0])
+        for a, b in zip(got[1], expected[1], strict=True):
+            assert_bitwise(a, b, f"{poison}")
+    one = value.clone()
+    one[:, :, -9] = math.nan  # seen by queries 0 to 3 only
+    got = fn(query, key, one)
+    assert got[:, :, :4].isnan().all()
+    assert_bitwise(got[:, :, 4:], expected[0][:, :, 4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_canaries(backend, dtype):
+    """Nothing is read or written around the operands."""
+    sizes = ((1, 2, 5, 9), (1, 2, 7, 9), (1, 2, 7, 3), (1, 2, 5, 3))
+    guarded = [Canary(torch.randn(s).to(dtype)) for s in sizes] + [Canary(torch.randn(2)), Canary(torch.rand(2))]
+    query, key, value, grad, sinks, slopes = (c.tensor for c in guarded)
+    results = run(
+        lambda q, k, v, s: attention(q, k, v, sinks=s, alibi_slopes=slopes, window=(1, 1)),
+        query, key, value, sinks, grad_output=grad,
+    )  # fmt: skip
+    for c in guarded:
+        c.assert_untouched()
+    for t in (results[0], *results[1]):
+        assert not t.isnan().any()
+
+
+def test_merging_parts(backend):
+    """Attention over parts of the keys, put together by the log-sum-exps, is attention over all; gradients too."""
+    query, key, value = (t.double().requires_grad_() for t in operands(2, 2, 2, 5, 90, 8, 8, torch.float32))
+    grad = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+
+    def merged(q, k, v):
+        parts = [attention(q, a, b, return_lse=True) for a, b in zip(k.split(37, 2), v.split(37, 2), strict=True)]
+        outs, lses = (torch.stack(t) for t in zip(*parts, strict=True))
+        return (outs * lses.softmax(0)[..., None]).sum(0)
+
+    got, expected = (run(fn, query, key, value, grad_output=grad) for fn in (merged, attention))
+    torch.testing.assert_close(got[0], expected[0])
+    for a, b in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sinks_are_a_key_without_a_value(backend):
+    query, key, value = operands(1, 2, 2, 5, 7, 8, 8, torch.float64)
+    with_key = attention(query, torch.cat((torch.zeros(1, 2, 1, 8), key), 2).double(), F.pad(value, (0, 0, 1, 0)))
+    torch.testing.assert_close(attention(query, key, value, sinks=torch.zeros(2)), with_key)
+    out, lse = attention(query, key, value, torch.zeros(5, 7, dtype=torch.bool), sinks=torch.ones(2), return_lse=True)
+    assert (out == 0).all()
+    torch.testing.assert_close(lse, torch.ones_like(lse))
+    large = attention(query.float(), key.float(), value.float(), sinks=torch.tensor([200.0, -200.0]))
+    assert (large[:, 0] == 0).all()
+    torch.testing.assert_close(large[:, 1], attention(query, key, value)[:, 1].float())
+
+
+@pytest.mark.parametrize("kind", ["window", "alibi", "sinks", "lse", "all"])
+def test_gradcheck(backend, kind):
+    shapes = [(1, 4, 3, 3), (1, 2, 4, 3), (1, 2, 4, 2), (4, 1, 4), (4,)]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    slopes = torch.rand(4) if kind in ("alibi", "all") else None
+    options = {"window": (1, 1), "alignment": "lower_right"} if kind in ("window", "all") else {}
+
+    def fn(query, key, value, mask, sinks):
+        use = {"sinks": sinks if kind in ("sinks", "all") else None, "attn_mask": mask if kind == "all" else None}
+        lse = {"return_lse": kind in ("lse", "all"), "enable_gqa": True, "alibi_slopes": slopes}
+        return attention(query, key, value, **use, **lse, **options)
+
+    fast = backend.name != "cpu"
+    assert torch.autograd.gradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
+
+
+def test_transforms(backend):
+    query, key, value = operands(2, 2, 2, 5, 7, 8, 8, torch.float32)
+
+    def fn(q, k, v, s):
+        out, lse = attention(q, k, v, sinks=s, window=(2, 1), alignment="lower_right", return_lse=True)
+        return out * lse[..., None]
+
+    transforms.assert_all(fn, query, key, value, torch.randn(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"window": (1,)}, ValueError, "two integers from -1 on, got \\(1,\\)"),
+        ({"window": (1, -2)}, ValueError, "two integers from -1 on"),
+        ({"window": (1.0, 2)}, ValueError, "two integers from -1 on"),
+        ({"alignment": "left"}, ValueError, 'expected alignment to be "upper_left" or "lower_right", got \'left\''),
+        ({"alibi_slopes": torch.ones(3)}, RuntimeError, "alibi_slopes that broadcast to the heads \\(1, 2\\)"),
+        ({"alibi_slopes": torch.ones(2, requires_grad=True)}, RuntimeError, "no gradient"),
+        ({"sinks": torch.ones(3)}, RuntimeError, "sinks that broadcast to the heads \\(1, 2\\) of query, got \\(3,\\)"),
+        ({"sinks": torch.ones(2), "key": (1, 2, 0, 8), "value": (1, 2, 0, 8)}, RuntimeError, "at least one key"),
+        ({"sinks": torch.ones(2, device="meta")}, RuntimeError, "same device"),
+    ],
+    ids=str,
+)
+def test_errors(backend, change, error, message):
+    arguments = {"query": (1, 2, 4, 8), "key": (1, 2, 5, 8), "value": (1, 2, 5, 8), **change}
+    shaped = ("query", "key", "value")
+    arguments = {k: torch.randn(v) if k in shaped else v for k, v in arguments.items()}
+    with pytest.raises(error, match=message):
+        attention(**arguments)
