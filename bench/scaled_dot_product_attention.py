@@ -14,6 +14,7 @@ from pynn.ops import scaled_dot_product_attention
 UNET = [(64, 4, tokens, dim) for tokens in (16, 49, 64, 196) for dim in (16, 32)]  # batch, heads, tokens, head dim
 LONG = [(1, 4, 512, 64), (2, 12, 197, 64), (1, 2, 2048, 64), (1, 2, 1024, 128)]
 OPTIONS = ("causal", "padding", "bias", "dropout")
+WINDOW = 256  # keys that a query sees; torch gets a mask
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
@@ -28,6 +29,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
         yield _case(*shape, torch.bfloat16, "forward+backward")
     for option in OPTIONS:
         yield _case(1, 4, 512, 64, torch.float32, "forward+backward", option)
+    for mode in ("forward", "forward+backward"):
+        yield _case(1, 2, 2048, 64, torch.float32, mode, "window")
     for dtype in (torch.float32, torch.bfloat16):
         yield _case(2, 8, 1024, 64, dtype, "forward", queries=1)
     for need_weights in (False, True):
@@ -44,31 +47,37 @@ def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None) -> Ca
         mask = (torch.arange(tokens) < tokens // 2).expand(batch, 1, 1, tokens)
     elif option == "bias":
         mask = torch.randn(1, heads, tokens, tokens).to(dtype).requires_grad_()
+    elif option == "window":
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - WINDOW)
     arguments = {"attn_mask": mask, "is_causal": option == "causal", "dropout_p": 0.1 if option == "dropout" else 0.0}
+    own = {"window": (WINDOW - 1, 0), "attn_mask": None} if option == "window" else {}
     backward = mode == "forward+backward"
     leaves = [t.requires_grad_(backward) for t in (query, key, value)] + ([mask] if option == "bias" else [])
     grad = torch.randn(batch, query.shape[2], heads, dim).to(dtype).transpose(1, 2)
 
-    def call(attention):
-        output = attention(query, key, value, **arguments)
+    def call(attention, **more):
+        output = attention(query, key, value, **{**arguments, **more})
         return (output, *torch.autograd.grad(output, leaves, grad)) if backward else (output,)
+
+    def ours():
+        return call(scaled_dot_product_attention, **own)
+
+    def theirs():
+        return call(F.scaled_dot_product_attention)
 
     def check():
         if option == "dropout":
             return  # the two draw different masks
-        for got, expected in zip(call(scaled_dot_product_attention), call(F.scaled_dot_product_attention), strict=True):
+        for got, expected in zip(ours(), theirs(), strict=True):
             assert_agrees(got, expected, dtype, "scaled_dot_product_attention")
 
-    scores = batch * heads * query.shape[2] * tokens
+    scores = batch * heads * query.shape[2] * (WINDOW if option == "window" else tokens)
     return Case(
         "scaled_dot_product_attention",
         f"{batch}x{heads}x{queries or tokens}x{tokens}x{dim}" + (f" {option}" if option else ""),
         str(dtype).removeprefix("torch."),
         mode,
-        {
-            "pynn": lambda: call(scaled_dot_product_attention),
-            "torch": lambda: call(F.scaled_dot_product_attention),
-        },
+        {"pynn": ours, "torch": theirs},
         check,
         flops=4.0 * scores * dim * (3.5 if backward else 1) / (2 if option == "causal" else 1),
     )

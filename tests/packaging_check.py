@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CPU_ISAS = ("baseline", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("baseline",)
-CUDA_CODE = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "ptx sm_100"}
+CUDA_CODE = {"sm_80", "sm_90a", "sm_100", "sm_120", "ptx sm_100"}
 ALLOWED_SYMBOL = re.compile(
     r"^(aoti_torch_\w+|torch_\w+)$"  # the stable C shims of libtorch
     r"|@(GLIBC|GLIBCXX|CXXABI|GCC)_"  # versioned symbols of the system's C and C++ libraries

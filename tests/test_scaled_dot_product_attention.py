@@ -270,7 +270,7 @@ def test_bitwise(backend, dtype, shape, kind):
         return attention(q, k, v, m, is_causal=kind == "causal", **dropout)
 
     first = run(fn, query, key, value, mask, grad_output=grad_output)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3) if backend.name == "cpu" else (1,):  # of CPU threads
         with threads(count):
             again = run(fn, query, key, value, mask, grad_output=grad_output)
         assert_bitwise(again[0], first[0], f"{count} threads")

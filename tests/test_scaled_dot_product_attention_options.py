@@ -222,7 +222,7 @@ def test_bitwise(backend, dtype, shape):
         return attention(q, k, v, sinks=s, alibi_slopes=slopes, enable_gqa=True, **options)
 
     first = run(fn, query, key, value, sinks, grad_output=grad)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3) if backend.name == "cpu" else (1,):  # of CPU threads
         with threads(count):
             again = run(fn, query, key, value, sinks, grad_output=grad)
         assert_bitwise(again[0], first[0], f"{count} threads")

@@ -89,10 +89,13 @@ __global__ void __launch_bounds__(kSinkThreads)
                          const RowStatistics<accumulate_t<T>>* statistics, int64_t queries) {
   using F = accumulate_t<T>;
   DYNAMIC_SHARED(double, sums);
+  const F sink = sinks[blockIdx.x];
+  statistics += blockIdx.x * queries;
   double sum = 0;
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < queries; i += kSinkThreads) {
-    const RowStatistics<F>& row = statistics[blockIdx.x * queries + i];
-    sum -= double(sink_weight<T>(sinks[blockIdx.x], row)) * double(row.delta);
+    const RowStatistics<F> row = statistics[i];
+    sum -= double(sink_weight<T>(sink, row)) * double(row.delta);
   }
   sums[threadIdx.x] = sum;
 #pragma unroll 1

@@ -47,13 +47,15 @@ RECURRENT = (
     ("lstm", (3, 5, 7, 24), {"projection": 9}),
 )
 # ((batch, heads, key heads, queries, keys, dim, value dim), shape of a float mask or None, options): both widths of
-# tiles and beyond them, tails, shared heads, the diagonal, dropout, masks of every score, shared by rows, by heads.
+# tiles and beyond them, tails, shared heads, the diagonal, dropout, masks of every score, shared by rows, by heads; a
+# window with ALiBi and sinks, whose gradients are taken too.
 ATTENTION = (
     ((2, 4, 2, 70, 66, 64, 64), None, {}),
     ((1, 2, 1, 65, 65, 128, 80), None, {"is_causal": True}),
     ((1, 2, 2, 37, 530, 40, 24), (1, 2, 37, 530), {}),
     ((1, 2, 2, 33, 41, 256, 136), (1, 41), {"dropout_p": 0.25, "seed": 5}),
     ((2, 2, 1, 19, 23, 16, 8), (2, 1, 1, 23), {}),
+    ((1, 4, 2, 70, 130, 64, 64), None, {"window": (40, 5), "alignment": "lower_right", "per_head": True}),
 )
 # (parents, input, hidden): a chain, a star, a forest of two.
 TREES = (((1, 2, 3, -1), 5, 19), ((8,) * 8 + (-1,), 33, 64), ((2, 2, 6, 5, 5, 6, -1, 8, -1), 7, 130))
@@ -189,6 +191,10 @@ def attention(device: str, dtype: torch.dtype, number: int) -> Results:
     leaves = [leaf(shape) for shape in shapes]
     mask = None if mask_shape is None else leaf(mask_shape)
     heads_first = [t.transpose(1, 2) for t in leaves]
+    options = dict(options)
+    if options.pop("per_head", False):
+        leaves.append(torch.linspace(-1, 1, heads, device=device, requires_grad=True))
+        options |= {"sinks": leaves[-1], "alibi_slopes": torch.linspace(0, 0.5, heads, device=device)}
     out = pynn.ops.scaled_dot_product_attention(*heads_first, mask, enable_gqa=True, **options)
     leaves += [] if mask is None else [mask]
     gradients = torch.autograd.grad(out, leaves, leaf(out.shape).detach())
