@@ -480,7 +480,8 @@ def test_opcheck(backend):
         (mask, random, None, (0.5, -1, -1, False, 0.4)),
         (mask, None, numbers, (0.0, 2, 1, True, 0.4)),
     ):
-        args = (query, key, value, attn_mask, dropout_key, per_head, per_head)
+        ranges = (None, None) if per_head is None else (torch.zeros(3, 4).int(), torch.zeros(5, 2).int())
+        args = (query, key, value, attn_mask, dropout_key, per_head, per_head, *ranges)
         torch.library.opcheck(ops.scaled_dot_product_attention_fwd.default, (*args, *options))
         out, lse = ops.scaled_dot_product_attention_fwd(*args, *options)
         grad_lse = None if per_head is None else torch.randn(lse.shape).to(lse.dtype)
@@ -548,14 +549,15 @@ def test_errors(backend, change, message):
 def bad_call(rng):
     """A call of an op with one argument spoiled."""
     query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
-    names = ["query", "key", "value", "attn_mask", "dropout_key", "alibi_slopes", "sinks"]
+    names = ["query", "key", "value", "attn_mask", "dropout_key", "alibi_slopes", "sinks", "key_ranges", "query_ranges"]
     options = ["dropout_p", "left", "right", "lower_right", "scale"]
     arguments = [query, key, value, torch.randn(3, 5), torch.tensor([1, 2]), torch.rand(2, 4), torch.randn(2, 4)]
+    arguments += [torch.tensor([[0, 5, 0, 0]] * 3).int(), torch.tensor([[0, 3]] * 5).int()]
     values = [0.5, 3, -1, rng.random() < 0.5, 0.3]
-    op, limit = ops.scaled_dot_product_attention_fwd, 7
+    op, limit = ops.scaled_dot_product_attention_fwd, 9
     if rng.random() < 0.5:
         out, lse = op(*arguments, *values)
-        op, limit = ops.scaled_dot_product_attention_bwd, 11
+        op, limit = ops.scaled_dot_product_attention_bwd, 13
         names = ["grad_out", "grad_lse", *names, "out", "lse"]
         arguments = [torch.randn(out.shape), torch.randn(lse.shape).to(lse.dtype), *arguments, out, lse]
         options, values = [*options, "mask_gradient", "sinks_gradient"], [*values, True, True]

@@ -1,4 +1,4 @@
-"""Windows, alignment, ALiBi, sinks and log-sum-exps of scaled_dot_product_attention."""
+"""Windows, alignment, ALiBi, sinks, packed sequences and log-sum-exps of scaled_dot_product_attention."""
 
 import math
 
@@ -348,3 +348,147 @@ def test_errors(backend, change, error, message):
     arguments = {k: torch.randn(v) if k in shaped else v for k, v in arguments.items()}
     with pytest.raises(error, match=message):
         attention(**arguments)
+
+
+def packed_case(lengths, key_lengths, heads=2, key_heads=1, dim=8, dtype=torch.float32, tail=0):
+    """(query, key, value, cu_seqlens of query, cu_seqlens of key) of sequences of these lengths, (H, T, D)."""
+    starts = [torch.tensor([0, *n]).cumsum(0) for n in (lengths, key_lengths)]
+    queries, keys = (int(s[-1]) + tail for s in starts)
+    query, key, value = (t[0] for t in operands(1, heads, key_heads, queries, keys, dim, dim, dtype))
+    return query, key, value, *starts
+
+
+def one_by_one(query, key, value, starts, key_starts, **options):
+    """Attention of each sequence on its own."""
+    ends = zip(starts, starts[1:], key_starts, key_starts[1:], strict=False)
+    outs = [attention(query[:, a:b], key[:, c:d], value[:, c:d], enable_gqa=True, **options) for a, b, c, d in ends]
+    return torch.cat(outs, 1)
+
+
+LENGTHS = {
+    "equal": ([5, 5, 5], [5, 5, 5]),
+    "one is empty": ([7, 0, 3, 40], [4, 6, 0, 70]),
+    "long": ([90, 33, 150], [90, 33, 150]),
+    "one": ([12], [9]),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"window": (9, 2), "alignment": "lower_right"},
+        {"is_causal": True, "alignment": "lower_right", "alibi_slopes": torch.tensor([0.5, 0.125])},
+        {"window": (3, -1), "sinks": torch.tensor([0.5, -1.0])},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_packed_sequences(backend, dtype, lengths, options):
+    """cu_seqlens: results and gradients are those of each sequence on its own, NaN of others included."""
+    query, key, value, starts, key_starts = packed_case(*LENGTHS[lengths], dtype=dtype)
+    if "sinks" in options and 0 in LENGTHS[lengths][1]:
+        pytest.skip("a sequence without keys has no sink on its own")
+    grad = torch.randn(query.shape).to(dtype)
+
+    def packed(q, k, v):
+        cu_seqlens = starts.int() if lengths == "equal" else (starts, key_starts)
+        return attention(q, k, v, cu_seqlens=cu_seqlens, enable_gqa=True, **options)
+
+    got = run(packed, query, key, value, grad_output=grad)
+    expected = run(lambda *x: one_by_one(*x, starts, key_starts, **options), query, key, value, grad_output=grad)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
+    for a, b in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * tolerance, atol=4 * tolerance)
+    key[:, : key_starts[1]] = math.nan  # the first sequence
+    poisoned = run(packed, query, key, value, grad_output=grad)
+    assert_bitwise(poisoned[0][:, starts[1] :], got[0][:, starts[1] :])
+    assert_bitwise(poisoned[1][2][:, key_starts[1] :], got[1][2][:, key_starts[1] :])
+
+
+def test_queries_behind_the_last_sequence_see_nothing(backend):
+    query, key, value, starts, _ = packed_case([5, 9], [5, 9], tail=3)
+    ones = torch.ones_like(query)
+    out, grads = run(lambda *x: attention(*x, cu_seqlens=starts, enable_gqa=True), query, key, value, grad_output=ones)
+    assert (out[:, 14:] == 0).all()
+    assert (out[:, :14] != 0).all()
+    assert all((g[:, 14:] == 0).all() for g in grads)
+
+
+def test_packed_sequences_transform(backend):
+    query, key, value, starts, key_starts = packed_case([5, 3], [4, 6], dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+
+    def fn(q, k, v):
+        options = {"window": (2, 1), "alignment": "lower_right", "return_lse": True}
+        out, lse = attention(q, k, v, cu_seqlens=(starts, key_starts), enable_gqa=True, **options)
+        return out * lse[..., None]
+
+    fast = backend.name != "cpu"
+    assert torch.autograd.gradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    assert_bitwise(compiled(*inputs), fn(*inputs))
+    batched = [torch.stack((t, t + 1)).detach() for t in inputs]
+    expected = torch.stack([fn(*(t[i] for t in batched)) for i in range(2)])
+    torch.testing.assert_close(torch.func.vmap(fn)(*batched), expected)
+
+
+def test_nested_tensors(backend):
+    """A jagged batch gives what each of its members gives, in a jagged batch again; gradients too."""
+    lengths = [3, 17, 8]
+    rows = [[torch.randn(n, 2, 8, requires_grad=True) for n in lengths] for _ in range(3)]
+    nested = [torch.nested.as_nested_tensor(t, layout=torch.jagged).transpose(1, 2) for t in rows]
+    out = attention(*nested, is_causal=True)
+    expected = [attention(*(t[i].transpose(0, 1) for t in rows), is_causal=True) for i in range(3)]
+    assert out.is_nested
+    assert out.shape[0] == 3
+    for got, want in zip(out.unbind(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    leaves = [leaf for t in rows for leaf in t]
+    grads = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), leaves)
+    wanted = torch.autograd.grad(sum(t.square().sum() for t in expected), leaves)
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match="expected nested tensors without attn_mask"):
+        attention(*nested, torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"expected key .* in torch's jagged layout"):
+        attention(nested[0], rows[1][0], nested[2])
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        ([0, 4], TypeError, "expected cu_seqlens to be a tensor or a pair of them, got \\[0, 4\\]"),
+        (torch.tensor([0.0, 4.0]), RuntimeError, "int32 or int64, got torch.float32"),
+        (torch.tensor([[0, 4]]), RuntimeError, "\\(N \\+ 1\\)"),
+        (torch.tensor([1, 4]), RuntimeError, "rise from 0 to at most the length of query, 4"),
+        (torch.tensor([0, 3, 2]), RuntimeError, "rise from 0"),
+        (torch.tensor([0, 5]), RuntimeError, "at most the length of query, 4"),
+        ((torch.tensor([0, 4]), torch.tensor([0, 2, 5])), RuntimeError, "as many sequences in query as in key, got 1"),
+        (torch.tensor([0, 4], device="meta"), RuntimeError, "expected cu_seqlens on cpu as query, got meta"),
+    ],
+    ids=str,
+)
+def test_bad_starts(backend, cu_seqlens, error, message):
+    query, key, value = operands(1, 2, 2, 4, 5, 8, 8, torch.float32)
+    with pytest.raises(error, match=message):
+        attention(query, key, value, cu_seqlens=cu_seqlens)
+
+
+def test_bad_ranges_read_nothing_outside(backend):
+    """The op itself with ranges that are none: any result, but from the operands alone."""
+    guarded = [Canary(torch.randn(1, 2, n, 8)) for n in (70, 90, 90)]
+    tensors = [c.tensor for c in guarded]
+    for low, high in ((-1000, 1000), (80, 10), (2**31 - 1, -(2**31))):
+        key_ranges = torch.tensor([[low, high, 5, 0]] * 70, dtype=torch.int32)
+        query_ranges = torch.tensor([[low, high]] * 90, dtype=torch.int32)
+        args = (*tensors, None, None, None, None, key_ranges, query_ranges)
+        options = (0.0, -1, -1, False, 0.3)
+        out, lse = backend.ops.scaled_dot_product_attention_fwd(*args, *options)
+        backend.ops.scaled_dot_product_attention_bwd(out, None, *args, out, lse, *options, False, False)
+        for c in guarded:
+            c.assert_untouched()

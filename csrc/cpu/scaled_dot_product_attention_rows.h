@@ -125,8 +125,9 @@ struct FinishedRow {
 template <class F>
 FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_t key, int64_t count) {
   const AttentionShape& shape = head.shape;
-  int64_t valid = std::clamp<int64_t>(query + shape.upper + 1 - key, 0, count);
-  const int64_t hidden = std::clamp<int64_t>(query + shape.lower - key, 0, valid);  // before the window
+  const KeyRange seen = keys_of(shape, query, 1);
+  int64_t valid = std::clamp<int64_t>(seen.end - key, 0, count);
+  const int64_t hidden = std::clamp<int64_t>(seen.begin - key, 0, valid);
   if (hidden == valid) valid = 0;
   for (int64_t j = valid > 0 ? padded<F>(valid) : 0; j < count; ++j) s[j] = 0;
   if (valid == 0) return {0, -kInfinity<F>, false};
@@ -145,7 +146,8 @@ FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_
     else if (added != to)
       std::copy_n(added, valid, to);
     if (head.slope != F(0)) {
-      const F slope = head.slope, distance = F(query + shape.diagonal - key);
+      const int64_t diagonal = shape.key_ranges ? shape.key_ranges[query].diagonal : query + shape.diagonal;
+      const F slope = head.slope, distance = F(diagonal - key);
       for (int64_t j = 0; j < valid; ++j) to[j] -= slope * std::fabs(distance - F(j));
     }
     std::fill_n(to, hidden, -kInfinity<F>);

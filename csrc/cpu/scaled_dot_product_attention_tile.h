@@ -34,6 +34,8 @@ struct KeyRange {
   int64_t begin, end;
 };
 inline KeyRange keys_of(const AttentionShape& shape, int64_t first, int64_t rows) {
+  if (const AttentionKeyRange* ranges = shape.key_ranges)
+    return {std::max<int64_t>(ranges[first].begin, 0), std::min<int64_t>(ranges[first + rows - 1].end, shape.keys)};
   return {std::max<int64_t>(first + shape.lower, 0), std::min(first + rows + shape.upper, shape.keys)};
 }
 

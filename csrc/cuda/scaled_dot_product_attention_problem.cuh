@@ -173,8 +173,10 @@ template <class T>
 struct Scores {
   using F = accumulate_t<T>;
   int queries, keys;
-  int lower, upper, diagonal;  // as in AttentionShape
-  F slope;                     // of alibi, in units of kLogUnit
+  int lower, upper, diagonal;  // as in AttentionShape, and so are these two
+  const AttentionKeyRange* key_ranges;
+  const AttentionQueryRange* query_ranges;
+  F slope;  // of alibi, in units of kLogUnit
   AttentionMask kind;
   const void* mask;  // of the head
   int64_t mask_row, mask_column;
@@ -188,6 +190,8 @@ struct Scores {
         lower(int(p.shape.lower)),
         upper(int(p.shape.upper)),
         diagonal(int(p.shape.diagonal)),
+        key_ranges(p.shape.key_ranges),
+        query_ranges(p.shape.query_ranges),
         slope(p.per_head.alibi_slopes ? p.per_head.alibi_slopes[head] * kLogUnit<T> : F(0)),
         kind(p.mask.kind),
         mask(nullptr),
@@ -224,6 +228,8 @@ struct Scores {
     const int query = kKeyRows ? first_column : first_row,
               query_end = min(query + (kKeyRows ? columns : rows), queries), key = kKeyRows ? first_row : first_column,
               key_end = min(key + (kKeyRows ? rows : columns), keys);
+    if (key_ranges)
+      return query < query_end && key_end <= key_ranges[query].end && key >= key_ranges[query_end - 1].begin;
     return key_end <= query + upper + 1 && key >= query_end - 1 + lower;
   }
   template <bool kKeyRows>
@@ -241,16 +247,29 @@ struct Scores {
   // The tiles of `columns` that queries (keys, with kKeyRows) of [first_row, first_row + rows) may see (be seen by).
   template <bool kKeyRows>
   __device__ __forceinline__ int first_tile(int first_row, int columns) const {
+    if (key_ranges) return max(kKeyRows ? query_ranges[first_row].begin : key_ranges[first_row].begin, 0) / columns;
     return max(first_row + (kKeyRows ? -upper : lower), 0) / columns;
   }
   template <bool kKeyRows>
   __device__ __forceinline__ int end_tile(int first_row, int rows, int columns) const {
-    const int end = min(first_row + rows + (kKeyRows ? -lower : upper), kKeyRows ? queries : keys);
+    const int last = min(first_row + rows, kKeyRows ? keys : queries) - 1;
+    const int limit = !key_ranges ? last + 1 + (kKeyRows ? -lower : upper)
+                      : kKeyRows  ? query_ranges[last].end
+                                  : key_ranges[last].end;
+    const int end = min(limit, kKeyRows ? queries : keys);
     return end <= 0 ? 0 : (end + columns - 1) / columns;
   }
 
+  // The key from which alibi counts distances.
+  __device__ __forceinline__ int on_diagonal(int query) const {
+    return key_ranges ? key_ranges[min(query, queries - 1)].diagonal : query + diagonal;
+  }
+
   __device__ __forceinline__ bool takes_part(int query, int key) const {
-    if (query >= queries || key >= keys || key > query + upper || key < query + lower) return false;
+    if (query >= queries || key >= keys) return false;
+    if (key_ranges ? key < key_ranges[query].begin || key >= key_ranges[query].end
+                   : key > query + upper || key < query + lower)
+      return false;
     bool visible = true;
     if (kind == AttentionMask::kBool) visible = static_cast<const uint8_t*>(mask)[mask_at(query, key)] != 0;
     with_mask(mask, [&](auto* data) { visible = to_float(data[mask_at(query, key)]) != minus_infinity<F>(); });
@@ -287,7 +306,8 @@ struct Scores {
         const int row = first_row + e.row(i);
 #pragma unroll
         for (int j = 0; j < E::kThreadColumns; ++j) {
-          const int column = first_column + e.column(j), distance = (kKeyRows ? row - column : column - row) - diagonal;
+          const int column = first_column + e.column(j), query = kKeyRows ? column : row;
+          const int distance = (kKeyRows ? row : column) - on_diagonal(query);
           E::at(s, i, j) = multiply_add(-slope, F(distance < 0 ? -distance : distance), E::at(s, i, j));
         }
       }

@@ -29,6 +29,15 @@ struct AttentionOperand {
 
 enum class AttentionMask { kNone, kBool, kDouble, kFloat, kHalf, kBFloat16 };
 
+// Of each query: the keys [begin, end) that it sees, and the key on its diagonal. Of each key: the queries that see it.
+// From one to the next neither end of a range decreases.
+struct AttentionKeyRange {
+  int32_t begin, end, diagonal, unused;
+};
+struct AttentionQueryRange {
+  int32_t begin, end;
+};
+
 struct AttentionShape {
   int batch_dims;  // of query: the last one counts heads
   int64_t batch[kAttentionBatchDims];
@@ -38,10 +47,13 @@ struct AttentionShape {
   // Query i sees the keys i + lower .. i + upper: -queries and keys where nothing is hidden. Distances for alibi count
   // from key i + diagonal.
   int64_t lower, upper, diagonal;
+  // Both or none; in place of the three above.
+  const AttentionKeyRange* key_ranges;
+  const AttentionQueryRange* query_ranges;
   double scale, dropout_p;
   const int64_t* dropout_key;  // (seed, offset), or nullptr without dropout
 
-  PYNN_HD bool windowed() const { return lower > 1 - queries || upper < keys - 1; }
+  PYNN_HD bool windowed() const { return key_ranges || lower > 1 - queries || upper < keys - 1; }
 };
 
 struct AttentionMaskOperand {

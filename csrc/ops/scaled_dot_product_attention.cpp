@@ -1,6 +1,8 @@
 // scaled_dot_product_attention: validation, allocation, launch. See csrc/include/scaled_dot_product_attention.h.
 #include "scaled_dot_product_attention.h"
 
+#include <array>
+
 #include "library.h"
 
 namespace pynn {
@@ -98,6 +100,30 @@ void set_window(AttentionShape& shape, int64_t left, int64_t right, bool lower_r
       right < 0 ? shape.keys : std::min(shape.diagonal + std::min(right, shape.queries + shape.keys), shape.keys);
 }
 
+Tensor check_ranges(const char* name, const Tensor& query, const OptionalTensor& ranges, int64_t rows,
+                    int64_t columns) {
+  if (!ranges) return query;
+  check_same_device(kOp, name, *ranges, "query", query);
+  PYNN_CHECK(ranges->scalar_type() == ScalarType::Int, kOp, ": expected ", name, " to be int32, got ",
+             name_of(ranges->scalar_type()));
+  check_shape(kOp, name, *ranges, {rows, columns});
+  return torch::stable::contiguous(*ranges);
+}
+
+// What queries of packed sequences see, kept alive as long as the shape points to it.
+std::array<Tensor, 2> set_ranges(AttentionShape& shape, const Tensor& query, const OptionalTensor& key_ranges,
+                                 const OptionalTensor& query_ranges) {
+  PYNN_CHECK(key_ranges.has_value() == query_ranges.has_value(), kOp,
+             ": expected both key_ranges and query_ranges, or none of them");
+  std::array<Tensor, 2> ranges = {check_ranges("key_ranges", query, key_ranges, shape.queries, 4),
+                                  check_ranges("query_ranges", query, query_ranges, shape.keys, 2)};
+  if (key_ranges) {
+    shape.key_ranges = reinterpret_cast<const AttentionKeyRange*>(pointer<int32_t>(ranges[0]));
+    shape.query_ranges = reinterpret_cast<const AttentionQueryRange*>(pointer<int32_t>(ranges[1]));
+  }
+  return ranges;
+}
+
 // A number for every head, in the precision of sums.
 Tensor check_per_head(const char* name, const Tensor& query, const OptionalTensor& numbers) {
   if (!numbers) return query;
@@ -191,13 +217,15 @@ bool is_empty(const AttentionShape& shape) { return shape.heads == 0 || shape.qu
 
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
-                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double dropout_p,
+                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                               const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p,
                                int64_t left, int64_t right, bool lower_right, double scale) {
   AttentionShape shape{};
   shape.scale = scale;
   check_query_key(shape, query, key);
   check_value(shape, key, value);
   set_window(shape, left, right, lower_right);
+  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
   const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
   const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
   const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
@@ -232,13 +260,15 @@ void check_lse(const char* name, const Tensor& query, const Tensor& lse) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right,
-    bool lower_right, double scale, bool mask_gradient, bool sinks_gradient) {
+    const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
+    const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
+    bool mask_gradient, bool sinks_gradient) {
   AttentionShape shape{};
   shape.scale = scale;
   check_query_key(shape, query, key);
   check_value(shape, key, value);
   set_window(shape, left, right, lower_right);
+  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
   const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
   const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
   check_same_device(kOp, "out", out, "query", query);

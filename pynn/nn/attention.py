@@ -81,7 +81,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         output = F.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
         attention = None
         if need_weights:
-            attention = weights(q, k, mask, dropout_key, None, None, dropout_p, -1, -1, False, options[-1])
+            attention = weights(q, k, mask, dropout_key, None, None, None, (dropout_p, -1, -1, False, options[-1]))
         if attention is not None and average_attn_weights:
             attention = attention.mean(1)
         if not batched:

@@ -36,9 +36,13 @@ def _summed(t, key):
     return t if t.shape == key.shape else t.unflatten(-3, (key.shape[-3], -1)).sum(-3)
 
 
-def _window(query, key, left, right, lower_right):
+def _window(query, key, key_ranges, left, right, lower_right):
     """Which keys each query sees, (Lq, Lk) bool, and the distance of each key from the diagonal; None for all keys."""
     queries, keys = query.shape[-2], key.shape[-2]
+    if key_ranges is not None:
+        begin, end, diagonal, _ = key_ranges[:, None].unbind(-1)
+        column = torch.arange(keys, device=query.device)
+        return (column >= begin) & (column < end), column - diagonal
     rows = torch.arange(queries, device=query.device)[:, None]
     distance = torch.arange(keys, device=query.device) - rows - (keys - queries if lower_right else 0)
     seen = None
@@ -49,13 +53,13 @@ def _window(query, key, left, right, lower_right):
     return seen, distance
 
 
-def _probabilities(query, keys, attn_mask, alibi_slopes, sinks, left, right, lower_right, scale):
+def _probabilities(query, keys, attn_mask, alibi_slopes, sinks, key_ranges, left, right, lower_right, scale):
     """softmax(scale Q K^T + mask + alibi), 0 where masked and in rows that are masked as a whole.
 
     With sinks there is one more column, the weight of the sink.
     """
     scores = query @ keys.mT * scale
-    seen, distance = _window(query, keys, left, right, lower_right)
+    seen, distance = _window(query, keys, key_ranges, left, right, lower_right)
     hidden = None if seen is None else seen.logical_not()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         hidden = attn_mask.logical_not() if hidden is None else hidden | attn_mask.logical_not()
@@ -87,10 +91,11 @@ def _dropped(x, query, key, dropout_key, dropout_p):
     return (x * (1 / (1 - dropout_p))).masked_fill(keep.logical_not(), 0)
 
 
-def weights(query, key, attn_mask, dropout_key, alibi_slopes, sinks, dropout_p, left, right, lower_right, scale):
+def weights(query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, options):
     """The (..., H, Lq, Lk) weights that scaled_dot_product_attention gives to the values, dropout included."""
-    options = (attn_mask, alibi_slopes, sinks, left, right, lower_right, scale)
-    p = _probabilities(query, _repeated(key, query), *options)
+    dropout_p, *window_and_scale = options
+    inputs = (attn_mask, alibi_slopes, sinks, key_ranges)
+    p = _probabilities(query, _repeated(key, query), *inputs, *window_and_scale)
     return _dropped(p[..., : key.shape[-2]], query, key, dropout_key, dropout_p)
 
 
@@ -100,7 +105,7 @@ def second_order(inputs, options, cotangents):
     With weights A = drop(P), G = drop(grad_out V^T) and dS = P * (G - rowsum(P * G) + grad_lse), the backward is
     dQ = scale dS K, dK = scale dS^T Q, dV = A^T grad_out, dmask = dS. A sink is a column of S, P and dS whose G is 0.
     """
-    grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks = inputs
+    grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, _ = inputs
     dropout_p, left, right, lower_right, scale, mask_gradient, sinks_gradient = options
     c_query, c_key, c_value, c_mask, c_sinks = cotangents
 
@@ -113,7 +118,8 @@ def second_order(inputs, options, cotangents):
 
     count = key.shape[-2]
     keys, values, c_key, c_value = (_repeated(t, query) for t in (key, value, c_key, c_value))
-    p = _probabilities(query, keys, attn_mask, alibi_slopes, sinks, left, right, lower_right, scale)
+    window = (key_ranges, left, right, lower_right)
+    p = _probabilities(query, keys, attn_mask, alibi_slopes, sinks, *window, scale)
     own = p[..., :count]  # of the keys
     g = with_sink(drop(grad_out @ values.mT))
     centred = g - (p * g).sum(-1, keepdim=True)

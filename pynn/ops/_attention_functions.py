@@ -16,11 +16,11 @@ from ._registry import define
 
 _NAME = "scaled_dot_product_attention"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
-_INPUTS += ", Tensor? alibi_slopes, Tensor? sinks"
+_INPUTS += ", Tensor? alibi_slopes, Tensor? sinks, Tensor? key_ranges, Tensor? query_ranges"
 _OPTIONS = "float dropout_p, int left, int right, bool lower_right, float scale"
 
 
-_TENSORS = 7  # of those
+_TENSORS, _RANGES = 9, 7  # of those, and where the ranges begin
 
 
 def _new_heads(like, width):  # stored as (..., L, H, width)
@@ -37,8 +37,8 @@ def lse_dtype(dtype):
 
 
 @define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *options):
-    check_devices(_NAME, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks)
+def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, *options):
+    check_devices(_NAME, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges)
     return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
 
 
@@ -46,9 +46,9 @@ def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *options):
     f"scaled_dot_product_attention_bwd(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool mask_gradient, bool sinks_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, out, lse, *options):
-    check_devices(_NAME, query, grad_out, grad_lse, key, value, attn_mask, dropout_key, alibi_slopes, sinks, out, lse)
-    *_, mask_gradient, sinks_gradient = options
+def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):
+    *others, _, _, _, _, _, mask_gradient, sinks_gradient = rest  # key_ranges, query_ranges, out, lse
+    check_devices(_NAME, query, grad_out, grad_lse, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *others)
     grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     grad_sinks = query.new_empty(sinks.shape if sinks_gradient else 0, dtype=compute_dtype(query))
     return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask, grad_sinks)
@@ -65,13 +65,10 @@ class ScaledDotProductAttention(torch.autograd.Function):
     """The tensors and options of scaled_dot_product_attention_fwd -> (out, log-sum-exp)."""
 
     @staticmethod
-    def forward(
-        query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, dropout_p, left, right, lower_right, scale
-    ):
+    def forward(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, *options):
         op = backends.op("scaled_dot_product_attention_fwd", query)
-        return op(
-            query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, dropout_p, left, right, lower_right, scale
-        )
+        ranges = key_ranges, query_ranges
+        return op(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *ranges, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -90,11 +87,11 @@ class ScaledDotProductAttention(torch.autograd.Function):
         # A compiled backward has no backward of its own.
         grads = function.forward(*inputs) if torch.compiler.is_compiling() else call(function, *inputs)
         grad_mask, grad_sinks = (g if wanted else None for g, wanted in zip(grads[3:], gradients, strict=True))
-        return (*grads[:3], grad_mask, None, None, grad_sinks, *(None,) * len(ctx.options))
+        return (*grads[:3], grad_mask, None, None, grad_sinks, None, None, *(None,) * len(ctx.options))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _vmap(ScaledDotProductAttention, info, in_dims, inputs, tensors=_TENSORS, attn_mask=3, dropout_key=4)
+        return _vmap(ScaledDotProductAttention, info, in_dims, inputs, tensors=_TENSORS, first=0)
 
 
 @eager
@@ -102,10 +99,9 @@ class ScaledDotProductAttentionBackward(torch.autograd.Function):
     """Gradients of query, key, value, mask and sinks; differentiable any number of times through torch ops."""
 
     @staticmethod
-    def forward(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, out, lse, *options):
+    def forward(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):
         op = backends.op("scaled_dot_product_attention_bwd", query)
-        inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks)
-        return op(grad_out, grad_lse, *inputs, out, lse, *options)
+        return op(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -115,17 +111,22 @@ class ScaledDotProductAttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         grads = second_order(ctx.saved_tensors, ctx.options, cotangents)
-        return (*grads, None, None, *(None,) * len(ctx.options))
+        return (*grads, *(None,) * (4 + len(ctx.options)))  # ranges, out, lse
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         function = ScaledDotProductAttentionBackward
-        return _vmap(function, info, in_dims, inputs, tensors=_TENSORS + 4, attn_mask=5, dropout_key=6)
+        return _vmap(function, info, in_dims, inputs, tensors=_TENSORS + 4, first=2)
 
 
-def _vmap(function, info, in_dims, inputs, tensors, attn_mask, dropout_key):
-    """Folds the mapped dimension into a new leading one; with dropout, each sample is a call of its own."""
-    if inputs[dropout_key] is not None:
+def _vmap(function, info, in_dims, inputs, tensors, first):
+    """Folds the mapped dimension into a new leading one; with dropout or mapped ranges, each sample is a call.
+
+    `first` is the place of query.
+    """
+    attn_mask, dropout_key = first + 3, first + 4
+    ranges = (first + _RANGES, first + _RANGES + 1)
+    if inputs[dropout_key] is not None or any(in_dims[i] is not None for i in ranges):
         samples = []
         for i in range(info.batch_size):
             sample = [x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True)]
@@ -134,7 +135,7 @@ def _vmap(function, info, in_dims, inputs, tensors, attn_mask, dropout_key):
     rank = max(x.dim() - (d is not None) for x, d in zip(inputs[:tensors], in_dims, strict=False) if x is not None)
     folded = list(inputs)
     for i, (x, d) in enumerate(zip(inputs[:tensors], in_dims, strict=False)):
-        if x is None:
+        if x is None or i in ranges:
             continue
         x = x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
         if i == attn_mask:

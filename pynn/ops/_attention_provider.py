@@ -72,7 +72,7 @@ def _own_sums(lse: Tensor, query: Tensor) -> Tensor:
 
 def _cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     op = backends.op(_FORWARD, query)
-    out, lse = op(query, key, value, attn_mask, None, None, None, *_options(query, 0.0, is_causal, scale))
+    out, lse = op(query, key, value, attn_mask, *(None,) * 5, *_options(query, 0.0, is_causal, scale))
     # Compiled code relies on torch's strides: those of the query, and sums stored as (B, L, H).
     like = torch.empty_like(query)
     out = out if out.stride() == like.stride() else like.copy_(out)
@@ -82,7 +82,7 @@ def _cpu_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask
 def _cpu_backward(grad_out, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
     options = *_options(query, 0.0, is_causal, scale), False, False
     op = backends.op(_BACKWARD, query)
-    inputs = grad_out, None, query, key, value, attn_mask, None, None, None, out, _own_sums(lse, query)
+    inputs = grad_out, None, query, key, value, attn_mask, *(None,) * 5, out, _own_sums(lse, query)
     return op(*inputs, *options)[:3]
 
 
@@ -93,7 +93,7 @@ def _gpu_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug
     if dropout_p > 0:  # drawn on the device, as in a CUDA graph it has to be
         dropout_key = make_key(query.device, generator=torch.cuda.default_generators[query.device.index])
     op = backends.op(_FORWARD, query)
-    out, lse = op(query, key, value, None, dropout_key, None, None, *_options(query, dropout_p, is_causal, scale))
+    out, lse = op(query, key, value, None, dropout_key, *(None,) * 4, *_options(query, dropout_p, is_causal, scale))
     nothing = query.new_empty(0)
     state = query.new_empty(0, dtype=torch.int64) if dropout_key is None else dropout_key
     return out, _sums(lse, query), None, None, query.shape[-2], key.shape[-2], state, nothing, nothing
@@ -105,5 +105,5 @@ def _gpu_backward(
     dropout_key = state if dropout_p > 0 else None
     options = *_options(query, dropout_p, is_causal, scale), False, False
     op = backends.op(_BACKWARD, query)
-    inputs = grad_out, None, query, key, value, None, dropout_key, None, None, out, _own_sums(lse, query)
+    inputs = grad_out, None, query, key, value, None, dropout_key, *(None,) * 4, out, _own_sums(lse, query)
     return op(*inputs, *options)[:3]

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from . import _attention_packed as _packed
 from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttention
 from ._function import autocast, call, compute_dtype
@@ -39,6 +40,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     alignment: str = "upper_left",
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     return_lse: bool = False,
     generator: torch.Generator | None = None,
     seed: int | None = None,
@@ -67,10 +69,17 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
             arXiv 2108.12409). No gradient.
         sinks: broadcastable to (..., H): a score per head that takes part in the softmax but has no value (Xiao et al.
             2024, arXiv 2309.17453; gpt-oss). Needs a key.
+        cu_seqlens: (N + 1), int32 or int64: where the sequences begin that are packed one behind the other along Lq and
+            Lk, and where the last one ends; a pair when those of query and key differ. Each is on its own: a query sees
+            keys of its sequence only, and diagonals begin anew. Queries behind the last one see nothing. On a GPU the
+            values are not checked.
         return_lse: also return log (exp sink + sum_j exp S_ij), with its gradient: what merging attention over parts of
             the keys needs.
         generator: where the dropout key is drawn from instead of torch's default CPU generator.
         seed: the dropout key itself; the same seed drops the same weights.
+    Nested tensors (N, H, L*, D) in torch's jagged layout are packed sequences too: without attn_mask, cu_seqlens and
+    return_lse.
+
     Returns:
         (..., H, Lq, Dv), dtype of query. With return_lse also (..., H, Lq), float32 (float64 for float64).
     Raises:
@@ -78,12 +87,36 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
             alibi_slopes that require a gradient.
         ValueError: window or alignment is none of the above.
     """
+    if query.is_nested or key.is_nested or value.is_nested:
+        if attn_mask is not None or cu_seqlens is not None or return_lse:
+            raise RuntimeError(f"{_NAME}: expected nested tensors without attn_mask, cu_seqlens and return_lse")
+        (query, query_starts), (key, key_starts) = _packed.packed("query", query), _packed.packed("key", key)
+        value = _packed.packed("value", value)[0]
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            None,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            window=window,
+            alignment=alignment,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens=(query_starts, key_starts),
+            generator=generator,
+            seed=seed,
+        )
+        return _packed.unpacked(out, query_starts)
     query, key, value = autocast(query, key, value)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
     if is_causal and attn_mask is not None:
         raise RuntimeError(f"_{_NAME}: Explicit attn_mask should not be set when is_causal=True")
     left, right = (-1, -1) if window is None else _checked_window(window)
+    right = 0 if is_causal else right
     if alignment not in ("upper_left", "lower_right"):
         raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
     if alibi_slopes is not None:
@@ -95,9 +128,13 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1)) if query.dim() else 1.0
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
-    inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks)
-    options = (float(dropout_p), left, 0 if is_causal else right, alignment == "lower_right", float(scale))
-    out, lse = call(ScaledDotProductAttention, *inputs, *options)
+    diagonals = (left, right, alignment == "lower_right")
+    ranges = (None, None)
+    if cu_seqlens is not None and min(query.dim(), key.dim()) >= 2:
+        starts = _packed.checked(cu_seqlens, query, key)
+        ranges, diagonals = _packed.ranges(starts, query, key, *diagonals), (-1, -1, False)
+    inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *ranges)
+    out, lse = call(ScaledDotProductAttention, *inputs, float(dropout_p), *diagonals, float(scale))
     return (out, lse.to(compute_dtype(query))) if return_lse else out
 
 
@@ -120,4 +157,4 @@ def _per_head(name, numbers, query):
 def attend(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
     """scaled_dot_product_attention on operands whose leading dimensions agree, with the dropout key given."""
     options = (dropout_p, -1, 0 if is_causal else -1, False, scale)
-    return call(ScaledDotProductAttention, query, key, value, attn_mask, dropout_key, None, None, *options)[0]
+    return call(ScaledDotProductAttention, query, key, value, attn_mask, dropout_key, *(None,) * 4, *options)[0]

@@ -19,8 +19,10 @@ using pynn::AttentionOperand;
 using pynn::AttentionShape;
 
 // kWindow: each query sees three keys before its diagonal, which ends at the last key, and one behind; with alibi and
-// sinks. kOwn: a mask in the dtype of the data.
-enum class Kind { kNone, kCausal, kWindow, kBool, kFloat, kOwn };
+// sinks. kPacked: two sequences, with alibi. kOwn: a mask in the dtype of the data.
+enum class Kind { kNone, kCausal, kWindow, kPacked, kBool, kFloat, kOwn };
+
+constexpr int64_t kSecondQuery = 40;  // where the second of the packed sequences begins
 
 struct Case {
   int64_t batch, heads, group, queries, keys, dim, value_dim;
@@ -39,6 +41,7 @@ constexpr Case kSmall[] = {
     {1, 1, 1, 5, 6, 8, 8, Kind::kCausal, false, true},
     {1, 2, 1, 70, 72, 8, 8, Kind::kWindow, true},
     {1, 2, 2, 9, 6, 8, 8, Kind::kWindow, false, true},
+    {1, 2, 1, 150, 151, 8, 8, Kind::kPacked},
 };
 constexpr Case kWide[] = {
     {1, 1, 1, 5, 9, 72, 136, Kind::kCausal},
@@ -79,6 +82,20 @@ struct Call {
     if (c.dropout) {
       shape.dropout_p = 0.25;
       shape.dropout_key = run.input<int64_t>(2, [](size_t i) { return int64_t(5 + i); });
+    }
+    if (c.kind == Kind::kPacked) {
+      per_head.alibi_slopes = run.input<F>(size_t(shape.heads), [](size_t i) { return F(0.25 + 0.5 * double(i)); });
+      auto* keys = run.scratch<pynn::AttentionKeyRange>(size_t(c.queries));
+      auto* queries = run.scratch<pynn::AttentionQueryRange>(size_t(c.keys));
+      for (int64_t i = 0; i < c.queries; ++i) {
+        const int32_t second = i >= kSecondQuery, half = int32_t(c.keys / 2);
+        keys[i] = {second * half, second ? int32_t(c.keys) : half, int32_t(i + second * (half - kSecondQuery)), 0};
+      }
+      for (int64_t j = 0; j < c.keys; ++j) {
+        const bool second = j >= c.keys / 2;
+        queries[j] = {second ? int32_t(kSecondQuery) : 0, second ? int32_t(c.queries) : int32_t(kSecondQuery)};
+      }
+      shape.key_ranges = keys, shape.query_ranges = queries;
     }
     make_mask();
   }
@@ -132,6 +149,11 @@ struct Call {
   }
   double mask_value(int64_t head, int64_t query, int64_t key) const {
     if (key < query + shape.lower || key > query + shape.upper) return -INFINITY;
+    if (shape.key_ranges) {
+      const pynn::AttentionKeyRange& seen = shape.key_ranges[query];
+      if (key < seen.begin || key >= seen.end) return -INFINITY;
+      return -double(per_head.alibi_slopes[head]) * double(std::abs(key - seen.diagonal));
+    }
     if (per_head.alibi_slopes)
       return -double(per_head.alibi_slopes[head]) * double(std::abs(key - query - shape.diagonal));
     const auto& m = mask.operand;
