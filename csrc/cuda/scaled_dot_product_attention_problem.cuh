@@ -301,15 +301,18 @@ struct Scores {
 #pragma unroll
       for (int j = 0; j < E::kThreadColumns; ++j) E::at(s, i, j) *= factor;
     if (slope != F(0)) {
+      int row_place[E::kThreadRows];  // of keys their own, of queries that of the key on the diagonal
 #pragma unroll
       for (int i = 0; i < E::kThreadRows; ++i) {
         const int row = first_row + e.row(i);
+        row_place[i] = kKeyRows ? row : on_diagonal(row);
+      }
 #pragma unroll
-        for (int j = 0; j < E::kThreadColumns; ++j) {
-          const int column = first_column + e.column(j), query = kKeyRows ? column : row;
-          const int distance = (kKeyRows ? row : column) - on_diagonal(query);
-          E::at(s, i, j) = multiply_add(-slope, F(distance < 0 ? -distance : distance), E::at(s, i, j));
-        }
+      for (int j = 0; j < E::kThreadColumns; ++j) {
+        const int column = first_column + e.column(j), column_place = kKeyRows ? on_diagonal(column) : column;
+#pragma unroll
+        for (int i = 0; i < E::kThreadRows; ++i)
+          E::at(s, i, j) = multiply_add(-slope, F(abs(column_place - row_place[i])), E::at(s, i, j));
       }
     }
     if (whole) return;

@@ -65,10 +65,25 @@ class ScaledDotProductAttention(torch.autograd.Function):
     """The tensors and options of scaled_dot_product_attention_fwd -> (out, log-sum-exp)."""
 
     @staticmethod
-    def forward(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, *options):
+    def forward(  # Dynamo takes the first of *inputs for a context
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_key,
+        alibi_slopes,
+        sinks,
+        key_ranges,
+        query_ranges,
+        dropout_p,
+        left,
+        right,
+        lower_right,
+        scale,
+    ):
+        inputs = query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges
         op = backends.op("scaled_dot_product_attention_fwd", query)
-        ranges = key_ranges, query_ranges
-        return op(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *ranges, *options)
+        return op(*inputs, dropout_p, left, right, lower_right, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
