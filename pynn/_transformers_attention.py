@@ -81,11 +81,6 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
-        if causal:
-            attention_mask, causal = (
-                position_bias.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(),
-                False,
-            )
         if attention_mask is None:
             attention_mask = position_bias
         elif attention_mask.dtype == torch.bool:
@@ -93,7 +88,8 @@ def attention(
         else:
             attention_mask = position_bias + attention_mask
     grouped = key.shape[1] != query.shape[1]
+    window = (-1, 0) if causal else None  # beside a mask, unlike is_causal
     output = ops.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=grouped
+        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped, window=window
     )
     return output.transpose(1, 2).contiguous(), None

@@ -15,7 +15,6 @@ from ._transformer import (
     KeyValueCache,
     Stack,
     TransformerBlock,
-    causal_mask,
     check_tokens,
     key_mask,
     make_norm,
@@ -91,10 +90,8 @@ class Transformer(nn.Module):
         self._check("target", target)
         self._check("memory", memory)
         mask = key_mask("Transformer", target_mask, target.shape[:2])
-        if mask is not None and is_causal:
-            mask = mask & causal_mask(target.shape[1], target.shape[1], target.device)
         memory_keys = key_mask("Transformer", memory_mask, memory.shape[:2])
-        return self.decoder(target, memory, mask, memory_keys, is_causal and mask is None)
+        return self.decoder(target, memory, mask, memory_keys, is_causal)
 
     def forward(
         self,
@@ -220,12 +217,9 @@ class T5(nn.Module):
         check_tokens("T5", "decoder_ids", ids)
         keys = key_mask("T5", memory_mask, memory.shape[:2])
         own, crossed = caches or (None, None)
-        length = ids.shape[1]
-        total = length + (own[0].used if own else 0)
-        bias = self.decoder_bias(length, total)
-        bias = bias.masked_fill(~causal_mask(length, total, ids.device), -math.inf)
+        bias = self.decoder_bias(ids.shape[1], ids.shape[1] + (own[0].used if own else 0))
         x = self.token_embedding(ids)
-        x = self.decoder(self.dropout(x), memory, bias, keys, caches=own, memory_caches=crossed)
+        x = self.decoder(self.dropout(x), memory, bias, keys, True, caches=own, memory_caches=crossed)
         x = self.dropout(x)
         if self.head is not None:
             return self.head(x)

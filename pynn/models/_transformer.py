@@ -52,11 +52,6 @@ def key_mask(model: str, attention_mask: Tensor | None, shape: torch.Size) -> Te
     return attention_mask.bool()[:, None, None, :]
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool: the last query sees all keys, each one before it one less."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
 class KeyValueCache:
     """Keys and values of the tokens that one attention layer has seen, for generation token by token.
 
@@ -139,7 +134,7 @@ class Attention(nn.Module):
         Args:
             x: (B, L, width). memory: (B, S, width).
             mask: broadcastable to (B, H, L, S): bool (true takes part) or float (added to the scores).
-            is_causal: token i sees tokens 0 .. i, those in the cache included; not together with mask.
+            is_causal: token i sees tokens 0 .. i, those in the cache included.
             rotary: turns queries and keys.
             cache: keys and values of earlier tokens, to which those of x are added; or those of the memory, once.
         Returns:
@@ -165,11 +160,11 @@ class Attention(nn.Module):
             query, key = rotary(query, past), rotary(key, past)
         if cache is not None and (memory is None or past == 0):
             key, value = cache.append(key, value)  # (B, H, past + L, D)
-        if is_causal and past > 0:
-            is_causal = False
-            mask = causal_mask(query.shape[2], key.shape[2], x.device) if query.shape[2] > 1 else None
         dropout = self.dropout if self.training else 0.0
-        output = scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, self.scale)
+        window = (-1, 0) if is_causal else None  # beside a mask, unlike the op's is_causal
+        output = scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=self.scale, window=window, alignment="lower_right"
+        )
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
 

@@ -59,10 +59,8 @@ class TextTower(nn.Module):
         """(B, L) tokens to (B, width); attention_mask: (B, L), true where a token takes part; None for all."""
         check_tokens("TextTower", "ids", ids, self.context_length)
         mask = key_mask("TextTower", attention_mask, ids.shape)
-        if mask is not None:
-            mask = mask & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        x = self.encoder(x, mask=mask, is_causal=mask is None)
+        x = self.encoder(x, mask=mask, is_causal=True)
         last = ids.argmax(1) if self.end_token is None else (ids == self.end_token).int().argmax(1)
         return x[torch.arange(len(ids), device=ids.device), last]
 
