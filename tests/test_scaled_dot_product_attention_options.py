@@ -288,6 +288,20 @@ def test_merging_parts(backend):
         torch.testing.assert_close(a, b)
 
 
+def test_returned_weights_give_the_output(backend):
+    query, key, value = (t.requires_grad_() for t in operands(2, 4, 2, 5, 9, 8, 8, torch.float64))
+    for options in ({}, {"dropout_p": 0.4, "seed": 3}, {"window": (3, 1), "alignment": "lower_right"}):
+        options |= {"sinks": torch.ones(4, dtype=torch.float64), "enable_gqa": True}
+        out, lse, weights = attention(query, key, value, return_lse=True, return_weights=True, **options)
+        assert weights.shape == (2, 4, 5, 9)
+        assert lse.shape == (2, 4, 5)
+        product = weights @ value.repeat_interleave(2, 1)
+        torch.testing.assert_close(product, out)
+        got, expected = (torch.autograd.grad(t.square().sum(), (query, key), retain_graph=True) for t in (product, out))
+        torch.testing.assert_close(got, expected)
+    assert len(attention(query, key, value, enable_gqa=True, return_weights=True)) == 2
+
+
 def test_sinks_are_a_key_without_a_value(backend):
     query, key, value = operands(1, 2, 2, 5, 7, 8, 8, torch.float64)
     with_key = attention(query, torch.cat((torch.zeros(1, 2, 1, 8), key), 2).double(), F.pad(value, (0, 0, 1, 0)))

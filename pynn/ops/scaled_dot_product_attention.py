@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import _attention_packed as _packed
-from ._attention_composite import broadcast_leading
+from ._attention_composite import broadcast_leading, weights
 from ._attention_functions import ScaledDotProductAttention
 from ._function import autocast, call, compute_dtype
 from .random import make_key
@@ -21,11 +21,13 @@ _NAME = "scaled_dot_product_attention"
 
 
 @overload
-def scaled_dot_product_attention(*args: Any, return_lse: Literal[False] = False, **options: Any) -> torch.Tensor: ...
+def scaled_dot_product_attention(
+    *args: Any, return_lse: Literal[False] = False, return_weights: Literal[False] = False, **options: Any
+) -> torch.Tensor: ...
 @overload
 def scaled_dot_product_attention(
-    *args: Any, return_lse: Literal[True], **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    *args: Any, return_lse: bool = False, return_weights: bool = False, **options: Any
+) -> tuple[torch.Tensor, ...]: ...
 def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave the arguments to this signature
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,9 +44,10 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     sinks: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     return_lse: bool = False,
+    return_weights: bool = False,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Attention of every query over the keys: softmax(scale Q K^T + mask) V, with dropout on the softmax.
 
     A key that is masked (False, -inf or outside of the window) has no influence at all, NaN included; a query whose
@@ -75,21 +78,26 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
             values are not checked.
         return_lse: also return log (exp sink + sum_j exp S_ij), with its gradient: what merging attention over parts of
             the keys needs.
+        return_weights: also return the weights of the values, dropout included, with their gradient. A second pass
+            over the scores, in torch's ops and with memory for all of them.
         generator: where the dropout key is drawn from instead of torch's default CPU generator.
         seed: the dropout key itself; the same seed drops the same weights.
-    Nested tensors (N, H, L*, D) in torch's jagged layout are packed sequences too: without attn_mask, cu_seqlens and
-    return_lse.
+    Nested tensors (N, H, L*, D) in torch's jagged layout are packed sequences too: without attn_mask, cu_seqlens,
+    return_lse and return_weights.
 
     Returns:
-        (..., H, Lq, Dv), dtype of query. With return_lse also (..., H, Lq), float32 (float64 for float64).
+        (..., H, Lq, Dv), dtype of query. With return_lse also (..., H, Lq), float32 (float64 for float64); with
+        return_weights also (..., H, Lq, Lk), dtype of query.
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; dropout_p is not in [0, 1]; attn_mask with is_causal;
             alibi_slopes that require a gradient.
         ValueError: window or alignment is none of the above.
     """
     if query.is_nested or key.is_nested or value.is_nested:
-        if attn_mask is not None or cu_seqlens is not None or return_lse:
-            raise RuntimeError(f"{_NAME}: expected nested tensors without attn_mask, cu_seqlens and return_lse")
+        if attn_mask is not None or cu_seqlens is not None or return_lse or return_weights:
+            raise RuntimeError(
+                f"{_NAME}: expected nested tensors without attn_mask, cu_seqlens, return_lse and return_weights"
+            )
         (query, query_starts), (key, key_starts) = _packed.packed("query", query), _packed.packed("key", key)
         value = _packed.packed("value", value)[0]
         out = scaled_dot_product_attention(
@@ -134,8 +142,12 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
         starts = _packed.checked(cu_seqlens, query, key)
         ranges, diagonals = _packed.ranges(starts, query, key, *diagonals), (-1, -1, False)
     inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *ranges)
-    out, lse = call(ScaledDotProductAttention, *inputs, float(dropout_p), *diagonals, float(scale))
-    return (out, lse.to(compute_dtype(query))) if return_lse else out
+    options = (float(dropout_p), *diagonals, float(scale))
+    out, lse = call(ScaledDotProductAttention, *inputs, *options)
+    if not return_lse and not return_weights:
+        return out
+    sums = (lse.to(compute_dtype(query)),) if return_lse else ()
+    return (out, *sums, weights(query, key, *inputs[3:8], options)) if return_weights else (out, *sums)
 
 
 def _checked_window(window):
