@@ -16,7 +16,8 @@ KERNEL = "scaled_dot_product_attention_fwd"
 def test_accuracy_of_decoding(backend, dtype, shape, kind):
     """P1 and P3 for a few queries over many keys."""
     batch, heads, key_heads, queries, keys, dim, value_dim = shape
-    batch = batch // 4 if backend.name in ("sim", "interpret") else batch
+    if backend.name in ("sim", "interpret") and keys > 1000:  # few numbers to compare, were it less
+        batch = batch // 4
     query = torch.randn(batch, heads, queries, dim).to(dtype)
     key = torch.randn(batch, key_heads, keys, dim).to(dtype)
     value = torch.randn(batch, key_heads, keys, value_dim).to(dtype)
