@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -81,8 +82,30 @@ class _RNN(_Lengths, torch.nn.RNN):
     pass
 
 
-def _torch_attention(query, key, value, mask, dropout, is_causal, scale):
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
+class _TorchAttention:
+    """The op as models call it in training, where queries and keys are the same tokens.
+
+    torch takes either a mask or causality: the two are joined once for all layers of a step.
+    """
+
+    def __init__(self):
+        self.mask = self.joined = None
+
+    def __call__(self, query, key, value, mask, dropout, *, scale, window, alignment):
+        is_causal = window == (-1, 0)
+        if is_causal and mask is not None:
+            if mask is not self.mask:
+                self.mask, self.joined = mask, _causal(mask, query.shape[2], key.shape[2])
+            mask, is_causal = self.joined, False
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
+
+
+def _causal(mask, queries, keys):
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+
+
+_torch_attention = _TorchAttention()
 
 
 class _Attention(Attention):
