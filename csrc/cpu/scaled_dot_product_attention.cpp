@@ -72,12 +72,7 @@ class Forward {
     const F* const sink = per_head_.sinks ? per_head_.sinks + head : nullptr;
     F top[kRows], total[kRows];
     for (int64_t i = 0; i < rows; ++i) top[i] = sink ? *sink : -kInfinity<F>, total[i] = sink ? F(1) : F(0);
-    const HeadScores<F> scores{shape_,
-                               mask_,
-                               mask_start(mask_, shape_, head),
-                               per_head_.alibi_slopes ? per_head_.alibi_slopes[head] : F(0),
-                               tile_mask_,
-                               row_mask_};
+    const HeadScores<F> scores = scores_of(shape_, mask_, per_head_, head, tile_mask_, row_mask_);
     const KeyRange seen = keys_of(shape_, first, rows);
     bool started = false;
     for (int64_t block = seen.begin / kKeys * kKeys; block < seen.end; block += kKeys) {

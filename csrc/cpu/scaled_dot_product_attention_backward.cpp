@@ -118,15 +118,12 @@ class Backward {
     transpose(grads_, rows, shape_.value_dim, grad_columns_, kRows);
     queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
     grads_finite_ = !masked_ || all_finite(grads_, rows, value_width_);
-    mask_start_ = mask_start(mask_, shape_, head);
   }
 
   // P (with dropout) and dS of the loaded queries and those keys of the block from `block` on that they see.
   KeyRange tiles(int64_t block) {
     const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
-    const HeadScores<F> scores{shape_,      mask_,
-                               mask_start_, in_.per_head.alibi_slopes ? in_.per_head.alibi_slopes[head_] : F(0),
-                               tile_mask_,  row_mask_};
+    const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
     const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
     multiply<1>(rows_, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
@@ -267,7 +264,6 @@ class Backward {
   bool* keys_finite_;
   bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
   Matrix<F> keys_{}, queries_{}, grads_{};
-  const void* mask_start_ = nullptr;
   KeyRange seen_{};
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };

@@ -162,12 +162,7 @@ class Decode {
                    shape_.dim, scores + r * kChunkStride + j);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t own = head + r / shape_.queries;
-      const HeadScores<F> of_head{shape_,
-                                  mask_,
-                                  mask_start(mask_, shape_, own),
-                                  per_head_.alibi_slopes ? per_head_.alibi_slopes[own] : F(0),
-                                  tile_mask,
-                                  row_mask};
+      const HeadScores<F> of_head = scores_of(shape_, mask_, per_head_, own, tile_mask, row_mask);
       read_tile_mask(of_head, begin, count);
       softmax(of_head, own, r % shape_.queries, number, begin, count, scores + r * kChunkStride, factors);
     }

@@ -112,6 +112,13 @@ struct HeadScores {
   F* row_mask;   // room for a row of numbers to add
 };
 
+template <class F>
+HeadScores<F> scores_of(const AttentionShape& shape, const AttentionMaskOperand& mask,
+                        const AttentionPerHead<F>& per_head, int64_t head, F* tile_mask, F* row_mask) {
+  return {shape,     mask,    mask_start(mask, shape, head), per_head.alibi_slopes ? per_head.alibi_slopes[head] : F(0),
+          tile_mask, row_mask};
+}
+
 // A row of scores: those from `valid` on take no part, and are 0; the others take none where they are -inf, and such
 // there are only if `masked`.
 template <class F>

@@ -9,9 +9,7 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from ..ops._attention_composite import weights
-from ..ops.random import make_key
-from ..ops.scaled_dot_product_attention import attend
+from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -74,14 +72,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (self._split_heads(t, sequence_dim) for t in (q, k, v))  # (N, H, L, D)
 
         dropout_p = self.dropout if self.training else 0.0
-        dropout_key = make_key(q.device) if dropout_p > 0 else None
-        options = (mask, dropout_key, dropout_p, is_causal, 1 / math.sqrt(self.head_dim))
-        output = attend(q, k, v, *options)
-        output = output.transpose(1, 2) if sequence_dim == 1 else output.permute(2, 0, 1, 3)
-        output = F.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
         attention = None
         if need_weights:
-            attention = weights(q, k, mask, dropout_key, None, None, None, (dropout_p, -1, -1, False, options[-1]))
+            output, attention = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, return_weights=True)
+        else:
+            output = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        output = output.transpose(1, 2) if sequence_dim == 1 else output.permute(2, 0, 1, 3)
+        output = F.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if attention is not None and average_attn_weights:
             attention = attention.mean(1)
         if not batched:

@@ -164,9 +164,3 @@ def _per_head(name, numbers, query):
     except RuntimeError:
         shapes = f"{tuple(shape)} of query, got {tuple(numbers.shape)}"
         raise RuntimeError(f"{_NAME}: expected {name} that broadcast to the heads {shapes}") from None
-
-
-def attend(query, key, value, attn_mask, dropout_key, dropout_p, is_causal, scale):
-    """scaled_dot_product_attention on operands whose leading dimensions agree, with the dropout key given."""
-    options = (dropout_p, -1, 0 if is_causal else -1, False, scale)
-    return call(ScaledDotProductAttention, query, key, value, attn_mask, dropout_key, *(None,) * 4, *options)[0]
