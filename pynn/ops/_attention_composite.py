@@ -1,4 +1,4 @@
-"""Attention in torch ops: broadcasting, the weights themselves, and the backward of the backward."""
+"""Attention in torch ops: broadcasting, the gradients of the weights, and the backward of the backward."""
 
 from __future__ import annotations
 
@@ -91,12 +91,24 @@ def _dropped(x, query, key, dropout_key, dropout_p):
     return (x * (1 / (1 - dropout_p))).masked_fill(keep.logical_not(), 0)
 
 
-def weights(query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, options):
-    """The (..., H, Lq, Lk) weights that scaled_dot_product_attention gives to the values, dropout included."""
-    dropout_p, *window_and_scale = options
-    inputs = (attn_mask, alibi_slopes, sinks, key_ranges)
-    p = _probabilities(query, _repeated(key, query), *inputs, *window_and_scale)
-    return _dropped(p[..., : key.shape[-2]], query, key, dropout_key, dropout_p)
+def weights_gradients(
+    grad, query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, options, mask_gradient, sinks_gradient
+):
+    """Gradients of query, key, mask and sinks from that of the (..., H, Lq, Lk) weights, dropout included.
+
+    With G = drop(grad), the scores have the gradient dS = P * (G - rowsum(P * G)).
+    """
+    dropout_p, *window, scale = options
+    count, keys = key.shape[-2], _repeated(key, query)
+    p = _probabilities(query, keys, attn_mask, alibi_slopes, sinks, key_ranges, *window, scale)
+    g = _dropped(grad, query, key, dropout_key, dropout_p)
+    if sinks is not None:
+        g = torch.cat((g, torch.zeros_like(g[..., :1])), -1)
+    ds = p * (g - (p * g).sum(-1, keepdim=True))
+    to_sinks = ds[..., count].sum(-1).to(sinks.dtype) if sinks_gradient else None
+    ds = ds[..., :count]
+    to_mask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_gradient else None
+    return scale * (ds @ keys), _summed(scale * (ds.mT @ query), key), to_mask, to_sinks
 
 
 def second_order(inputs, options, cotangents):

@@ -1,0 +1,1 @@
+RotaryEmbedding = turn_in_place = checked_tables = None
