@@ -6,8 +6,10 @@ from .conv_transpose2d import conv_transpose2d
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
 from .group_norm import group_norm
 from .layer_norm_lstm import layer_norm_lstm
+from .multi_head_attention import multi_head_attention
 from .random import normal
 from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from .rotary_embedding import rotary_embedding
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .tree_lstm import Forest, tree_lstm
 
@@ -24,10 +26,12 @@ __all__ = [
     "layer_norm_lstm",
     "lstm",
     "lstm_cell",
+    "multi_head_attention",
     "normal",
     "reverse_step",
     "rnn",
     "rnn_cell",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "tree_lstm",
 ]

@@ -61,10 +61,11 @@ class AttentionWeights(torch.autograd.Function):
         # lse has no gradient of its own: the weights are differentiated as a function of everything else.
         wanted = (ctx.needs_input_grad[2], ctx.needs_input_grad[5])
         *options, average = ctx.options
-        query = ctx.saved_tensors[0]
+        tensors = ctx.saved_tensors
+        query = tensors[0]
         if average:
             grad = (grad / query.shape[-3]).unsqueeze(-3).expand(*query.shape[:-1], grad.shape[-1])
-        to_query, to_key, to_mask, to_sinks = weights_gradients(grad, *ctx.saved_tensors[:7], options, *wanted)
+        to_query, to_key, to_mask, to_sinks = weights_gradients(grad, *tensors[:7], options, *wanted)
         return to_query, to_key, to_mask, None, None, to_sinks, *(None,) * (3 + len(ctx.options))
 
     @staticmethod

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._function import autocast, call, check_devices, compute_dtype
-from ._multi_head_attention_functions import MultiHeadAttention, composed
+from ._multi_head_attention_functions import MultiHeadAttention
+from ._multi_head_attention_layout import composed
 from .random import make_key
 from .rotary_embedding import checked_tables
 from .scaled_dot_product_attention import checked_window
@@ -78,7 +79,8 @@ def multi_head_attention(
         ValueError: window or alignment is none of its values.
     """
     heads, key_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
-    same_key, same_value = key is query, value is key
+    same_value = value is key
+    same_key = same_value and key is query
     tensors = (query, key, value, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
     _check(*tensors, heads, key_heads)
     batched = query.dim() == 3
@@ -104,15 +106,18 @@ def multi_head_attention(
         if length != keys:
             raise RuntimeError(f"{_NAME}: expected as many keys as queries with rotary, got {keys} and {length}")
         cos, sin = checked_tables(query, *rotary, (batch, heads, length, width))
-    per_head = (_per_head(name, t, query, (batch, heads)) for name, t in (("alibi_slopes", alibi_slopes), ("sinks", sinks)))
+    per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}.items()
+    per_head = (_per_head(name, t, query, (batch, heads)) for name, t in per_head)
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
     if scale is None:
         scale = 1 / math.sqrt(max(width, 1))
     inputs = (query, *others, attn_mask, dropout_key, *per_head, cos, sin)
-    layout = (heads, key_heads, batch_first, rotary_interleaved, (1 if average_attn_weights else 2) if need_weights else 0)
+    kind = 0 if not need_weights else 1 if average_attn_weights else 2
+    layout = (heads, key_heads, batch_first, rotary_interleaved, kind)
     options = (float(dropout_p), left, 0 if is_causal else right, alignment == "lower_right", float(scale))
-    # Under torch.func the parts are mapped and differentiated as the Functions they are.
-    by_parts = torch._C._are_functorch_transforms_active()
+    # Under torch.func the parts are mapped and differentiated as the Functions they are, and so are compiled calls that
+    # return weights, whose gradient runs autograd a second time.
+    by_parts = torch._C._are_functorch_transforms_active() or (need_weights and torch.compiler.is_compiling())
     results = composed(*inputs, *layout, *options) if by_parts else call(MultiHeadAttention, *inputs, *layout, *options)
     output, weights = results[0], results[1] if need_weights else None
     if not batched:

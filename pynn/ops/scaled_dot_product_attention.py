@@ -79,8 +79,8 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
             values are not checked.
         return_lse: also return log (exp sink + sum_j exp S_ij), with its gradient: what merging attention over parts of
             the keys needs.
-        return_weights: also return the weights of the values, dropout included: a second pass over the scores, by the op
-            attention_weights. Their gradient is made of torch's ops.
+        return_weights: also return the weights of the values, dropout included: a second pass over the scores. Their
+            gradient is made of torch's ops.
         generator: where the dropout key is drawn from instead of torch's default CPU generator.
         seed: the dropout key itself; the same seed drops the same weights.
     Nested tensors (N, H, L*, D) in torch's jagged layout are packed sequences too: without attn_mask, cu_seqlens,
