@@ -143,7 +143,8 @@ def test_accuracy(backend, dtype, shape, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_of_decoding(backend, dtype, kind):
     """P1 for a few queries over many keys."""
-    shape = (4 if backend.name in ("sim", "interpret") else 16, 4, 2, 2, 1100, 40, 24)
+    few = backend.name in ("sim", "interpret") and dtype is not torch.float32  # whose errors differ least from torch's
+    shape = (2 if few else 16, 4, 2, 2, 1100, 40, 24)
     ours, formula, sinks = formula_of(kind, 4, dtype)
     query, key, value = operands(*shape, dtype)
     output, lse = ours(query, key, value, sinks)
