@@ -304,7 +304,7 @@ def test_merging_parts(backend):
 
 def test_returned_weights_give_the_output(backend):
     query, key, value = (t.requires_grad_() for t in operands(2, 4, 2, 5, 9, 8, 8, torch.float64))
-    for options in ({}, {"dropout_p": 0.4, "seed": 3}, {"softcap": 0.5}, {"window": (3, 1), "alignment": "lower_right"}):
+    for options in ({}, {"dropout_p": 0.4, "seed": 3}, {"softcap": 0.5, "window": (3, 1), "alignment": "lower_right"}):
         options |= {"sinks": torch.ones(4, dtype=torch.float64), "enable_gqa": True}
         out, lse, weights = attention(query, key, value, return_lse=True, return_weights=True, **options)
         assert weights.shape == (2, 4, 5, 9)
@@ -338,7 +338,8 @@ def test_gradcheck(backend, kind):
         options["softcap"] = 0.8
 
     def fn(query, key, value, mask, sinks):
-        use = {"sinks": sinks if kind in ("sinks", "all") else None, "attn_mask": mask if kind in ("soft cap", "all") else None}
+        mask = mask if kind in ("soft cap", "all") else None
+        use = {"sinks": sinks if kind in ("sinks", "all") else None, "attn_mask": mask}
         lse = {"return_lse": kind in ("lse", "all"), "enable_gqa": True, "alibi_slopes": slopes}
         return attention(query, key, value, **use, **lse, **options)
 

@@ -111,8 +111,8 @@ def second_order(inputs, options, cotangents):
     """Gradients of <cotangents, backward(*inputs, *options)>, in the order of `inputs`.
 
     With weights A = drop(P), G = drop(grad_out V^T) and dS = P * (G - rowsum(P * G) + grad_lse), the backward is
-    dQ = scale dX K, dK = scale dX^T Q, dV = A^T grad_out, dmask = dS. dX is dS without a soft cap, and dS * (1 - tanh^2)
-    with one. A sink is a column of S, P and dS whose G is 0.
+    dQ = scale dX K, dK = scale dX^T Q, dV = A^T grad_out, dmask = dS. dX is dS, times 1 - tanh^2 where there is a
+    soft cap. A sink is a column of S, P and dS whose G is 0.
     """
     grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, _ = inputs
     dropout_p, left, right, lower_right, scale, softcap, mask_gradient, sinks_gradient = options

@@ -69,7 +69,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
         alignment: where the diagonal of is_causal, window and alibi_slopes lies, for Lq != Lk: "upper_left" at key i of
             query i (as is_causal of torch), "lower_right" at key i + Lk - Lq (as FlashAttention; the last query is at
             the last key, which is what a cache of keys wants).
-        softcap: c > 0 turns scaled products x into scores c tanh(x / c) before mask and alibi are added, which keeps them
+        softcap: c > 0 turns scaled products x into scores c tanh(x / c) before mask and alibi are added: they stay
             between -c and c (Gemma 2, arXiv 2408.00118). None for none.
         alibi_slopes: broadcastable to (..., H); takes slope |j - diagonal| off the score of key j (Press et al. 2022,
             arXiv 2108.12409). No gradient.
