@@ -21,11 +21,24 @@ ops = torch.ops.pynn
 INFINITY = math.inf
 
 
-def formula(query, key, mask=None, *, window=(-1, -1), alignment="upper_left", slopes=None, sinks=None, keep=None, p=0):
+def formula(
+    query,
+    key,
+    mask=None,
+    *,
+    window=(-1, -1),
+    alignment="upper_left",
+    slopes=None,
+    sinks=None,
+    softcap=0.0,
+    keep=None,
+    p=0,
+):
     """(..., H, Lq, Lk) weights in the dtype of query; 0 for rows without a key."""
     key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     queries, keys = query.shape[-2], key.shape[-2]
     scores = query @ key.mT / math.sqrt(query.shape[-1])
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
     hidden = ~visible(queries, keys, window, alignment)
     if mask is not None:
         hidden = hidden | (~mask if mask.dtype is torch.bool else mask == -INFINITY)
@@ -40,7 +53,9 @@ def formula(query, key, mask=None, *, window=(-1, -1), alignment="upper_left", s
     return weights if keep is None else weights * keep / (1 - p)
 
 
-def weights_of(query, key, mask=None, average=False, *, dropout_p=0.0, seed=None, slopes=None, sinks=None, **options):
+def weights_of(
+    query, key, mask=None, average=False, *, dropout_p=0.0, seed=None, slopes=None, sinks=None, softcap=0.0, **options
+):
     """The op on the log-sum-exps of the same backend's attention."""
     left, right = options.pop("window", (-1, -1))
     lower_right = options.pop("alignment", "upper_left") == "lower_right"
@@ -48,7 +63,8 @@ def weights_of(query, key, mask=None, average=False, *, dropout_p=0.0, seed=None
     per_head = [None if t is None else t.to(compute).expand(query.shape[:-2]) for t in (slopes, sinks)]
     random = None if seed is None else torch.tensor([seed, 0])
     inputs = (mask, random, *per_head, None, None)
-    values = (dropout_p, left, right, lower_right, 1 / math.sqrt(query.shape[-1]), *options.values())
+    values = (dropout_p, left, right, lower_right, 1 / math.sqrt(query.shape[-1]), softcap)
+    assert not options
     with torch.no_grad():
         lse = pynn.backends.op("scaled_dot_product_attention_fwd", query)(query, key, key, *inputs, *values)[1]
     return call(AttentionWeights, query, key, *inputs, lse, *values, average)
@@ -60,6 +76,7 @@ OPTIONS = {
     "window": {"window": (30, 4), "alignment": "lower_right"},
     "alibi": {"slopes": True, "window": (-1, 0), "alignment": "lower_right"},
     "sinks": {"sinks": True},
+    "softcap": {"softcap": 1.5},
 }
 GRID = [  # batch, heads, key heads, queries, keys, dim
     (4, 4, 4, 40, 40, 16),
@@ -188,7 +205,7 @@ def test_gradcheck(backend):
     for average in (False, True):
 
         def fn(query, key, mask, sinks, average=average):
-            return weights_of(query, key, mask, average, sinks=sinks, dropout_p=0.2, seed=4, window=(2, 1))
+            return weights_of(query, key, mask, average, sinks=sinks, dropout_p=0.2, seed=4, window=(2, 1), softcap=1.3)
 
         assert torch.autograd.gradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
         assert torch.autograd.gradgradcheck(fn, inputs, nondet_tol=0.0, fast_mode=fast)
@@ -211,7 +228,7 @@ def arguments(dtype=torch.float32):
     return [query, key, torch.randn(3, 5), torch.tensor([1, 2]), numbers, numbers, *ranges, lse]
 
 
-OPTION_VALUES = [0.5, 3, -1, True, 0.3]
+OPTION_VALUES = [0.5, 3, -1, True, 0.3, 2.0]
 
 
 def test_opcheck(backend):
@@ -253,5 +270,15 @@ def test_bad_input():
     assert_rejects("test_attention_weights", 300)
     with pytest.raises(RuntimeError, match="query with heads to average over"):
         ops.attention_weights(
-            torch.randn(3, 8), torch.randn(5, 8), *(None,) * 6, torch.randn(3).double(), 0.0, -1, -1, False, 1.0, True
+            torch.randn(3, 8),
+            torch.randn(5, 8),
+            *(None,) * 6,
+            torch.randn(3).double(),
+            0.0,
+            -1,
+            -1,
+            False,
+            1.0,
+            0.0,
+            True,
         )

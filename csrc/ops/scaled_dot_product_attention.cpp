@@ -75,6 +75,12 @@ void check_value(AttentionShape& shape, const Tensor& key, const Tensor& value) 
   checked_multiply(kOp, checked_multiply(kOp, shape.keys + 256, shape.value_dim + 64), 64);
 }
 
+double check_softcap(double softcap) {
+  PYNN_CHECK(softcap >= 0 && softcap <= std::numeric_limits<double>::max(), kOp,
+             ": expected softcap to be 0, for none, or above it and finite, got ", softcap);
+  return softcap;
+}
+
 // The key is read by the CPU kernels when they run and by GPU kernels on the device.
 Tensor check_dropout(AttentionShape& shape, const Tensor& query, const OptionalTensor& key, double dropout_p) {
   PYNN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout probability has to be between 0 and 1, but got ", dropout_p);
@@ -219,9 +225,9 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
                                const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
                                const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p,
-                               int64_t left, int64_t right, bool lower_right, double scale) {
+                               int64_t left, int64_t right, bool lower_right, double scale, double softcap) {
   AttentionShape shape{};
-  shape.scale = scale;
+  shape.scale = scale, shape.softcap = check_softcap(softcap);
   check_query_key(shape, query, key);
   check_value(shape, key, value);
   set_window(shape, left, right, lower_right);
@@ -267,10 +273,10 @@ Gradients backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const
                    const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
                    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& key_ranges,
                    const OptionalTensor& query_ranges, const Tensor& out, const Tensor& lse, double dropout_p,
-                   int64_t left, int64_t right, bool lower_right, double scale, bool mask_gradient,
-                   bool sinks_gradient, const Allocate& allocate) {
+                   int64_t left, int64_t right, bool lower_right, double scale, double softcap,
+                   bool mask_gradient, bool sinks_gradient, const Allocate& allocate) {
   AttentionShape shape{};
-  shape.scale = scale;
+  shape.scale = scale, shape.softcap = check_softcap(softcap);
   check_query_key(shape, query, key);
   check_value(shape, key, value);
   set_window(shape, left, right, lower_right);
@@ -331,12 +337,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
     const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
-    bool mask_gradient, bool sinks_gradient) {
+    double softcap, bool mask_gradient, bool sinks_gradient) {
   const auto allocate = [&](const AttentionShape& s) -> std::array<Tensor, 3> {
     return {new_heads(query, s.dim), new_heads(key, s.dim), new_heads(value, s.value_dim)};
   };
   Gradients g = backward(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges,
-                         query_ranges, out, lse, dropout_p, left, right, lower_right, scale, mask_gradient,
+                         query_ranges, out, lse, dropout_p, left, right, lower_right, scale, softcap, mask_gradient,
                          sinks_gradient, allocate);
   return {g.query, g.key, g.value, g.mask, g.sinks};
 }
@@ -349,7 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
     const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
     const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
-    bool mask_gradient, bool sinks_gradient, bool with_query, bool sequence_first) {
+    double softcap, bool mask_gradient, bool sinks_gradient, bool with_query, bool sequence_first) {
   Tensor own = torch::stable::new_empty(query, {0}), packed = own;
   const auto new_packed = [&](int64_t length, int64_t heads, int64_t dim) {
     const int64_t batch = query.size(0);
@@ -372,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
             heads_of(packed, begin + key_heads, key_heads)};
   };
   Gradients g = backward(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges,
-                         query_ranges, out, lse, dropout_p, left, right, lower_right, scale, mask_gradient,
+                         query_ranges, out, lse, dropout_p, left, right, lower_right, scale, softcap, mask_gradient,
                          sinks_gradient, allocate);
   return {packed, own, g.mask, g.sinks};
 }
@@ -381,9 +387,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
 Tensor weights(const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
                const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, const Tensor& lse,
-               double dropout_p, int64_t left, int64_t right, bool lower_right, double scale, bool average) {
+               double dropout_p, int64_t left, int64_t right, bool lower_right, double scale, double softcap,
+               bool average) {
   AttentionShape shape{};
-  shape.scale = scale;
+  shape.scale = scale, shape.softcap = check_softcap(softcap);
   check_query_key(shape, query, key);
   set_window(shape, left, right, lower_right);
   const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);

@@ -20,8 +20,8 @@ _TENSORS = 9
 
 @define(f"attention_weights({INPUTS.replace('Tensor value, ', '')}, Tensor lse, {OPTIONS}, bool average) -> Tensor")
 def _(query, key, *rest):
-    *others, _, _, _, _, _, average = rest
-    check_devices("attention_weights", query, key, *others)
+    average = rest[-1]
+    check_devices("attention_weights", query, key, *rest[: _TENSORS - 2])
     return query.new_empty((*query.shape[: -3 if average else -2], query.shape[-2], key.shape[-2]))
 
 
@@ -45,11 +45,12 @@ class AttentionWeights(torch.autograd.Function):
         right,
         lower_right,
         scale,
+        softcap,
         average,
     ):
         inputs = query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, lse
         op = backends.op("attention_weights", query)
-        return op(*inputs, dropout_p, left, right, lower_right, scale, average)
+        return op(*inputs, dropout_p, left, right, lower_right, scale, softcap, average)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

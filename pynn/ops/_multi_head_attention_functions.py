@@ -32,8 +32,9 @@ from ._registry import define
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):
-    *others, _, _, _, _, _, mask_gradient, sinks_gradient, with_query, sequence_first = rest
-    check_devices("multi_head_attention", query, grad_out, grad_lse, key, value, attn_mask, dropout_key, *others)
+    others, (mask_gradient, sinks_gradient, with_query, sequence_first) = rest[:4], rest[-4:]
+    tensors = (query, grad_out, grad_lse, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *others)
+    check_devices("multi_head_attention", *tensors)
     grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     grad_sinks = query.new_empty(sinks.shape if sinks_gradient else 0, dtype=compute_dtype(query))
 
@@ -77,9 +78,10 @@ class MultiHeadAttention(torch.autograd.Function):
         right,
         lower_right,
         scale,
+        softcap,
     ):
         layout = Layout(heads, key_heads, batch_first, interleaved, weights)
-        options = dropout_p, left, right, lower_right, scale
+        options = dropout_p, left, right, lower_right, scale, softcap
         projections = projected((query, key, value), in_proj_weight, in_proj_bias, layout)
         if cos is not None:
             turn(projections, cos, sin, layout, False)
@@ -152,7 +154,9 @@ def _gradients(ctx, saved, grad_output):
     if not (needs[MASK] or needs[SINKS] or any(needs[:5])):
         return grads
 
-    grad_out = split_heads((rows @ out_weight).view(*grad_output.shape[:2], -1), layout.heads, layout.batch_first)
+    grad_out = split_heads(
+        (rows @ out_weight).view(*grad_output.shape[:2], out_weight.shape[1]), layout.heads, layout.batch_first
+    )
     query, key, value = to_heads(projections, layout)
     inputs = (grad_out, None, query, key, value, mask, dropout_key, alibi, sinks, None, None, out, lse, *ctx.options)
     inputs = (*inputs, needs[MASK], needs[SINKS])

@@ -39,6 +39,7 @@ def multi_head_attention(
     is_causal: bool = False,
     window: tuple[int, int] | None = None,
     alignment: str = "upper_left",
+    softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
@@ -66,7 +67,7 @@ def multi_head_attention(
         batch_first: False for (L, N, E) and (S, N, E), of the result too; weights are as with True.
         attn_mask: broadcastable to (N, H, L, S): bool (True takes part) or float (added to the scores).
         key_mask: (N, S), or (S): which keys take part, in the same sense.
-        dropout_p, is_causal, window, alignment, alibi_slopes, sinks, scale, generator, seed: see
+        dropout_p, is_causal, window, alignment, softcap, alibi_slopes, sinks, scale, generator, seed: see
             scaled_dot_product_attention.
         rotary: (cos, sin) by which query and key heads are turned before attention, see rotary_embedding; for
             self-attention only (L = S). rotary_interleaved: which channels are a pair, see there.
@@ -76,7 +77,7 @@ def multi_head_attention(
         (N, L, E_out), and the weights (N, L, S), or (N, H, L, S) when not averaged, or None; without N as query.
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; and what scaled_dot_product_attention raises.
-        ValueError: window or alignment is none of its values.
+        ValueError: window, alignment or softcap is none of its values.
     """
     heads, key_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
     same_value = value is key
@@ -98,6 +99,8 @@ def multi_head_attention(
     left, right = (-1, -1) if window is None else checked_window(window)
     if alignment not in ("upper_left", "lower_right"):
         raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{_NAME}: expected softcap to be above 0 and finite, got {softcap}")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise RuntimeError(f"{_NAME}: alibi_slopes have no gradient, expected them not to require one")
     width = out_proj_weight.shape[1] // heads
@@ -114,7 +117,14 @@ def multi_head_attention(
     inputs = (query, *others, attn_mask, dropout_key, *per_head, cos, sin)
     kind = 0 if not need_weights else 1 if average_attn_weights else 2
     layout = (heads, key_heads, batch_first, rotary_interleaved, kind)
-    options = (float(dropout_p), left, 0 if is_causal else right, alignment == "lower_right", float(scale))
+    options = (
+        float(dropout_p),
+        left,
+        0 if is_causal else right,
+        alignment == "lower_right",
+        float(scale),
+        float(softcap or 0),
+    )
     # Under torch.func the parts are mapped and differentiated as the Functions they are, and so are compiled calls that
     # return weights, whose gradient runs autograd a second time.
     by_parts = torch._C._are_functorch_transforms_active() or (need_weights and torch.compiler.is_compiling())

@@ -43,9 +43,11 @@ class RotaryEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         inputs = (grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-        # A compiled backward has no backward of its own.
-        forward = RotaryEmbedding.forward if torch.compiler.is_compiling() else None
-        return (forward(*inputs) if forward else call(RotaryEmbedding, *inputs)), None, None, None, None
+        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
+            to_x = RotaryEmbedding.forward(*inputs)
+        else:
+            to_x = call(RotaryEmbedding, *inputs)
+        return to_x, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
