@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "normal.h"
 #include "recurrent_activation.h"
@@ -201,20 +202,35 @@ int64_t read_tile_mask(const HeadScores<F>& head, int64_t key, int64_t count) {
   return count;
 }
 
+// The four words of every counter one behind the other, as elements are numbered.
+inline void interleave_words(const VecUint (&words)[4], uint32_t* to) {
+  const LaneIndices<float> lanes;
+  const VecUint low_even = interleave_low(words[0], words[2], lanes), high_even = interleave_high(words[0], words[2], lanes),
+                low_odd = interleave_low(words[1], words[3], lanes), high_odd = interleave_high(words[1], words[3], lanes);
+  const VecUint all[4] = {interleave_low(low_even, low_odd, lanes), interleave_high(low_even, low_odd, lanes),
+                          interleave_low(high_even, high_odd, lanes), interleave_high(high_even, high_odd, lanes)};
+  std::memcpy(to, all, sizeof(all));
+}
+
 // to[j] = 1 / (1 - p) where dropout keeps element first + j, otherwise 0.
 template <class F>
 void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count, F* to) {
   const uint64_t seed = uint64_t(shape.dropout_key[0]), offset = uint64_t(shape.dropout_key[1]);
-  const double scaled = shape.dropout_p * 4294967296.0;
-  const uint64_t threshold = uint64_t(scaled);
-  const F kept = shape.dropout_p < 1 ? F(1 / (1 - shape.dropout_p)) : F(0);
+  const uint64_t threshold = uint64_t(shape.dropout_p * 4294967296.0);
+  if (threshold > 0xffffffffu) {
+    std::fill_n(to, count, F(0));
+    return;
+  }
+  const uint32_t least = uint32_t(threshold);
+  const F kept = F(1 / (1 - shape.dropout_p));
   constexpr int64_t batch = 4 * kCounters;
-  const int64_t lead = int64_t(first % 4);
-  for (int64_t j = -lead; j < count; j += batch) {
+  uint32_t drawn[batch];
+  for (int64_t j = -int64_t(first % 4); j < count; j += batch) {
     VecUint words[4];
     philox(seed, offset + (first + uint64_t(j)) / 4, words);
-    for (int64_t k = 0; k < batch; ++k)
-      if (j + k >= 0 && j + k < count) to[j + k] = words[k % 4][k / 4] >= threshold ? kept : F(0);
+    interleave_words(words, drawn);
+    const int64_t end = std::min(batch, count - j);
+    for (int64_t k = j < 0 ? -j : 0; k < end; ++k) to[j + k] = drawn[k] >= least ? kept : F(0);
   }
 }
 
