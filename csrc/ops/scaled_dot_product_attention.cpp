@@ -221,20 +221,37 @@ ScalarType lse_dtype(const Tensor& query) {
 
 bool is_empty(const AttentionShape& shape) { return shape.heads == 0 || shape.queries == 0 || shape.keys == 0; }
 
+// The operands of forward and backward, validated. Its tensors live as long as `shape` and `per_head` point to them.
+struct Checked {
+  AttentionShape shape{};
+  AttentionMaskOperand mask;
+  std::array<Tensor, 2> ranges;
+  Tensor random;
+  PerHeadTensors per_head;
+  Checked(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+          const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+          const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p, int64_t left,
+          int64_t right, bool lower_right, double scale, double softcap)
+      : ranges{query, query}, random(query), per_head{query, query, false, false} {
+    shape.scale = scale, shape.softcap = check_softcap(softcap);
+    check_query_key(shape, query, key);
+    check_value(shape, key, value);
+    set_window(shape, left, right, lower_right);
+    ranges = set_ranges(shape, query, key_ranges, query_ranges);
+    random = check_dropout(shape, query, dropout_key, dropout_p);
+    mask = check_mask(shape, query, attn_mask);
+    per_head = check_heads(shape, query, alibi_slopes, sinks);
+  }
+};
+
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
                                const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p,
                                int64_t left, int64_t right, bool lower_right, double scale, double softcap) {
-  AttentionShape shape{};
-  shape.scale = scale, shape.softcap = check_softcap(softcap);
-  check_query_key(shape, query, key);
-  check_value(shape, key, value);
-  set_window(shape, left, right, lower_right);
-  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
-  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
-  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
-  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  const auto& [shape, mask, ranges, random, per_head] = checked;
   Tensor out = new_heads(query, shape.value_dim);
   const std::vector<int64_t> rows(query.sizes().begin(), query.sizes().end() - 1);
   Tensor lse = torch::stable::new_empty(query, rows, lse_dtype(query));
@@ -263,26 +280,10 @@ void check_lse(const char* name, const Tensor& query, const Tensor& lse) {
                " with the shape of query but the last dimension, got ", shape_of(lse));
 }
 
-struct Gradients {
-  Tensor query, key, value, mask, sinks;
-};
-
-// `allocate` gives memory for the gradients of query, key and value once their shapes are known to be right.
-template <class Allocate>
-Gradients backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-                   const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
-                   const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& key_ranges,
-                   const OptionalTensor& query_ranges, const Tensor& out, const Tensor& lse, double dropout_p,
-                   int64_t left, int64_t right, bool lower_right, double scale, double softcap,
-                   bool mask_gradient, bool sinks_gradient, const Allocate& allocate) {
-  AttentionShape shape{};
-  shape.scale = scale, shape.softcap = check_softcap(softcap);
-  check_query_key(shape, query, key);
-  check_value(shape, key, value);
-  set_window(shape, left, right, lower_right);
-  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
-  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
-  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
+// What backward takes besides the operands of forward.
+void check_backward(const AttentionShape& shape, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                    const Tensor& query, const OptionalTensor& attn_mask, const OptionalTensor& sinks,
+                    const Tensor& out, const Tensor& lse, bool mask_gradient, bool sinks_gradient) {
   check_same_device(kOp, "out", out, "query", query);
   check_same_dtype(kOp, "out", out, "query", query);
   check_rank(kOp, "out", out, query.dim());
@@ -295,10 +296,23 @@ Gradients backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const
   check_same_shape(kOp, "grad_out", grad_out, "out", out);
   check_lse("lse", query, lse);
   if (grad_lse) check_lse("grad_lse", query, *grad_lse);
-  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
   PYNN_CHECK(!mask_gradient || (attn_mask && is_floating(attn_mask->scalar_type())), kOp,
              ": expected a floating attn_mask to give it a gradient");
   PYNN_CHECK(!sinks_gradient || sinks, kOp, ": expected sinks to give them a gradient");
+}
+
+struct Gradients {
+  Tensor query, key, value, mask, sinks;
+};
+
+// `allocate` gives memory for the gradients of query, key and value once their shapes are known to be right.
+template <class Allocate>
+Gradients backward(const Checked& checked, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                   const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& sinks,
+                   const Tensor& out, const Tensor& lse, bool mask_gradient, bool sinks_gradient,
+                   const Allocate& allocate) {
+  const auto& [shape, mask, ranges, random, per_head] = checked;
+  check_backward(shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
 
   auto [grad_query, grad_key, grad_value] = allocate(shape);
   const ScalarType accumulate = sum_dtype(query);
@@ -341,8 +355,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   const auto allocate = [&](const AttentionShape& s) -> std::array<Tensor, 3> {
     return {new_heads(query, s.dim), new_heads(key, s.dim), new_heads(value, s.value_dim)};
   };
-  Gradients g = backward(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges,
-                         query_ranges, out, lse, dropout_p, left, right, lower_right, scale, softcap, mask_gradient,
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  Gradients g = backward(checked, grad_out, grad_lse, query, key, value, attn_mask, sinks, out, lse, mask_gradient,
                          sinks_gradient, allocate);
   return {g.query, g.key, g.value, g.mask, g.sinks};
 }
@@ -377,8 +392,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
     return {heads_of(with_query ? packed : own, 0, heads), heads_of(packed, begin, key_heads),
             heads_of(packed, begin + key_heads, key_heads)};
   };
-  Gradients g = backward(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges,
-                         query_ranges, out, lse, dropout_p, left, right, lower_right, scale, softcap, mask_gradient,
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  Gradients g = backward(checked, grad_out, grad_lse, query, key, value, attn_mask, sinks, out, lse, mask_gradient,
                          sinks_gradient, allocate);
   return {packed, own, g.mask, g.sinks};
 }
@@ -443,5 +459,41 @@ PYNN_LIBRARY(m) {
   m.impl("attention_weights", TORCH_BOX(&weights));
   m.impl("multi_head_attention_bwd", TORCH_BOX(&packed_bwd));
 }
+
+#ifdef PYNN_CHECKS
+namespace {
+
+void fwd_check(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+               const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+               const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p, int64_t left,
+               int64_t right, bool lower_right, double scale, double softcap) {
+  Checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, dropout_p, left,
+          right, lower_right, scale, softcap);
+}
+
+void bwd_check(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+               const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
+               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& key_ranges,
+               const OptionalTensor& query_ranges, const Tensor& out, const Tensor& lse, double dropout_p, int64_t left,
+               int64_t right, bool lower_right, double scale, double softcap, bool mask_gradient, bool sinks_gradient) {
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  check_backward(checked.shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
+}
+
+void keep_check(const Tensor& query, const Tensor& key, const Tensor& dropout_key, double dropout_p) {
+  AttentionShape shape{};
+  check_query_key(shape, query, key);
+  check_dropout(shape, query, dropout_key, dropout_p);
+}
+
+}  // namespace
+
+PYNN_CHECKS(m) {
+  m.impl("scaled_dot_product_attention_fwd_check", TORCH_BOX(&fwd_check));
+  m.impl("scaled_dot_product_attention_bwd_check", TORCH_BOX(&bwd_check));
+  m.impl("scaled_dot_product_attention_keep_check", TORCH_BOX(&keep_check));
+}
+#endif
 
 }  // namespace pynn
