@@ -107,8 +107,8 @@ class Weights {
     const F norm = sum == F(0) ? F(0) : one_block ? 1 / sum : F(std::exp(shift - lse_[at]));
     for (int64_t j = 0; j < valid; j += kLanes<F>) {  // a masked weight stays 0 in a row of NaN
       const Vec<F> weight = load(s + j), zero{};
-      store(sums + j, load(sums + j) + (masked && !(norm == norm) ? (weight == zero ? zero : weight * norm)
-                                                                   : weight * norm));
+      store(sums + j,
+            load(sums + j) + (masked && !(norm == norm) ? (weight == zero ? zero : weight * norm) : weight * norm));
     }
   }
 
@@ -148,8 +148,8 @@ bool Attention<T>::weights(T* to, bool average, Input query, Input key, Attentio
   return !failed;
 }
 
-#define PYNN_INSTANTIATE(T)                                                                                  \
-  template bool Attention<T>::weights(T*, bool, Input, Input, AttentionMaskOperand, PerHead, const Lse*,     \
+#define PYNN_INSTANTIATE(T)                                                                              \
+  template bool Attention<T>::weights(T*, bool, Input, Input, AttentionMaskOperand, PerHead, const Lse*, \
                                       AttentionShape, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)

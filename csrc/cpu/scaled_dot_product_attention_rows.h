@@ -205,8 +205,10 @@ int64_t read_tile_mask(const HeadScores<F>& head, int64_t key, int64_t count) {
 // The four words of every counter one behind the other, as elements are numbered.
 inline void interleave_words(const VecUint (&words)[4], uint32_t* to) {
   const LaneIndices<float> lanes;
-  const VecUint low_even = interleave_low(words[0], words[2], lanes), high_even = interleave_high(words[0], words[2], lanes),
-                low_odd = interleave_low(words[1], words[3], lanes), high_odd = interleave_high(words[1], words[3], lanes);
+  const VecUint low_even = interleave_low(words[0], words[2], lanes),
+                high_even = interleave_high(words[0], words[2], lanes),
+                low_odd = interleave_low(words[1], words[3], lanes),
+                high_odd = interleave_high(words[1], words[3], lanes);
   const VecUint all[4] = {interleave_low(low_even, low_odd, lanes), interleave_high(low_even, low_odd, lanes),
                           interleave_low(high_even, high_odd, lanes), interleave_high(high_even, high_odd, lanes)};
   std::memcpy(to, all, sizeof(all));

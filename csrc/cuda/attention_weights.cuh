@@ -11,9 +11,9 @@ namespace attention {
 
 template <class T>
 struct WeightsArguments {
-  T* weights;                      // (matrices, queries, keys)
-  const attention_lse_t<T>* lse;   // (heads, queries)
-  int64_t together;                // heads of a matrix
+  T* weights;                     // (matrices, queries, keys)
+  const attention_lse_t<T>* lse;  // (heads, queries)
+  int64_t together;               // heads of a matrix
 };
 
 template <class E>

@@ -22,14 +22,16 @@ void check_table(const char* name, const Tensor& table, const Tensor& x) {
   const bool of_each = table.dim() == 3;
   PYNN_CHECK((table.dim() == 2 || (of_each && x.dim() > 2 && table.size(0) == x.size(0))) &&
                  table.size(-2) == x.size(-2) && table.size(-1) <= x.size(-1) / 2,
-             kOp, ": expected ", name, " (length, pairs) or (batch, length, pairs) with at most half as many pairs as x ",
-             shape_of(x), " has channels, got ", shape_of(table));
+             kOp, ": expected ", name,
+             " (length, pairs) or (batch, length, pairs) with at most half as many pairs as x ", shape_of(x),
+             " has channels, got ", shape_of(table));
 }
 
 void check(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check_floating(kOp, "x", x);
   PYNN_CHECK(x.dim() >= 2 && x.dim() <= 4, kOp,
-             ": expected x (length, width), (batch, length, width) or (batch, heads, length, width), got ", shape_of(x));
+             ": expected x (length, width), (batch, length, width) or (batch, heads, length, width), got ",
+             shape_of(x));
   check_table("cos", cos, x);
   check_table("sin", sin, x);
   check_same_shape(kOp, "sin", sin, "cos", cos);
@@ -65,11 +67,11 @@ Tensor fwd(const Tensor& x_, const Tensor& cos, const Tensor& sin, bool interlea
 // In place no two elements of x may share memory.
 void check_in_place(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   check(x, cos, sin);
-  PYNN_CHECK(x.size(-1) < 2 || x.stride(-1) == 1, kOp, ": expected x whose channels lie one after the other, got stride ",
-             x.stride(-1));
+  PYNN_CHECK(x.size(-1) < 2 || x.stride(-1) == 1, kOp,
+             ": expected x whose channels lie one after the other, got stride ", x.stride(-1));
   for (int64_t d = 0; d < x.dim() - 1; ++d)
-    PYNN_CHECK(x.size(d) < 2 || x.stride(d) >= x.size(-1), kOp,
-               ": expected x that is not expanded, got stride ", x.stride(d), " in dimension ", d);
+    PYNN_CHECK(x.size(d) < 2 || x.stride(d) >= x.size(-1), kOp, ": expected x that is not expanded, got stride ",
+               x.stride(d), " in dimension ", d);
 }
 
 void in_place(Tensor x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {

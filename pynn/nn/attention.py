@@ -25,7 +25,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Args:
         num_kv_heads: heads of key and value, each of which serves num_heads / num_kv_heads heads of query; then
-            in_proj_weight has (num_heads + 2 num_kv_heads) * head_dim rows. Not with add_bias_kv, kdim or vdim.
+            in_proj_weight has (num_heads + 2 num_kv_heads) * head_dim rows. Not with add_bias_kv, add_zero_attn, kdim or
+            vdim.
         window: (left, right): a query sees so many keys before and behind its own place, -1 for all.
         sinks: learns a score per head that takes part in the softmax but has no value (`sinks`, zeros at first).
         strict_torch_nan: calls with a mask run torch's own code, for its NaN where a query has no key, bit for bit.
@@ -37,8 +38,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     # Of the class: `pynn.patch` makes layers of torch that were built without them into such layers.
     num_kv_heads: int | None = None
     window: tuple[int, int] | None = None
-    sinks: torch.nn.Parameter | None = None
     strict_torch_nan = False
+    sinks: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -55,8 +56,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self.window, self.strict_torch_nan = window, strict_torch_nan
         like = self.out_proj.weight
         if num_kv_heads is not None:
-            if not self._qkv_same_embed_dim or self.bias_k is not None:
-                raise ValueError("MultiheadAttention: expected num_kv_heads without add_bias_kv, kdim and vdim")
+            if not self._qkv_same_embed_dim or self.bias_k is not None or self.add_zero_attn:
+                raise ValueError(
+                    "MultiheadAttention: expected num_kv_heads without add_bias_kv, add_zero_attn, kdim and vdim"
+                )
             if num_kv_heads < 1 or self.num_heads % num_kv_heads:
                 raise ValueError(
                     f"MultiheadAttention: expected num_kv_heads that divide {self.num_heads}, got {num_kv_heads}"
@@ -67,8 +70,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             torch.nn.init.xavier_uniform_(self.in_proj_weight)
             if self.in_proj_bias is not None:
                 self.in_proj_bias = torch.nn.Parameter(like.new_zeros(rows))
-        if sinks:
-            self.sinks = torch.nn.Parameter(like.new_zeros(self.num_heads))
+        self.register_parameter("sinks", torch.nn.Parameter(like.new_zeros(self.num_heads)) if sinks else None)
 
     def forward(
         self,
@@ -134,7 +136,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "is_causal": is_causal,
             "window": self.window,
             "alibi_slopes": alibi_slopes,
-            "sinks": self.sinks,
+            "sinks": self._parameters.get("sinks"),
         }
         if self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn:
             output, attention = multi_head_attention(
