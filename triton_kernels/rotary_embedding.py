@@ -24,9 +24,10 @@ def rotary_kernel(
     A: tl.constexpr,
 ):  # fmt: skip
     """y = x turned by cos and sin, for HEADS heads of one position."""
-    i_position = tl.program_id(0).to(tl.int64)
+    head_blocks = tl.cdiv(heads, HEADS)
+    i_position = tl.program_id(0).to(tl.int64) // head_blocks
     i_batch, i_row = i_position // length, i_position % length
-    o_head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    o_head = (tl.program_id(0) % head_blocks).to(tl.int64) * HEADS + tl.arange(0, HEADS)
     p_x += i_batch * x_batch + i_row * x_row + o_head[:, None] * x_head  # [HEADS, 1]
     p_y += i_batch * y_batch + i_row * y_row + o_head[:, None] * y_head
     p_cos += i_batch * table_batch + i_row * table_row
@@ -69,7 +70,7 @@ def _launch(x, y, cos, sin, interleaved, inverse):
     together = min(triton.next_power_of_2(heads), max(1, ELEMENTS // (2 * block)))
     tables = length * pairs if cos.dim() == 3 else 0, pairs
     with torch.cuda.device_of(x):
-        rotary_kernel[(batch * length, triton.cdiv(heads, together))](
+        rotary_kernel[(batch * length * triton.cdiv(heads, together),)](
             x, y, cos, sin, heads, length, width, pairs, *_strides(x), *_strides(y), *tables,
             INTERLEAVED=interleaved, INVERSE=inverse, COPY=x is not y, HEADS=together, PAIRS=block,
             A=tl.float64 if compute_dtype(x) is torch.float64 else tl.float32,

@@ -25,7 +25,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Args:
         num_kv_heads: heads of key and value, each of which serves num_heads / num_kv_heads heads of query; then
-            in_proj_weight has (num_heads + 2 num_kv_heads) * head_dim rows. Not with add_bias_kv, add_zero_attn, kdim or
+            in_proj_weight has (num_heads + 2 num_kv_heads) * head_dim rows. Not with add_bias_kv, add_zero_attn, kdim,
             vdim.
         window: (left, right): a query sees so many keys before and behind its own place, -1 for all.
         sinks: learns a score per head that takes part in the softmax but has no value (`sinks`, zeros at first).

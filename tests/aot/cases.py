@@ -17,6 +17,7 @@ import torch
 from .cases_conv2d import conv2d
 from .cases_layer_norm_lstm import layer_norm_lstm
 from .cases_recurrent import recurrent
+from .cases_rotary_embedding import rotary_embedding
 from .cases_tree_lstm import tree_lstm
 from .labels import LABELS
 from .ratchet import Case, Promise
@@ -128,6 +129,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "recurrent": recurrent,
     "tree_lstm": tree_lstm,
     "layer_norm_lstm": layer_norm_lstm,
+    "rotary_embedding": rotary_embedding,
 }
 
 # The first pattern that matches the whole short name of a kernel counts.
