@@ -228,9 +228,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return rank == 3
 
     def _project(self, query, key, value):
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         bias = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, bias, strict=True))
 

@@ -98,13 +98,12 @@ def _dropped(x, query, key, dropout_key, dropout_p):
     return (x * (1 / (1 - dropout_p))).masked_fill(keep.logical_not(), 0)
 
 
-def weights_gradients(
-    grad, query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, options, mask_gradient, sinks_gradient
-):
+def weights_gradients(grad, inputs, options, mask_gradient, sinks_gradient):
     """Gradients of query, key, mask and sinks from that of the (..., H, Lq, Lk) weights, dropout included.
 
     With G = drop(grad), the scores have the gradient dS = P * (G - rowsum(P * G)).
     """
+    query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges = inputs
     dropout_p, *window, scale, softcap = options
     count, keys = key.shape[-2], _repeated(key, query)
     scores, tangent = _capped(query @ keys.mT * scale, softcap)

@@ -66,7 +66,9 @@ class AttentionWeights(torch.autograd.Function):
         query = tensors[0]
         if average:
             grad = (grad / query.shape[-3]).unsqueeze(-3).expand(*query.shape[:-1], grad.shape[-1])
-        to_query, to_key, to_mask, to_sinks = weights_gradients(grad, *tensors[:7], options, *wanted)
+        query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, _ = tensors
+        inputs = (query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges)
+        to_query, to_key, to_mask, to_sinks = weights_gradients(grad, inputs, options, *wanted)
         return to_query, to_key, to_mask, None, None, to_sinks, *(None,) * (3 + len(ctx.options))
 
     @staticmethod

@@ -134,7 +134,7 @@ def _gradients_by_parts(ctx, grad_output, grad_weights):
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,
     )
-    grads = [None] * TENSORS
+    grads: list[torch.Tensor | None] = [None] * TENSORS
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return grads
@@ -144,7 +144,7 @@ def _gradients(ctx, saved, grad_output):
     *tokens, weight, _, out_weight, _, mask, dropout_key, alibi, sinks, cos, sin = saved[:TENSORS]
     out, lse, *projections = saved[TENSORS:]
     layout, needs = ctx.layout, ctx.needs_input_grad
-    grads = [None] * TENSORS
+    grads: list[torch.Tensor | None] = [None] * TENSORS
 
     rows = grad_output.flatten(0, 1)  # (N L, E)
     if needs[5]:

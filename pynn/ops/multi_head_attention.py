@@ -109,8 +109,8 @@ def multi_head_attention(
         if length != keys:
             raise RuntimeError(f"{_NAME}: expected as many keys as queries with rotary, got {keys} and {length}")
         cos, sin = checked_tables(query, *rotary, (batch, heads, length, width))
-    per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}.items()
-    per_head = (_per_head(name, t, query, (batch, heads)) for name, t in per_head)
+    numbers = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    per_head = (_per_head(name, t, query, (batch, heads)) for name, t in numbers.items())
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
     if scale is None:
         scale = 1 / math.sqrt(max(width, 1))
