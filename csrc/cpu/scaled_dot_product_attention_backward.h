@@ -14,7 +14,7 @@
 // bits.
 //
 // delta comes from P and G themselves when all keys that a block of queries may see are in one block. Otherwise it is
-// dout . out in float and double, and a sweep over the keys for 16-bit types, whose out has been rounded.
+// dout . out, or a sweep over the keys where out has been rounded to 16 bits and they are so few that it would be seen.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,10 @@ template <class T>
 struct Gradients {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Output query, key, value;
-  F* mask;  // (heads, queries, keys), zeroed; nullptr when the mask is broadcast or needs no gradient
+  // The gradient of the mask, where it comes about with the others: (heads, queries, keys) of a mask that is not
+  // broadcast, zeroed where tiles are left out, or sums in the mask's own shape, for one thread. Otherwise nullptr.
+  F* mask;
+  double* mask_sums;
 };
 template <class T>
 struct Inputs {
@@ -154,6 +157,10 @@ class Backward {
         for (int64_t i = 0; i < rows_; ++i)
           std::copy_n(score_grads_ + i * stride_, count,
                       gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
+      if (gradients_.mask_sums) {
+        const int64_t row = mask_matrix() * mask_.rows + (mask_.rows == 1 ? 0 : first_);
+        add_mask_gradient(gradients_.mask_sums + row * mask_.columns, k, count);
+      }
       for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
@@ -181,11 +188,14 @@ class Backward {
           shape_.value_dim, value_width_, F(1));
   }
 
-  // delta of the loaded queries.
+  // Whether the delta of the loaded queries takes a sweep over their keys.
+  bool sweeps() const { return !std::is_same_v<T, F> && !one_block_ && seen_.end - seen_.begin <= kKeys; }
+
+  // delta of the loaded queries; the keys are there if it takes a sweep.
   void find_delta() {
     if (one_block_) return;
     F* delta = in_.delta + head_ * shape_.queries + first_;
-    if constexpr (std::is_same_v<T, F>) {
+    if (!sweeps()) {
       const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
       const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
       for (int64_t i = 0; i < rows_; ++i) {
@@ -207,19 +217,29 @@ class Backward {
   void add_mask_gradient(double* sums) {
     for (int64_t block = first_block(); block < end_; block += kKeys) {
       const auto [k, key_end] = tiles(block);
-      const int64_t count = key_end - k;
-      for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
-        double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
-        const F* from = score_grads_ + i * stride_;
-        if (mask_.columns == 1)
-          for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
-        else
-          for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
-      }
+      add_mask_gradient(sums, k, key_end - k);
     }
   }
 
  private:
+  void add_mask_gradient(double* sums, int64_t k, int64_t count) const {
+    for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
+      double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
+      const F* from = score_grads_ + i * stride_;
+      if (mask_.columns == 1)
+        for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
+      else
+        for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
+    }
+  }
+  // Which of the mask's own matrices belongs to the loaded queries.
+  int64_t mask_matrix() const {
+    int64_t matrix = 0, step = 1, head = head_;
+    for (int d = shape_.batch_dims - 1; d >= 0; step *= mask_.batch[d], head /= shape_.batch[d], --d)
+      if (mask_.batch[d] != 1) matrix += head % shape_.batch[d] * step;
+    return matrix;
+  }
+
   F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
 
   void row(const HeadScores<F>& scores, int64_t i, int64_t k, int64_t count, bool only_delta) {

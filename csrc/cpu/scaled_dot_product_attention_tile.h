@@ -14,7 +14,7 @@ namespace pynn::cpu::attention {
 
 inline constexpr int64_t kRows = 64;        // query rows of a block, at most
 inline constexpr int64_t kKeys = 1024;      // keys of a block
-inline constexpr int64_t kShortKeys = 256;  // up to so many keys a score tile is narrower, and has more rows
+inline constexpr int64_t kShortKeys = 512;  // up to so many keys a score tile is narrower, and has more rows
 inline constexpr int64_t kShortStride = kShortKeys + 16,
                          kLongStride = kKeys + 16;  // its row strides, off powers of two
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
