@@ -53,6 +53,8 @@ class Backward {
         in_(in),
         mask_(mask),
         shape_(shape),
+        key_products_(shape.dim),
+        value_products_(shape.value_dim),
         width_(padded<F>(shape.dim)),
         value_width_(padded<F>(shape.value_dim)),
         stride_(tile_stride(shape)),
@@ -61,7 +63,7 @@ class Backward {
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
     key_buffer_ = scratch_.take<F>(keys * width_);
-    value_buffer_ = scratch_.take<F>(kPanel<F> * value_width_);
+    panel_buffer_ = scratch_.take<F>(kPanel<F> * std::max(width_, value_width_));
     key_sums_ = scratch_.take<F>(keys * width_);
     value_sums_ = scratch_.take<F>(keys * value_width_);
     query_buffer_ = scratch_.take<F>(kRows * width_);
@@ -90,13 +92,8 @@ class Backward {
     const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
     const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
     keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
-    pack_panels(keys_, end - begin, shape_.dim, key_panels_);
-    for (int64_t j = 0; j < end - begin; j += kPanel<F>) {
-      const int64_t count = std::min(kPanel<F>, end - begin - j);
-      const auto rows = rows_of<T>({value + j * in_.value.row, in_.value.row, in_.value.column}, count,
-                                   shape_.value_dim, value_buffer_);
-      pack_panels(rows, count, shape_.value_dim, value_panels_ + j * shape_.value_dim);
-    }
+    key_products_.pack_right({key, in_.key.row, in_.key.column}, end - begin, panel_buffer_, key_panels_);
+    value_products_.pack_right({value, in_.value.row, in_.value.column}, end - begin, panel_buffer_, value_panels_);
     for (int64_t k = begin; k < end; k += kKeys)
       keys_finite_[(k - begin) / kKeys] =
           !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(kKeys, end - k), width_);
@@ -111,14 +108,14 @@ class Backward {
     head_ = head, first_ = first, rows_ = rows;
     seen_ = keys_of(shape_, first, rows);
     one_block_ = seen_.begin >= seen_.end || seen_.begin / kKeys == (seen_.end - 1) / kKeys;
-    queries_ =
-        rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row, in_.query.column},
-                   rows, shape_.dim, query_buffer_);
-    grads_ = rows_of<T>(
-        {head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row, in_.grad_out.column},
-        rows, shape_.value_dim, grad_buffer_);
-    transpose(queries_, rows, shape_.dim, query_columns_, kRows);
-    transpose(grads_, rows, shape_.value_dim, grad_columns_, kRows);
+    const Read<T> query{head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row,
+                        in_.query.column};
+    const Read<T> grad{head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
+                       in_.grad_out.column};
+    key_products_.pack_left(query, rows, query_buffer_, query_columns_);
+    value_products_.pack_left(grad, rows, grad_buffer_, grad_columns_);
+    queries_ = rows_of<T>(query, rows, shape_.dim, query_buffer_);
+    grads_ = rows_of<T>(grad, rows, shape_.value_dim, grad_buffer_);
     queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
     grads_finite_ = !masked_ || all_finite(grads_, rows, value_width_);
   }
@@ -129,11 +126,8 @@ class Backward {
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
     const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
-    multiply<1>(rows_, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
-                key_panels_ + (k - begin_) * shape_.dim, kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
-    multiply<1>(rows_, count, shape_.value_dim, Left<F>{grad_columns_, kRows, kScoreChunk},
-                value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim, score_grads_,
-                stride_, false);
+    key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
+    value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
     for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
     return {k, k + count};
   }
@@ -278,10 +272,11 @@ class Backward {
   const Inputs<T>& in_;
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
+  const RowProducts<T> key_products_, value_products_;
   const int64_t width_, value_width_, stride_;
   const bool masked_;
   Scratch scratch_;
-  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
+  F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
       *row_mask_, *factors_;
   bool* keys_finite_;

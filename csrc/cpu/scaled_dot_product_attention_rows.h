@@ -5,7 +5,7 @@
 
 #include "normal.h"
 #include "recurrent_activation.h"
-#include "scaled_dot_product_attention_tile.h"
+#include "scaled_dot_product_attention_products.h"
 #include "vec_math.h"
 
 namespace pynn::cpu::attention {

@@ -218,8 +218,20 @@ PYNN_HD void keep_in_register(V& v) {
 #endif
 }
 
+// What a register tile does with an element of A and a vector of B.
+struct MultiplyAdd {
+  template <class F>
+  static PYNN_HD Vec<F> element(const F* from) {
+    return broadcast(*from);
+  }
+  template <class V>
+  static PYNN_HD V add(V element, V row, V sum) {
+    return fma(element, row, sum);
+  }
+};
+
 // One register tile: M rows, N vectors.
-template <int64_t kRow, int M, int N, class F>
+template <int64_t kRow, int M, int N, class Product, class F>
 void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
   Vec<F> total[M][N] = {};
   for (int64_t begin = 0; begin < depth; begin += a.chunk) {
@@ -234,9 +246,9 @@ void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t 
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec<F> scalar = broadcast(a.data[m * kRow + k * a.step]);
+        const Vec<F> element = Product::element(a.data + m * kRow + k * a.step);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = fma(scalar, row[n], sum[m][n]);
+        for (int n = 0; n < N; ++n) sum[m][n] = Product::add(element, row[n], sum[m][n]);
       }
     }
 #pragma GCC unroll 16
@@ -253,11 +265,11 @@ void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t 
     }
 }
 
-template <int64_t kRow, int N, class F, int... I>
+template <int64_t kRow, int N, class Product, class F, int... I>
 void tile_column(int64_t rows, int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add,
                  std::integer_sequence<int, I...>) {
   using Tile = void (*)(int64_t, Left<F>, const F*, int64_t, F*, int64_t, bool);
-  static constexpr Tile tiles[] = {&tile<kRow, I + 1, N, F>...};
+  static constexpr Tile tiles[] = {&tile<kRow, I + 1, N, Product, F>...};
   const int64_t height = divide_up(rows, divide_up(rows, int64_t(sizeof...(I))));
   for (int64_t m = 0; m < rows; m += height) {
     const int64_t count = rows - m < height ? rows - m : height;
@@ -266,13 +278,13 @@ void tile_column(int64_t rows, int64_t depth, Left<F> a, const F* b, int64_t b_s
 }
 
 // C (rows x width) = A B, or C += A B. `panel` is the distance between column panels of B.
-template <int64_t kRow, class F>
+template <int64_t kRow, class Product = MultiplyAdd, class F>
 void multiply(int64_t rows, int64_t width, int64_t depth, Left<F> a, const F* b, int64_t b_stride, int64_t panel, F* c,
               int64_t c_stride, bool add) {
   for (int64_t j = 0; j < width; j += kPanel<F>, b += panel, c += kPanel<F>) {
     const auto run = [&]<int N>(std::integral_constant<int, N>) {
-      tile_column<kRow, N>(rows, depth, a, b, b_stride, c, c_stride, add,
-                           std::make_integer_sequence<int, rows_of_tile(N)>());
+      tile_column<kRow, N, Product>(rows, depth, a, b, b_stride, c, c_stride, add,
+                                    std::make_integer_sequence<int, rows_of_tile(N)>());
     };
     const int64_t vectors = divide_up(width - j, kLanes<F>);
     if (vectors == 1)
