@@ -77,8 +77,8 @@ class Forward {
       if (count <= 0) continue;
       products_.multiply(rows, k, count, query_columns_, key_panels_, scores_, stride_);
       for (int64_t i = 0; i < rows; ++i) softmax_row(scores, head, first, i, k, count, started, top[i], total[i]);
-      multiply_scores(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride}, values_finite_,
-                      sums_, value_width, started);
+      multiply_scores<T>(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride},
+                         values_finite_, sums_, value_width, started);
       started = true;
     }
     if (!started)

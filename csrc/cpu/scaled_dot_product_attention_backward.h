@@ -158,14 +158,14 @@ class Backward {
       for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
-        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk}, grads_, grads_finite_,
+        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk<T>}, grads_, grads_finite_,
                          value_sums_ + at * value_width_, value_width_, true);
-        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk}, queries_, queries_finite_,
+        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk<T>}, queries_, queries_finite_,
                          key_sums_ + at * width_, width_, true);
       }
       if (want_query)
-        multiply_scores(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
-                        keys_finite_[at / kKeys], query_sums_, width_, started);
+        multiply_scores<T>(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
+                           keys_finite_[at / kKeys], query_sums_, width_, started);
       started = true;
     }
     if (!want_query) return;

@@ -48,8 +48,7 @@ class RowProducts {
  public:
   using F = accumulate_t<T>;
 
-  explicit RowProducts(int64_t width)
-      : width_(width), depth_(pairs() ? divide_up(width, 2) : width), chunk_(sizeof(T) == 2 ? width : kScoreChunk) {}
+  explicit RowProducts(int64_t width) : width_(width), depth_(pairs() ? divide_up(width, 2) : width) {}
 
   // Elements that a packed row takes.
   int64_t depth() const { return depth_; }
@@ -69,7 +68,7 @@ class RowProducts {
   // The products of the left rows with `count` right ones from `first` on, which begins a panel.
   void multiply(int64_t rows, int64_t first, int64_t count, const F* columns, const F* panels, F* to,
                 int64_t stride) const {
-    const Left<F> left{columns, kRows, chunk_};
+    const Left<F> left{columns, kRows, kScoreChunk<T>};
     const F* const right = panels + first * depth_;
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (pairs()) {
@@ -94,7 +93,7 @@ class RowProducts {
     return rows_of<T>(from, rows, width_, buffer);
   }
 
-  const int64_t width_, depth_, chunk_;  // results of 16 bits do not notice how long sums are formed
+  const int64_t width_, depth_;
 };
 
 }  // namespace pynn::cpu::attention

@@ -198,12 +198,16 @@ void pack_panels(Matrix<F> from, int64_t rows, int64_t depth, F* to) {
 // The left operand of a product: element (m, k) at m * kRow + k * step, with kRow known when compiling (1 for an
 // operand stored by columns). Sums of `chunk` products are added to a total: the rounding error of a long sum grows
 // with the number of chunks, not of products. The error of a score is multiplied by exp, so scores use shorter chunks.
+// Results of 16 bits do not notice how their sums are formed.
 template <class F>
 struct Left {
   const F* data;
   int64_t step, chunk;
 };
-inline constexpr int64_t kScoreChunk = 8, kChunk = 16;
+template <class T>
+inline constexpr int64_t kScoreChunk = sizeof(T) == 2 ? kKeys : 8;
+template <class T>
+inline constexpr int64_t kChunk = sizeof(T) == 2 ? kKeys : 16;
 
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
 inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
@@ -330,11 +334,11 @@ void multiply_rows(int64_t rows, int64_t width, int64_t depth, Left<F> a, Matrix
     multiply_skipping<kRow>(rows, width, depth, a, b, c, c_stride, add);
 }
 
-// The same for A a score tile of row stride `stride`.
-template <class F>
+// The same for A a score tile of row stride `stride`; T is the type of the data.
+template <class T, class F>
 void multiply_scores(int64_t rows, int64_t width, int64_t depth, const F* scores, int64_t stride, Matrix<F> b,
                      bool finite, F* c, int64_t c_stride, bool add) {
-  const Left<F> a{scores, 1, kChunk};
+  const Left<F> a{scores, 1, kChunk<T>};
   if (stride == kShortStride)
     multiply_rows<kShortStride>(rows, width, depth, a, b, finite, c, c_stride, add);
   else
