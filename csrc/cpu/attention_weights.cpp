@@ -31,6 +31,7 @@ class Weights {
         per_head_(per_head),
         lse_(lse),
         shape_(shape),
+        products_(shape.dim),
         stride_(tile_stride(shape)) {
     const int64_t width = padded<F>(shape.dim);
     key_panels_ = scratch_.take<F>(round_up(std::min(shape.keys, kKeys), kPanel<F>) * shape.dim);
@@ -65,11 +66,7 @@ class Weights {
  private:
   void load_keys(int64_t head) {
     const T* key = head_start(key_, shape_, head, shape_.group) + begin_ * key_.row;
-    for (int64_t j = 0; j < end_ - begin_; j += kPanel<F>) {
-      const int64_t count = std::min(kPanel<F>, end_ - begin_ - j);
-      const Matrix<F> rows = rows_of<T>({key + j * key_.row, key_.row, key_.column}, count, shape_.dim, key_buffer_);
-      pack_panels(rows, count, shape_.dim, key_panels_ + j * shape_.dim);
-    }
+    products_.pack_right({key, key_.row, key_.column}, end_ - begin_, key_buffer_, key_panels_);
   }
 
   void add_block(int64_t head, int64_t first, int64_t rows, F* sums, bool& loaded) {
@@ -81,10 +78,8 @@ class Weights {
     if (!loaded) load_keys(head);
     loaded = true;
     const T* query = head_start(query_, shape_, head, 1) + first * query_.row;
-    transpose(rows_of<T>({query, query_.row, query_.column}, rows, shape_.dim, query_buffer_), rows, shape_.dim,
-              query_columns_, kRows);
-    multiply<1>(rows, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
-                key_panels_ + (k - begin_) * shape_.dim, kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
+    products_.pack_left({query, query_.row, query_.column}, rows, query_buffer_, query_columns_);
+    products_.multiply(rows, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
     const bool one_block = seen.begin / kKeys == (seen.end - 1) / kKeys;
     for (int64_t i = 0; i < rows; ++i)
       add_row(scores, head, first + i, k, count, one_block, scores_ + i * stride_, sums + i * stride_ + (k - begin_));
@@ -117,6 +112,7 @@ class Weights {
   const AttentionPerHead<F>& per_head_;
   const Lse* lse_;
   const AttentionShape& shape_;
+  const RowProducts<T> products_;
   const int64_t stride_;
   Scratch scratch_;
   F *key_panels_, *key_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *tile_mask_, *row_mask_, *factors_;
