@@ -215,20 +215,37 @@ ScalarType lse_dtype(const Tensor& query) {
 
 bool is_empty(const AttentionShape& shape) { return shape.heads == 0 || shape.queries == 0 || shape.keys == 0; }
 
+// The operands of forward and backward, validated. Its tensors live as long as `shape` and `per_head` point to them.
+struct Checked {
+  AttentionShape shape{};
+  AttentionMaskOperand mask;
+  std::array<Tensor, 2> ranges;
+  Tensor random;
+  PerHeadTensors per_head;
+  Checked(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+          const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+          const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p, int64_t left,
+          int64_t right, bool lower_right, double scale)
+      : ranges{query, query}, random(query), per_head{query, query, false, false} {
+    shape.scale = scale;
+    check_query_key(shape, query, key);
+    check_value(shape, key, value);
+    set_window(shape, left, right, lower_right);
+    ranges = set_ranges(shape, query, key_ranges, query_ranges);
+    random = check_dropout(shape, query, dropout_key, dropout_p);
+    mask = check_mask(shape, query, attn_mask);
+    per_head = check_heads(shape, query, alibi_slopes, sinks);
+  }
+};
+
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
                                const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p,
                                int64_t left, int64_t right, bool lower_right, double scale) {
-  AttentionShape shape{};
-  shape.scale = scale;
-  check_query_key(shape, query, key);
-  check_value(shape, key, value);
-  set_window(shape, left, right, lower_right);
-  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
-  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
-  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
-  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale);
+  const auto& [shape, mask, ranges, random, per_head] = checked;
   Tensor out = new_heads(query, shape.value_dim);
   const std::vector<int64_t> rows(query.sizes().begin(), query.sizes().end() - 1);
   Tensor lse = torch::stable::new_empty(query, rows, lse_dtype(query));
@@ -257,20 +274,10 @@ void check_lse(const char* name, const Tensor& query, const Tensor& lse) {
                " with the shape of query but the last dimension, got ", shape_of(lse));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
-    const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
-    bool mask_gradient, bool sinks_gradient) {
-  AttentionShape shape{};
-  shape.scale = scale;
-  check_query_key(shape, query, key);
-  check_value(shape, key, value);
-  set_window(shape, left, right, lower_right);
-  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
-  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
-  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
+// What backward takes besides the operands of forward.
+void check_backward(const AttentionShape& shape, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                    const Tensor& query, const OptionalTensor& attn_mask, const OptionalTensor& sinks,
+                    const Tensor& out, const Tensor& lse, bool mask_gradient, bool sinks_gradient) {
   check_same_device(kOp, "out", out, "query", query);
   check_same_dtype(kOp, "out", out, "query", query);
   check_rank(kOp, "out", out, query.dim());
@@ -283,10 +290,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   check_same_shape(kOp, "grad_out", grad_out, "out", out);
   check_lse("lse", query, lse);
   if (grad_lse) check_lse("grad_lse", query, *grad_lse);
-  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
   PYNN_CHECK(!mask_gradient || (attn_mask && is_floating(attn_mask->scalar_type())), kOp,
              ": expected a floating attn_mask to give it a gradient");
   PYNN_CHECK(!sinks_gradient || sinks, kOp, ": expected sinks to give them a gradient");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
+    const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
+    bool mask_gradient, bool sinks_gradient) {
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale);
+  const auto& [shape, mask, ranges, random, per_head] = checked;
+  check_backward(shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
 
   Tensor grad_query = new_heads(query, shape.dim), grad_key = new_heads(key, shape.dim);
   Tensor grad_value = new_heads(value, shape.value_dim);
@@ -344,5 +362,41 @@ PYNN_LIBRARY(m) {
   m.impl("scaled_dot_product_attention_bwd", TORCH_BOX(&bwd));
   m.impl("scaled_dot_product_attention_keep", TORCH_BOX(&keep));
 }
+
+#ifdef PYNN_CHECKS
+namespace {
+
+void fwd_check(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+               const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+               const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p, int64_t left,
+               int64_t right, bool lower_right, double scale) {
+  Checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, dropout_p, left,
+          right, lower_right, scale);
+}
+
+void bwd_check(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+               const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
+               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& key_ranges,
+               const OptionalTensor& query_ranges, const Tensor& out, const Tensor& lse, double dropout_p,
+               int64_t left, int64_t right, bool lower_right, double scale, bool mask_gradient, bool sinks_gradient) {
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale);
+  check_backward(checked.shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
+}
+
+void keep_check(const Tensor& query, const Tensor& key, const Tensor& dropout_key, double dropout_p) {
+  AttentionShape shape{};
+  check_query_key(shape, query, key);
+  check_dropout(shape, query, dropout_key, dropout_p);
+}
+
+}  // namespace
+
+PYNN_CHECKS(m) {
+  m.impl("scaled_dot_product_attention_fwd_check", TORCH_BOX(&fwd_check));
+  m.impl("scaled_dot_product_attention_bwd_check", TORCH_BOX(&bwd_check));
+  m.impl("scaled_dot_product_attention_keep_check", TORCH_BOX(&keep_check));
+}
+#endif
 
 }  // namespace pynn

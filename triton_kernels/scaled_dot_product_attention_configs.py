@@ -1,0 +1,81 @@
+"""Tiles of attention's kernels for each architecture, pass and width: committed, so that no first call is a search.
+
+Chosen by the resources that the compilers report (registers, shared memory, no spills); no GPU has measured them yet. A
+tile depends on the head dimensions and the dtype, never on the batch: the order of a sum would change with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .conv2d_configs import architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Rows that a program owns, rows that it streams at a time, and how it is run.
+
+    Args:
+        step: columns of a piece of a product over the head dimension; 0 where whole rows stay on the chip.
+        width: columns of a result that a program owns at most.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int = 1
+    step: int = 0
+    width: int = 256
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# architecture -> kind -> pass -> tiles of head dimensions up to 64, 128 and 256
+_TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
+    "sm_80": {
+        "half": {
+            "forward": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8)),
+            "queries": (Tile(64, 32, 4), Tile(64, 32, 8), Tile(32, 32, 8)),
+            "keys": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
+            "mask": (Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+        },
+        "fp32": {
+            "forward": (Tile(32, 32, 4, step=16), Tile(32, 32, 8, step=16), Tile(32, 32, 8, step=16, width=128)),
+            "queries": (Tile(32, 32, 4, step=16), Tile(32, 32, 8, step=16), Tile(32, 32, 8, step=16, width=128)),
+            "keys": (Tile(32, 32, 8, step=16), Tile(32, 32, 8, step=16, width=64)),
+            "mask": (Tile(32, 32, 4, step=16),),
+        },
+        "fp64": {
+            "forward": (Tile(16, 16, 4, step=16, width=64),),
+            "queries": (Tile(16, 16, 4, step=16, width=64),),
+            "keys": (Tile(16, 16, 4, step=16, width=64),),
+            "mask": (Tile(16, 16, 4, step=16),),
+        },
+    },
+    # The interpreter pays per program and operation, not per element.
+    "interpret": {
+        kind: {name: (Tile(128, 128, 1, step=step),) for name in ("forward", "queries", "keys", "mask")}
+        for kind, step in (("half", 0), ("fp32", 64), ("fp64", 64))
+    },
+}
+for _name in ("sm_90", "sm_120", "gfx942"):
+    _TILES[_name] = _TILES["sm_80"]
+
+_WIDTHS = (64, 128, 256)
+# Wider heads: products in pieces, the result in columns of several programs.
+_WIDE = Tile(32, 32, 4, step=64, width=64)
+
+
+def tile_of(kind: str, name: str, width: int) -> Tile:
+    """For a pass over heads of this width, the larger of the two head dimensions.
+
+    Args:
+        kind: half, fp32 or fp64.
+        name: forward, queries, keys or mask. The statistics take the tile of queries.
+    """
+    tiles = _TILES[architecture()][kind][name]
+    if width > _WIDTHS[-1]:
+        return _WIDE if kind == "half" else tiles[-1]
+    return tiles[min(sum(width > limit for limit in _WIDTHS), len(tiles) - 1)]
