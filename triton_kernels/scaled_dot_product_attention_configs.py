@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import triton
+
 from .conv2d_configs import architecture
 
 
@@ -29,7 +31,9 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # A thread may take all the registers it can have: ptxas saves some for more programs, to the point of spilling.
+        return options | ({"maxnreg": min(255, 2048 // self.num_warps)} if architecture().startswith("sm_") else {})
 
 
 # architecture -> kind -> pass -> tiles of head dimensions up to 64, 128 and 256
@@ -54,10 +58,14 @@ _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
             "mask": (Tile(16, 16, 4, step=16),),
         },
     },
-    # The interpreter pays per program and operation, not per element.
+    # The interpreter pays per program and operation, not per element; float32 has the short sums of the others.
     "interpret": {
-        kind: {name: (Tile(128, 128, 1, step=step),) for name in ("forward", "queries", "keys", "mask")}
-        for kind, step in (("half", 0), ("fp32", 64), ("fp64", 64))
+        kind: {name: (tile,) for name in ("forward", "queries", "mask")} | {"keys": (keys,)}
+        for kind, tile, keys in (
+            ("half", Tile(128, 128, 1), Tile(128, 128, 1)),
+            ("fp32", Tile(128, 32, 1, step=16), Tile(128, 16, 1, step=16)),
+            ("fp64", Tile(128, 128, 1, step=64), Tile(128, 128, 1, step=64)),
+        )
     },
 }
 for _name in ("sm_90", "sm_120", "gfx942"):
@@ -68,14 +76,22 @@ _WIDTHS = (64, 128, 256)
 _WIDE = Tile(32, 32, 4, step=64, width=64)
 
 
-def tile_of(kind: str, name: str, width: int) -> Tile:
+def tile_of(kind: str, name: str, width: int, owned: int, streamed: int) -> Tile:
     """For a pass over heads of this width, the larger of the two head dimensions.
 
     Args:
         kind: half, fp32 or fp64.
         name: forward, queries, keys or mask. The statistics take the tile of queries.
+        owned, streamed: rows of the matrix that programs own, and of the one that they stream.
     """
     tiles = _TILES[architecture()][kind][name]
-    if width > _WIDTHS[-1]:
-        return _WIDE if kind == "half" else tiles[-1]
-    return tiles[min(sum(width > limit for limit in _WIDTHS), len(tiles) - 1)]
+    tile = tiles[min(sum(width > limit for limit in _WIDTHS), len(tiles) - 1)]
+    if width > _WIDTHS[-1] and kind == "half":
+        tile = _WIDE
+    if architecture() == "interpret":
+        return dataclasses.replace(tile, rows=_fitting(tile.rows, owned), columns=_fitting(tile.columns, streamed))
+    return tile
+
+
+def _fitting(most: int, length: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(length)))

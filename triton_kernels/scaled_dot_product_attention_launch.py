@@ -138,7 +138,8 @@ class Problem:
         return compute_dtype(self.query)
 
     def tile(self, name: str) -> configs.Tile:
-        return configs.tile_of(self.kind, name, max(self.query.shape[-1], self.value.shape[-1]))
+        owned, streamed = (self.keys, self.queries) if name == "keys" else (self.queries, self.keys)
+        return configs.tile_of(self.kind, name, max(self.query.shape[-1], self.value.shape[-1]), owned, streamed)
 
     @functools.cached_property
     def _rows(self) -> tuple[torch.Tensor, ...]:

@@ -38,11 +38,11 @@ def mask_gradient_kernel(
     row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLS + tl.arange(0, COLS)
     i, in_queries = row[:, None], (row < queries)[:, None]
     in_keys = (column < keys)[:, None]
-    begin, _, _, end = span(
+    seen = span(
         row_tile * ROWS, tl.minimum(row_tile * ROWS + ROWS, queries) - 1, key_ranges, lower, upper + 1, keys, WINDOW,
         4, COLS, 0,
     )  # fmt: skip
-    inside = (begin <= column_tile) & (column_tile < end)
+    inside = (seen[0] <= column_tile) & (column_tile < seen[3])
 
     sums = tl.zeros([ROWS, COLS], SUM)
     for member in range(tl.where(inside, sharing, 0)):
