@@ -32,6 +32,7 @@ from .scaled_dot_product_attention_tile import (
     rows_of,
     runs,
     score,
+    seen_of,
     span,
     tiles_of,
     weight_of,
@@ -74,7 +75,7 @@ def gradient_tile(
     of_product = of_mask
     if SOFTCAP:
         of_product = tl.where(seen, of_mask * (1.0 - capped * capped), 0.0)
-    return p, a, of_mask, of_product, seen
+    return p, a, of_mask, of_product
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -150,7 +151,7 @@ def statistics_kernel(
                 b_k, b_v = 0.0, 0.0
                 if STEP == 0:
                     b_k, b_v = load_rows(p_k, in_keys, 0, DIM, BLOCK_D), load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
-                p, _, ds, _, _ = gradient_tile(
+                p, _, ds, _ = gradient_tile(
                     b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], first_row,
                     tile * COLS, shift, norm, 0.0, first_element, factor, softcap, slope, diagonal, key_ranges,
                     queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
@@ -256,7 +257,7 @@ def queries_kernel(
                 b_k = load_rows(p_k, in_keys, column, DIM, BLOCK_D)
                 if STEP == 0:
                     b_v = load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
-                _, _, _, ds, _ = gradient_tile(
+                _, _, _, ds = gradient_tile(
                     b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], first_row,
                     tile * COLS, shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
                     queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
@@ -264,7 +265,7 @@ def queries_kernel(
                     False, phase != 1,
                 )  # fmt: skip
                 if phase != 1 and (MASK != 0 or WINDOW or RANGED):
-                    b_k = without_nonfinite(b_k)
+                    b_k, _ = without_nonfinite(b_k, tl.zeros([COLS], COMPUTE))
                 acc = add_product(acc, ds, b_k)
 
     d = (column + tl.arange(0, BLOCK_D))[None, :]
@@ -323,6 +324,7 @@ def keys_kernel(
             if BASE2:
                 slope *= LOG2_E
         first_element = head.to(tl.int64) * queries * keys
+        spoiled = tl.zeros([COLS], COMPUTE)
         for phase in tl.static_range(3):
             if runs(phase, MASK, RIGHT or RANGED, WINDOW or RANGED or not EVEN):
                 first, last = tiles_of(phase, begin, middle, second, end)
@@ -337,7 +339,7 @@ def keys_kernel(
                     delta = tl.load(place + 2 * rows_of_all, mask=i < queries, other=0.0)
                     b_q = load_rows(p_q, in_queries, column, DIM, BLOCK_D)
                     b_g = load_rows(p_g, in_queries, value_column, VALUE_DIM, BLOCK_V)
-                    _, a, _, ds, seen = gradient_tile(
+                    _, a, _, ds = gradient_tile(
                         b_k, b_v, p_k, p_v, in_keys, b_q, b_g, p_q, p_g, in_queries, i, j, tile * COLS, first_row,
                         shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
                         queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
@@ -345,10 +347,21 @@ def keys_kernel(
                         QUADS, True, phase != 1,
                     )  # fmt: skip
                     if phase != 1 and (MASK != 0 or WINDOW or RANGED):
-                        value_acc += nonfinite_sum(seen, b_g, b_g.dtype, COMPUTE)
-                        b_q, b_g = without_nonfinite(b_q), without_nonfinite(b_g)
+                        b_q, _ = without_nonfinite(b_q, spoiled)
+                        b_g, spoiled = without_nonfinite(b_g, spoiled)
                     value_acc = add_product(value_acc, a, b_g)
                     acc = add_product(acc, ds, b_q)
+        if MASK != 0 or WINDOW or RANGED:
+            spoiled_sum = tl.sum(spoiled, axis=0)
+            for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+                rows = tile * COLS + tl.arange(0, COLS)
+                p_g = rows_of(g_head, rows[:, None], g_row, PACK)
+                b_g = load_rows(p_g, (rows < queries)[:, None], value_column, VALUE_DIM, BLOCK_V)
+                seen, _ = seen_of(
+                    rows[None, :], j, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK,
+                    MASK_COLUMN, WINDOW, COMPUTE,
+                )  # fmt: skip
+                value_acc += nonfinite_sum(seen, b_g, COMPUTE)
 
     d, dv_d = (column + tl.arange(0, BLOCK_D))[None, :], (value_column + tl.arange(0, BLOCK_V))[None, :]
     p_dk = rows_of(head_of(dk, dk_table, key_head, dk_inner, dk_outer, dk_step, OUT_PACK), j, dk_row, OUT_PACK)

@@ -40,16 +40,16 @@ class Tile:
 _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
     "sm_80": {
         "half": {
-            "forward": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8)),
-            "queries": (Tile(64, 32, 4), Tile(64, 32, 8), Tile(32, 32, 8)),
+            "forward": (Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 32, 8)),
+            "queries": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "keys": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
-            "mask": (Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+            "mask": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(32, 32, 8)),
         },
         "fp32": {
-            "forward": (Tile(32, 32, 4, step=16), Tile(32, 32, 8, step=16), Tile(32, 32, 8, step=16, width=128)),
-            "queries": (Tile(32, 32, 4, step=16), Tile(32, 32, 8, step=16), Tile(32, 32, 8, step=16, width=128)),
-            "keys": (Tile(32, 32, 8, step=16), Tile(32, 32, 8, step=16, width=64)),
-            "mask": (Tile(32, 32, 4, step=16),),
+            "forward": (Tile(32, 16, 4, step=16), Tile(32, 16, 8, step=16)),
+            "queries": (Tile(32, 16, 4, step=16), Tile(32, 16, 8, step=16)),
+            "keys": (Tile(32, 16, 8, step=16), Tile(32, 16, 8, step=16, width=64)),
+            "mask": (Tile(32, 16, 4, step=16),),
         },
         "fp64": {
             "forward": (Tile(16, 16, 4, step=16, width=64),),
@@ -63,7 +63,7 @@ _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
         kind: {name: (tile,) for name in ("forward", "queries", "mask")} | {"keys": (keys,)}
         for kind, tile, keys in (
             ("half", Tile(128, 128, 1), Tile(128, 128, 1)),
-            ("fp32", Tile(128, 32, 1, step=16), Tile(128, 16, 1, step=16)),
+            ("fp32", Tile(128, 16, 1, step=16), Tile(128, 16, 1, step=16)),
             ("fp64", Tile(128, 128, 1, step=64), Tile(128, 128, 1, step=64)),
         )
     },

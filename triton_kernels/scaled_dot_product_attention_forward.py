@@ -23,6 +23,7 @@ from .scaled_dot_product_attention_tile import (
     rows_of,
     runs,
     score,
+    seen_of,
     span,
     tiles_of,
     without_nonfinite,
@@ -30,7 +31,7 @@ from .scaled_dot_product_attention_tile import (
 
 @triton.jit
 def forward_tile(
-    out, top, total, own, p_own, k_head, k_row, v_head, v_row, i, j_first, out_column, first_row, first_element,
+    out, top, total, spoiled, own, p_own, k_head, k_row, v_head, v_row, i, j_first, out_column, first_row, first_element,
     factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
     dropout_key, threshold, kept,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -40,7 +41,7 @@ def forward_tile(
 ):  # fmt: skip
     """The running sums (ROWS, BLOCK_V), maxima (ROWS, 1) and totals with one more tile of keys.
 
-    HIDES: what is not seen may be NaN or infinite.
+    HIDES: what is not seen may be NaN or infinite; spoiled, (COLS,), becomes NaN where a value was and is left out.
     """
     rows = j_first + tl.arange(0, COLS)
     in_keys = (rows < keys)[:, None]
@@ -67,10 +68,8 @@ def forward_tile(
     b_v = load_rows(rows_of(v_head, rows[:, None], v_row, PACK), in_keys, out_column, VALUE_DIM, BLOCK_V)
     out = out * correction
     if HIDES:
-        out = add_product(out, p, without_nonfinite(b_v)) + nonfinite_sum(s != -INFINITY, b_v, b_v.dtype, COMPUTE)
-    else:
-        out = add_product(out, p, b_v)
-    return out, most, total
+        b_v, spoiled = without_nonfinite(b_v, spoiled)
+    return add_product(out, p, b_v), most, total, spoiled
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,6 +116,7 @@ def forward_kernel(
     acc = tl.zeros([ROWS, BLOCK_V], COMPUTE)
     top = tl.full([ROWS, 1], -INFINITY, COMPUTE)
     total = tl.zeros([ROWS, 1], COMPUTE)
+    spoiled = tl.zeros([COLS], COMPUTE)
     if sinks is not None:
         sink = tl.load(sinks + head)
         top = tl.zeros([ROWS, 1], COMPUTE) + (sink * LOG2_E if BASE2 else sink)
@@ -129,13 +129,25 @@ def forward_kernel(
         if runs(phase, MASK, LEFT or RANGED, WINDOW or RANGED or not EVEN):
             first, last = tiles_of(phase, begin, middle, second, end)
             for tile in range(first, last):
-                acc, top, total = forward_tile(
-                    acc, top, total, own, p_q, k_head, k_row, v_head, v_row, i, tile * COLS, out_column, first_row,
+                acc, top, total, spoiled = forward_tile(
+                    acc, top, total, spoiled, own, p_q, k_head, k_row, v_head, v_row, i, tile * COLS, out_column, first_row,
                     first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask,
                     m_row, m_column, dropout_key, threshold, kept,
                     DIM, VALUE_DIM, STEP, BLOCK_D, BLOCK_V, ROWS, COLS, PACK, COMPUTE, BASE2, MASK, MASK_COLUMN,
                     WINDOW, ALIBI, SOFTCAP, QUADS, phase != 1, phase != 1 and (MASK != 0 or WINDOW or RANGED),
                 )  # fmt: skip
+
+    if MASK != 0 or WINDOW or RANGED:
+        spoiled_sum = tl.sum(spoiled, axis=0)
+        for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+            rows = tile * COLS + tl.arange(0, COLS)
+            p_v = rows_of(v_head, rows[:, None], v_row, PACK)
+            b_v = load_rows(p_v, (rows < keys)[:, None], out_column, VALUE_DIM, BLOCK_V)
+            seen, _ = seen_of(
+                i, rows[None, :], key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK, MASK_COLUMN,
+                WINDOW, COMPUTE,
+            )  # fmt: skip
+            acc += nonfinite_sum(seen, b_v, COMPUTE)
 
     if tl.program_id(1) == 0:
         p_lse = lse + head.to(tl.int64) * queries + i

@@ -103,7 +103,7 @@ class Problem:
     right: int
     lower_right: bool
     scale: float
-    softcap: float = 0.0
+    softcap: float
 
     @property
     def batch(self) -> torch.Size:

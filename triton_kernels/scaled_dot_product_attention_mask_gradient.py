@@ -66,7 +66,7 @@ def mask_gradient_kernel(
             b_q, b_g = load_rows(p_q, in_queries, 0, DIM, BLOCK_D), load_rows(p_g, in_queries, 0, VALUE_DIM, BLOCK_V)
             b_k, b_v = load_rows(p_k, in_keys, 0, DIM, BLOCK_D), load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
         p_mask = head_of(mask, m_table, head, m_inner, m_outer, m_step, 1)
-        _, _, ds, _, _ = gradient_tile(
+        _, _, ds, _ = gradient_tile(
             b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, column[None, :], row_tile * ROWS,
             column_tile * COLS, shift, norm, delta, head.to(tl.int64) * queries * keys, factor, softcap, slope,
             diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,

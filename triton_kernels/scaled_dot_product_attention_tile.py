@@ -69,14 +69,20 @@ def product(
     own, streamed, p_own, in_own, p_streamed, in_streamed,
     WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """own streamed.T, (ROWS, COLS): of whole tiles, or with STEP in pieces of so many columns read here."""
+    """own streamed.T, (ROWS, COLS): of whole tiles, or with STEP in pieces of so many columns read here.
+
+    Rows of float32 so short that they would be one piece are two: there are no 8 columns for tl.dot but in 16.
+    """
     if STEP == 0:
         return tl.dot(own, tl.trans(streamed), out_dtype=COMPUTE)
     else:
+        PIECE: tl.constexpr = STEP // 2 if COMPUTE == tl.float32 and STEP == 16 and WIDTH <= 16 else STEP
         total = tl.zeros([ROWS, COLS], COMPUTE)
-        for column in range(0, WIDTH, STEP):
-            a = load_rows(p_own, in_own, column, WIDTH, STEP)
-            b = load_rows(p_streamed, in_streamed, column, WIDTH, STEP)
+        for column in range(0, WIDTH, PIECE):
+            d = tl.arange(0, STEP)[None, :]
+            inside = (d < PIECE) & (column + d < WIDTH)
+            a = tl.load(p_own + (column + d), mask=in_own & inside, other=0.0)
+            b = tl.load(p_streamed + (column + d), mask=in_streamed & inside, other=0.0)
             total += tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=COMPUTE)
         return total
 
@@ -94,25 +100,24 @@ def add_product(total, weights, streamed):
 
 
 @triton.jit
-def is_finite(x):
-    return (x == x) & (tl.abs(x) != INFINITY)
+def without_nonfinite(x, spoiled):
+    """Zeros in place of NaN and infinity: a product with a weight of 0 is to be 0. spoiled, a number per row, becomes
+    NaN where there were any."""
+    wide = x.to(tl.float32) if x.dtype.primitive_bitwidth == 16 else x
+    nothing = wide * 0.0
+    return tl.where(nothing == 0.0, x, 0.0), spoiled + tl.sum(nothing, axis=1)
 
 
 @triton.jit
-def without_nonfinite(x):
-    """Zeros in place of NaN and infinity: a product with a weight of 0 is to be 0."""
-    return tl.where(is_finite(x.to(tl.float32) if x.dtype.primitive_bitwidth == 16 else x), x, 0.0)
-
-
-@triton.jit
-def nonfinite_sum(seen, x, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
-    """What a product with positive weights at `seen` makes of the NaN and infinities of x, 0 where it meets none.
+def nonfinite_sum(seen, x, COMPUTE: tl.constexpr):
+    """What a product with positive weights at `seen` makes of the NaN and infinities of x, 0 where it meets none. It is
+    rare: their tiles are gone through once more for it.
 
     One product counts them in digits of base 256: up to 128 times 2^-8 for infinity, 1 for -infinity, 2^8 for NaN.
     """
     wide = x.to(COMPUTE)
     code = tl.where(wide == INFINITY, 0.00390625, tl.where(wide == -INFINITY, 1.0, tl.where(wide == wide, 0.0, 256.0)))
-    counts = tl.dot(seen.to(DTYPE), code.to(DTYPE), input_precision="ieee", out_dtype=COMPUTE)
+    counts = tl.dot(seen.to(x.dtype), code.to(x.dtype), input_precision="ieee", out_dtype=COMPUTE)
     whole = tl.floor(counts)
     positive, negative = counts != whole, (whole != 0.0) & (whole < 256.0)
     infinity = tl.where(positive, INFINITY, 0.0) - tl.where(negative, INFINITY, 0.0)  # NaN of both
@@ -187,6 +192,36 @@ def tiles_of(phase: tl.constexpr, begin, middle, second, end):
 
 
 @triton.jit
+def seen_of(
+    i, j, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column,
+    MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Whether scores take part, and what a float mask adds to them."""
+    in_queries = i < queries
+    seen = in_queries & (j < keys)
+    added = 0.0
+    if key_ranges is not None:
+        seen = seen & (j >= tl.load(key_ranges + i.to(tl.int64) * 4, mask=in_queries, other=0))
+        seen = seen & (j < tl.load(key_ranges + i.to(tl.int64) * 4 + 1, mask=in_queries, other=0))
+    elif WINDOW:
+        seen = seen & (j <= i + upper) & (j >= i + lower)
+    if MASK != 0:
+        p = p_mask + i.to(tl.int64) * mask_row
+        if MASK_COLUMN == 1:
+            p = p + j
+        elif MASK_COLUMN == 0:
+            p = p + j * 0
+        else:
+            p = p + j.to(tl.int64) * mask_column
+        if MASK == BOOL_MASK:
+            seen = seen & (tl.load(p, mask=seen, other=0) != 0)
+        else:
+            added = tl.load(p, mask=seen, other=-INFINITY).to(COMPUTE)
+            seen = seen & (added != -INFINITY)
+    return seen, added
+
+
+@triton.jit
 def score(
     s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column,
     MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -201,33 +236,18 @@ def score(
     if SOFTCAP:
         capped = tanh(s)
         s = capped * softcap
-    in_queries = i < queries
     if ALIBI:
         place = i + diagonal
         if key_ranges is not None:
-            place = tl.load(key_ranges + i.to(tl.int64) * 4 + 2, mask=in_queries, other=0)
+            place = tl.load(key_ranges + i.to(tl.int64) * 4 + 2, mask=i < queries, other=0)
         s = s - slope * tl.abs(j - place).to(s.dtype)
     if CHECKED:
-        seen = in_queries & (j < keys)
-        if key_ranges is not None:
-            seen = seen & (j >= tl.load(key_ranges + i.to(tl.int64) * 4, mask=in_queries, other=0))
-            seen = seen & (j < tl.load(key_ranges + i.to(tl.int64) * 4 + 1, mask=in_queries, other=0))
-        elif WINDOW:
-            seen = seen & (j <= i + upper) & (j >= i + lower)
-        if MASK != 0:
-            p = p_mask + i.to(tl.int64) * mask_row
-            if MASK_COLUMN == 1:
-                p = p + j
-            elif MASK_COLUMN == 0:
-                p = p + j * 0
-            else:
-                p = p + j.to(tl.int64) * mask_column
-            if MASK == BOOL_MASK:
-                seen = seen & (tl.load(p, mask=seen, other=0) != 0)
-            else:
-                m = tl.load(p, mask=seen, other=-INFINITY).to(s.dtype)
-                seen = seen & (m != -INFINITY)
-                s = s + (m * LOG2_E if BASE2 else m)
+        seen, added = seen_of(
+            i, j, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column, MASK, MASK_COLUMN, WINDOW,
+            s.dtype,
+        )  # fmt: skip
+        if MASK == FLOAT_MASK:
+            s = s + (added * LOG2_E if BASE2 else added)
         s = tl.where(seen, s, -INFINITY)
     return s, capped
 

@@ -17,7 +17,7 @@ class _Call:
 
     def __init__(
         self, dtype, dim, value_dim=None, *, queries=256, keys=256, mask=None, dropout=False, alibi=False, sinks=False,
-        ranges=False, left=-1, right=-1, softcap=None,
+        ranges=False, left=-1, right=-1, softcap=0.0,
     ):  # fmt: skip
         self.q = torch.empty(2, queries, 8, dim, dtype=dtype).transpose(1, 2)
         self.k = torch.empty(2, keys, 2, dim, dtype=dtype).transpose(1, 2)
@@ -31,7 +31,7 @@ class _Call:
             torch.zeros(keys, 2, dtype=torch.int32) if ranges else None,
         )  # fmt: skip
         self.options = (0.5 if dropout else 0.0, left, right, True, 0.125)
-        self.options += () if softcap is None else (softcap,)
+        self.options += (softcap,)
         self.mask_gradient = mask is not None and mask.is_floating_point()
         self.sinks_gradient = sinks
 
