@@ -22,7 +22,7 @@ from .scaled_dot_product_attention_forward import forward_kernel
 from .scaled_dot_product_attention_launch import Problem, bits, new_heads, operand, pack_of, readable
 from .scaled_dot_product_attention_mask_gradient import mask_gradient_kernel, sum_mask_gradient_kernel
 
-_BLOCK = 1024  # of the kernels that go through a list of numbers
+_BLOCK = 256  # of the kernels that go through a list of numbers
 
 
 def scaled_dot_product_attention_fwd(*arguments):
@@ -34,7 +34,7 @@ def scaled_dot_product_attention_fwd(*arguments):
     lse = p.query.new_empty(p.query.shape[:-1], dtype=launches.lse_dtype(p.query.dtype))
     if p.is_empty:
         return out.zero_(), lse.fill_(-math.inf)
-    tile, pack = p.tile("forward"), pack_of(out)
+    tile, pack = p.tile("plain" if p.is_plain else "forward"), pack_of(out)
     more = {"lse": lse, "sinks": None if p.sinks is None else p.sinks.contiguous(), "OUT_PACK": pack}
     more |= {"EVEN": p.keys % tile.columns == 0} | _renamed(operand("o", out, pack), o="out")
     programs = p.heads * triton.cdiv(p.queries, tile.rows)

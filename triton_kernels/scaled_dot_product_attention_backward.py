@@ -48,20 +48,20 @@ SWEPT_KEYS: tl.constexpr = tl.constexpr(512)
 def gradient_tile(
     own_1, own_2, p_own_1, p_own_2, in_own, b_1, b_2, p_1, p_2, in_streamed, i, j, i_first, j_first,
     shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper,
-    p_mask, m_row, m_column, dropout_key, threshold, kept,
+    p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, OWN: tl.constexpr, STREAMED: tl.constexpr,
     COMPUTE: tl.constexpr, BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr, KEY_ROWS: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """P, A, the gradient of the scores as a mask has it, and of the products; what takes no part has zeros."""
-    s = product(own_1, b_1, p_own_1, in_own, p_1, in_streamed, DIM, STEP, OWN, STREAMED, COMPUTE)
+    s = product(own_1, b_1, p_own_1, in_own, p_1, in_streamed, dim, DIM, STEP, OWN, STREAMED, COMPUTE)
     s, capped = score(
         s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
         MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, CHECKED, BASE2,
     )  # fmt: skip
     seen = s != -INFINITY
     p = tl.where(seen, weight_of(s, shift, BASE2) * norm, 0.0)
-    g = product(own_2, b_2, p_own_2, in_own, p_2, in_streamed, VALUE_DIM, STEP, OWN, STREAMED, COMPUTE)
+    g = product(own_2, b_2, p_own_2, in_own, p_2, in_streamed, value_dim, VALUE_DIM, STEP, OWN, STREAMED, COMPUTE)
     a = p
     if dropout_key is not None:
         QUERIES: tl.constexpr = STREAMED if KEY_ROWS else OWN
@@ -84,7 +84,7 @@ def statistics_kernel(
     o_table, g_table, q_table, k_table, v_table, m_table,
     o_inner, o_outer, o_step, o_row, g_inner, g_outer, g_step, g_row, q_inner, q_outer, q_step, q_row,
     k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
-    queries, keys, group, lower, upper, diagonal, factor, softcap, threshold, kept, rows_of_all,
+    queries, keys, dim, value_dim, group, lower, upper, diagonal, factor, softcap, threshold, kept, rows_of_all,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, OUT_PACK: tl.constexpr, COMPUTE: tl.constexpr,
     BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -154,7 +154,7 @@ def statistics_kernel(
                 p, _, ds, _ = gradient_tile(
                     b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], first_row,
                     tile * COLS, shift, norm, 0.0, first_element, factor, softcap, slope, diagonal, key_ranges,
-                    queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
+                    queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
                     DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, QUADS,
                     False, phase != 1,
                 )  # fmt: skip
@@ -202,7 +202,7 @@ def queries_kernel(
     dq_table, g_table, q_table, k_table, v_table, m_table,
     dq_inner, dq_outer, dq_step, dq_row, g_inner, g_outer, g_step, g_row, q_inner, q_outer, q_step, q_row,
     k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
-    queries, keys, group, lower, upper, diagonal, factor, softcap, threshold, kept, scale, rows_of_all,
+    queries, keys, dim, value_dim, group, lower, upper, diagonal, factor, softcap, threshold, kept, scale, rows_of_all,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, OUT_PACK: tl.constexpr, COMPUTE: tl.constexpr,
     BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -260,7 +260,7 @@ def queries_kernel(
                 _, _, _, ds = gradient_tile(
                     b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], first_row,
                     tile * COLS, shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
-                    queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
+                    queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
                     DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, QUADS,
                     False, phase != 1,
                 )  # fmt: skip
@@ -281,7 +281,7 @@ def keys_kernel(
     dk_inner, dk_outer, dk_step, dk_row, dv_inner, dv_outer, dv_step, dv_row,
     g_inner, g_outer, g_step, g_row, q_inner, q_outer, q_step, q_row,
     k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
-    queries, keys, group, lower, upper, diagonal, factor, softcap, threshold, kept, scale, rows_of_all,
+    queries, keys, dim, value_dim, group, lower, upper, diagonal, factor, softcap, threshold, kept, scale, rows_of_all,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, OUT_PACK: tl.constexpr, COMPUTE: tl.constexpr,
     BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -343,8 +343,8 @@ def keys_kernel(
                         b_k, b_v, p_k, p_v, in_keys, b_q, b_g, p_q, p_g, in_queries, i, j, tile * COLS, first_row,
                         shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
                         queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
-                        DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP,
-                        QUADS, True, phase != 1,
+                        dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW,
+                        ALIBI, SOFTCAP, QUADS, True, phase != 1,
                     )  # fmt: skip
                     if phase != 1 and (MASK != 0 or WINDOW or RANGED):
                         b_q, _ = without_nonfinite(b_q, spoiled)

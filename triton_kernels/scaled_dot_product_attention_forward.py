@@ -29,11 +29,12 @@ from .scaled_dot_product_attention_tile import (
     without_nonfinite,
 )
 
+
 @triton.jit
 def forward_tile(
-    out, top, total, spoiled, own, p_own, k_head, k_row, v_head, v_row, i, j_first, out_column, first_row, first_element,
-    factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
-    dropout_key, threshold, kept,
+    out, top, total, spoiled, own, p_own, k_head, k_row, v_head, v_row, i, j_first, out_column, first_row,
+    first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
+    dropout_key, threshold, kept, dim, value_dim,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr, BASE2: tl.constexpr,
     MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -49,7 +50,7 @@ def forward_tile(
     b_k = 0.0
     if STEP == 0:
         b_k = load_rows(p_k, in_keys, 0, DIM, BLOCK_D)
-    s = product(own, b_k, p_own, i < queries, p_k, in_keys, DIM, STEP, ROWS, COLS, COMPUTE)
+    s = product(own, b_k, p_own, i < queries, p_k, in_keys, dim, DIM, STEP, ROWS, COLS, COMPUTE)
     j = rows[None, :]
     s, _ = score(
         s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
@@ -61,9 +62,7 @@ def forward_tile(
     correction = exponential(top - shift, BASE2)
     total = total * correction + tl.sum(p, axis=1)[:, None]
     if dropout_key is not None:
-        keep = kept_of(
-            dropout_key, threshold, first_element, i, j, first_row, j_first, keys, ROWS, COLS, False, QUADS
-        )
+        keep = kept_of(dropout_key, threshold, first_element, i, j, first_row, j_first, keys, ROWS, COLS, False, QUADS)
         p = tl.where(keep, p * kept, 0.0)
     b_v = load_rows(rows_of(v_head, rows[:, None], v_row, PACK), in_keys, out_column, VALUE_DIM, BLOCK_V)
     out = out * correction
@@ -78,7 +77,7 @@ def forward_kernel(
     o_table, q_table, k_table, v_table, m_table,
     o_inner, o_outer, o_step, o_row, q_inner, q_outer, q_step, q_row,
     k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
-    queries, keys, group, lower, upper, diagonal, factor, softcap, threshold, kept,
+    queries, keys, dim, value_dim, group, lower, upper, diagonal, factor, softcap, threshold, kept,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, OUT_PACK: tl.constexpr, COMPUTE: tl.constexpr,
     BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -130,9 +129,9 @@ def forward_kernel(
             first, last = tiles_of(phase, begin, middle, second, end)
             for tile in range(first, last):
                 acc, top, total, spoiled = forward_tile(
-                    acc, top, total, spoiled, own, p_q, k_head, k_row, v_head, v_row, i, tile * COLS, out_column, first_row,
-                    first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask,
-                    m_row, m_column, dropout_key, threshold, kept,
+                    acc, top, total, spoiled, own, p_q, k_head, k_row, v_head, v_row, i, tile * COLS, out_column,
+                    first_row, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper,
+                    p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
                     DIM, VALUE_DIM, STEP, BLOCK_D, BLOCK_V, ROWS, COLS, PACK, COMPUTE, BASE2, MASK, MASK_COLUMN,
                     WINDOW, ALIBI, SOFTCAP, QUADS, phase != 1, phase != 1 and (MASK != 0 or WINDOW or RANGED),
                 )  # fmt: skip
@@ -157,7 +156,7 @@ def forward_kernel(
             sums = top.to(tl.float64) + tl.log(total.to(tl.float64))
         tl.store(p_lse, tl.where(total == 0.0, -INFINITY, sums).to(lse.dtype.element_ty), mask=in_queries)
     total = tl.where(total == 0.0, 1.0, total)
-    result = acc / total if COMPUTE == tl.float64 else tl.div_rn(acc, total + tl.zeros_like(acc))
+    result = acc / total if COMPUTE.primitive_bitwidth == 64 else tl.div_rn(acc, total + tl.zeros_like(acc))
     d = (out_column + tl.arange(0, BLOCK_V))[None, :]
     p_out = rows_of(head_of(out, o_table, head, o_inner, o_outer, o_step, OUT_PACK), i, o_row, OUT_PACK)
     tl.store(p_out + d, result.to(out.dtype.element_ty), mask=in_queries & (d < VALUE_DIM))

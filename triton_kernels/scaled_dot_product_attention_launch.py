@@ -137,6 +137,12 @@ class Problem:
     def compute(self) -> torch.dtype:
         return compute_dtype(self.query)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but causality makes one score another than the next."""
+        options = (self.attn_mask, self.dropout_key, self.alibi_slopes, self.key_ranges)
+        return all(t is None for t in options) and self.left < 0 and self.softcap == 0
+
     def tile(self, name: str) -> configs.Tile:
         owned, streamed = (self.keys, self.queries) if name == "keys" else (self.queries, self.keys)
         return configs.tile_of(self.kind, name, max(self.query.shape[-1], self.value.shape[-1]), owned, streamed)
@@ -147,7 +153,7 @@ class Problem:
 
     @functools.cached_property
     def _window(self) -> tuple[int, int, int]:
-        """lower, upper and diagonal: query i sees the keys i + lower .. i + upper, see the header of the C++ kernels."""
+        """lower, upper and diagonal: query i sees the keys i + lower .. i + upper. As in AttentionShape of C++."""
         queries, keys = self.queries, self.keys
         diagonal = keys - queries if self.lower_right else 0
         most = queries + keys
@@ -193,6 +199,7 @@ class Problem:
             "factor": bits(factor), "softcap": bits(self.softcap * log_unit),
             "threshold": int(self.dropout_p * 2**32),
             "kept": bits(1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0),
+            "dim": q.shape[-1], "value_dim": v.shape[-1],
             "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "PACK": pack,
             "COMPUTE": tl.float64 if self.kind == "fp64" else tl.float32, "BASE2": self.kind == "half",
             "LEFT": not ranged and lower > 1 - self.queries, "RIGHT": not ranged and upper < self.keys - 1,

@@ -19,7 +19,7 @@ def mask_gradient_kernel(
     g_table, q_table, k_table, v_table, m_table,
     g_inner, g_outer, g_step, g_row, q_inner, q_outer, q_step, q_row,
     k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
-    queries, keys, group, lower, upper, diagonal, factor, softcap, threshold, kept, rows_of_all,
+    queries, keys, dim, value_dim, group, lower, upper, diagonal, factor, softcap, threshold, kept, rows_of_all,
     sharing, row_parts, column_parts,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
@@ -70,8 +70,8 @@ def mask_gradient_kernel(
             b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, column[None, :], row_tile * ROWS,
             column_tile * COLS, shift, norm, delta, head.to(tl.int64) * queries * keys, factor, softcap, slope,
             diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
-            DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, QUADS,
-            False, True,
+            dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP,
+            QUADS, False, True,
         )  # fmt: skip
         sums += ds.to(SUM)
 

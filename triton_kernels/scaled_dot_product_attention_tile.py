@@ -27,8 +27,8 @@ _STRIDES = [
     for part in ("inner", "outer", "step", "row")
 ]
 SIZES = [
-    *_STRIDES, "m_column", "queries", "keys", "group", "lower", "upper", "diagonal", "factor", "softcap", "threshold",
-    "kept", "scale", "rows_of_all", "sharing", "row_parts", "column_parts",
+    *_STRIDES, "m_column", "queries", "keys", "dim", "value_dim", "group", "lower", "upper", "diagonal", "factor",
+    "softcap", "threshold", "kept", "scale", "rows_of_all", "sharing", "row_parts", "column_parts",
 ]  # fmt: skip
 
 
@@ -66,19 +66,20 @@ def load_rows(p_rows, in_rows, column, WIDTH: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def product(
-    own, streamed, p_own, in_own, p_streamed, in_streamed,
+    own, streamed, p_own, in_own, p_streamed, in_streamed, width,
     WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """own streamed.T, (ROWS, COLS): of whole tiles, or with STEP in pieces of so many columns read here.
 
-    Rows of float32 so short that they would be one piece are two: there are no 8 columns for tl.dot but in 16.
+    width is WIDTH, unknown to the compiler: it would unroll the loop and keep all that it reads. Rows of float32 so
+    short that they would be one piece are two: there are no 8 columns for tl.dot but in 16.
     """
     if STEP == 0:
         return tl.dot(own, tl.trans(streamed), out_dtype=COMPUTE)
     else:
-        PIECE: tl.constexpr = STEP // 2 if COMPUTE == tl.float32 and STEP == 16 and WIDTH <= 16 else STEP
+        PIECE: tl.constexpr = STEP // 2 if COMPUTE.primitive_bitwidth == 32 and STEP == 16 and WIDTH <= 16 else STEP
         total = tl.zeros([ROWS, COLS], COMPUTE)
-        for column in range(0, WIDTH, PIECE):
+        for column in range(0, width, PIECE):
             d = tl.arange(0, STEP)[None, :]
             inside = (d < PIECE) & (column + d < WIDTH)
             a = tl.load(p_own + (column + d), mask=in_own & inside, other=0.0)
