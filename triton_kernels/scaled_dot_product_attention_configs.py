@@ -61,7 +61,7 @@ _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
     "sm_90": {
         "half": {
             "plain": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8)),
-            "forward": (Tile(64, 16, 4), Tile(64, 16, 4), Tile(32, 32, 8)),
+            "forward": (Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8)),
             "queries": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "keys": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "mask": (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
