@@ -36,7 +36,7 @@ def lse_dtype(dtype):
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
-@define(f"scaled_dot_product_attention_fwd({INPUTS}, {OPTIONS}) -> (Tensor, Tensor)")
+@define(f"scaled_dot_product_attention_fwd({INPUTS}, {OPTIONS}) -> (Tensor, Tensor)", triton=_NAME)
 def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, *options):
     check_devices(_NAME, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges)
     return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
@@ -44,7 +44,8 @@ def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges
 
 @define(
     f"scaled_dot_product_attention_bwd(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, "
-    f"{OPTIONS}, bool mask_gradient, bool sinks_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{OPTIONS}, bool mask_gradient, bool sinks_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_NAME,
 )
 def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):
     others, (mask_gradient, sinks_gradient) = rest[:4], rest[-2:]  # key_ranges, query_ranges, out, lse
@@ -54,7 +55,10 @@ def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slope
     return (*(_new_heads(t, t.shape[-1]) for t in (query, key, value)), grad_mask, grad_sinks)
 
 
-@define("scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor")
+@define(
+    "scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor",
+    triton=_NAME,
+)
 def _(query, key, dropout_key, dropout_p):
     check_devices(_NAME, query, key, dropout_key)
     return query.new_empty((*query.shape[:-1], key.shape[-2]), dtype=torch.bool)

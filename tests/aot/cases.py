@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from .cases_attention import attention
 from .cases_conv2d import conv2d
 from .cases_layer_norm_lstm import layer_norm_lstm
 from .cases_recurrent import recurrent
@@ -130,6 +131,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "tree_lstm": tree_lstm,
     "layer_norm_lstm": layer_norm_lstm,
     "rotary_embedding": rotary_embedding,
+    "scaled_dot_product_attention": attention,
 }
 
 # The first pattern that matches the whole short name of a kernel counts.

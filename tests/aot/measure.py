@@ -66,11 +66,12 @@ def of_amdgcn(assembly: str) -> Measurement:
         return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0])
 
     words = _words(assembly)
+    private = metadata("private_segment_fixed_size")  # without one, scalar registers went to lanes of vector registers
     memory = r"(?:global|buffer|flat)_"
     found = {
         "registers": metadata("vgpr_count"),
-        "spill_bytes": 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")),
-        "stack_bytes": metadata("private_segment_fixed_size"),
+        "spill_bytes": 4 * (metadata("vgpr_spill_count") + (metadata("sgpr_spill_count") if private else 0)),
+        "stack_bytes": private,
         "loads": _count(rf"\b{memory}load_", words),
         "loads128": _count(rf"\b{memory}load_dwordx4", words),
         "stores": _count(rf"\b{memory}store_", words),

@@ -1,0 +1,79 @@
+"""The calls of scaled_dot_product_attention whose Triton kernels are compiled: every tile, dtype and option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .ratchet import Case, Promise
+
+_BF16, _FP16, _FP32, _FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+class _Call:
+    """Attention of 256 queries of 8 heads over 256 keys of 2 heads."""
+
+    def __init__(
+        self, dtype, dim, value_dim=None, *, queries=256, keys=256, mask=None, dropout=False, alibi=False, sinks=False,
+        ranges=False, left=-1, right=-1, softcap=0.0,
+    ):  # fmt: skip
+        self.q = torch.empty(2, queries, 8, dim, dtype=dtype).transpose(1, 2)
+        self.k = torch.empty(2, keys, 2, dim, dtype=dtype).transpose(1, 2)
+        self.v = torch.empty(2, keys, 2, value_dim or dim, dtype=dtype).transpose(1, 2)
+        compute = torch.float64 if dtype is _FP64 else torch.float32
+        number = torch.empty(2, 8, dtype=compute)
+        self.tensors = (
+            self.q, self.k, self.v, mask, torch.zeros(2, dtype=torch.int64) if dropout else None,
+            number if alibi else None, number if sinks else None,
+            torch.zeros(queries, 4, dtype=torch.int32) if ranges else None,
+            torch.zeros(keys, 2, dtype=torch.int32) if ranges else None,
+        )  # fmt: skip
+        self.options = (0.5 if dropout else 0.0, left, right, True, 0.125)
+        self.options += (softcap,)
+        self.mask_gradient = mask is not None and mask.is_floating_point()
+        self.sinks_gradient = sinks
+
+    def forward(self) -> Callable:
+        from pynn.triton_kernels.scaled_dot_product_attention import scaled_dot_product_attention_fwd
+
+        return lambda: scaled_dot_product_attention_fwd(*self.tensors, *self.options)
+
+    def backward(self) -> Callable:
+        from pynn.triton_kernels.scaled_dot_product_attention import scaled_dot_product_attention_bwd
+
+        grad = self.q.new_empty(2, self.q.shape[2], 8, self.v.shape[-1]).transpose(1, 2)
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=torch.float32 if self.q.element_size() == 2 else torch.float64)
+        rest = (grad, lse, *self.options, self.mask_gradient, self.sinks_gradient)
+        return lambda: scaled_dot_product_attention_bwd(grad, lse, *self.tensors, *rest)
+
+
+def attention() -> Iterator[Case]:
+    from pynn.triton_kernels.scaled_dot_product_attention import scaled_dot_product_attention_keep
+
+    float_mask, row_mask = torch.empty(2, 1, 256, 256), torch.empty(2, 1, 1, 256, dtype=_BF16)
+    column_mask = torch.empty(8, 256, 1, dtype=_FP16)
+    bool_mask = torch.empty(77, 255, dtype=torch.bool)
+    everything = {"dropout": True, "alibi": True, "sinks": True, "left": 100, "right": 0, "softcap": 30.0}
+    calls = {
+        "bf16 64": _Call(_BF16, 64),
+        "bf16 64, causal": _Call(_BF16, 64, right=0),
+        "bf16 128, causal": _Call(_BF16, 128, right=0),
+        "bf16 256, window": _Call(_BF16, 256, left=100, right=10),
+        "fp16 40, 24 values, bool mask, odd lengths": _Call(_FP16, 40, 24, mask=bool_mask, queries=77, keys=255),
+        "bf16 80, 320 values, ranges, dropout": _Call(_BF16, 80, 320, ranges=True, dropout=True),
+        "bf16 128, ranges, alibi": _Call(_BF16, 128, ranges=True, alibi=True),
+        "bf16 64, float mask": _Call(_BF16, 64, mask=float_mask),
+        "bf16 128, row mask, everything": _Call(_BF16, 128, mask=row_mask, **everything),
+        "fp16 64, column mask, dropout": _Call(_FP16, 64, mask=column_mask, dropout=True),
+        "fp32 64, causal": _Call(_FP32, 64, right=0),
+        "fp32 128, everything": _Call(_FP32, 128, mask=float_mask, **everything),
+        "fp32 256": _Call(_FP32, 256),
+        "fp64 128, everything": _Call(_FP64, 128, mask=float_mask.double(), **everything),
+    }
+    for label, call in calls.items():
+        yield Case(label, call.forward(), Promise())
+        yield Case(f"{label}, backward", call.backward(), Promise())
+    key = torch.zeros(2, dtype=torch.int64)
+    q, k = calls["bf16 64"].q, calls["bf16 64"].k
+    yield Case("mask", lambda: scaled_dot_product_attention_keep(q, k, key, 0.5), Promise())

@@ -1,0 +1,142 @@
+"""scaled_dot_product_attention in Triton: forward, backward and the dropout mask. Kernels: _forward.py, _backward.py,
+_mask_gradient.py; csrc/include/scaled_dot_product_attention.h has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import scaled_dot_product_attention_launch as launches
+from .philox import philox4x32
+from .scaled_dot_product_attention_backward import (
+    keys_kernel,
+    queries_kernel,
+    sink_gradient_kernel,
+    statistics_kernel,
+)
+from .scaled_dot_product_attention_forward import forward_kernel
+from .scaled_dot_product_attention_launch import Problem, bits, new_heads, operand, pack_of, readable
+from .scaled_dot_product_attention_mask_gradient import mask_gradient_kernel, sum_mask_gradient_kernel
+
+_BLOCK = 256  # of the kernels that go through a list of numbers
+
+
+def scaled_dot_product_attention_fwd(*arguments):
+    """scaled_dot_product_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key,
+    Tensor? alibi_slopes, Tensor? sinks, Tensor? key_ranges, Tensor? query_ranges, float dropout_p, int left, int right,
+    bool lower_right, float scale) -> (Tensor out, Tensor lse)"""
+    p = Problem(*arguments)
+    out = new_heads(p.query, p.value.shape[-1])
+    lse = p.query.new_empty(p.query.shape[:-1], dtype=launches.lse_dtype(p.query.dtype))
+    if p.is_empty:
+        return out.zero_(), lse.fill_(-math.inf)
+    tile, pack = p.tile("plain" if p.is_plain else "forward"), pack_of(out)
+    more = {"lse": lse, "sinks": None if p.sinks is None else p.sinks.contiguous(), "OUT_PACK": pack}
+    more |= {"EVEN": p.keys % tile.columns == 0} | _renamed(operand("o", out, pack), o="out")
+    programs = p.heads * triton.cdiv(p.queries, tile.rows)
+    p.launch(forward_kernel, programs, (0, p.value.shape[-1]), tile, p.arguments() | more)
+    return out, lse
+
+
+def scaled_dot_product_attention_bwd(grad_out, grad_lse, *rest):
+    """scaled_dot_product_attention_bwd(Tensor grad_out, Tensor? grad_lse, <tensors of fwd>, Tensor out, Tensor lse,
+    <options of fwd>, bool mask_gradient, bool sinks_gradient)
+    -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)"""
+    *tensors, out, lse = rest[:11]
+    *options, mask_gradient, sinks_gradient = rest[11:]
+    p = Problem(*tensors, *options)
+    grads = [new_heads(t, t.shape[-1]) for t in (p.query, p.key, p.value)]
+    grad_mask = p.attn_mask.new_empty(p.attn_mask.shape) if mask_gradient else p.query.new_empty(0, dtype=p.compute)
+    grad_sinks = p.query.new_empty(p.sinks.shape if sinks_gradient else 0, dtype=p.compute)
+    if p.is_empty:
+        return tuple(t.zero_() for t in (*grads, grad_mask, grad_sinks))
+    sinks = None if p.sinks is None else p.sinks.contiguous()
+    rows = p.heads * p.queries
+    statistics = p.query.new_empty((3, rows), dtype=p.compute)
+    out, pack = readable(out), pack_of(*grads)
+    common = p.arguments(readable(grad_out)) | {
+        "statistics": statistics, "rows_of_all": rows, "scale": bits(p.scale),
+        "query_ranges": None if p.query_ranges is None else p.query_ranges.contiguous(),
+    }  # fmt: skip
+
+    tile = p.tile("queries")
+    programs = p.heads * triton.cdiv(p.queries, tile.rows)
+    even = {"EVEN": p.keys % tile.columns == 0}
+    of_rows = {"lse": lse.contiguous(), "grad_lse": None if grad_lse is None else grad_lse.contiguous()}
+    of_rows |= {"sinks": sinks, "OUT_PACK": pack_of(out)} | _renamed(operand("o", out, pack_of(out)), o="out")
+    p.launch(statistics_kernel, programs, (0, 0), tile, common | even | of_rows)
+    common |= {"OUT_PACK": pack}
+    p.launch(queries_kernel, programs, (p.query.shape[-1], 0), tile, common | even | operand("dq", grads[0], pack))
+
+    tile = p.tile("keys")
+    of_keys = operand("dk", grads[1], pack) | operand("dv", grads[2], pack) | {"EVEN": p.queries % tile.columns == 0}
+    programs = p.heads // p.group * triton.cdiv(p.keys, tile.rows)
+    p.launch(keys_kernel, programs, (p.query.shape[-1], p.value.shape[-1]), tile, common | of_keys)
+
+    if sinks_gradient:
+        with torch.cuda.device_of(p.query):
+            sink_gradient_kernel[(p.heads,)](
+                grad_sinks, sinks, statistics, p.queries, rows,
+                COMPUTE=common["COMPUTE"], BASE2=common["BASE2"], BLOCK=_BLOCK,
+            )  # fmt: skip
+    if mask_gradient:
+        _mask_gradient(p, grad_mask, common)
+    return (*grads, grad_mask, grad_sinks)
+
+
+def _renamed(arguments: dict[str, object], **names: str) -> dict[str, object]:
+    return {names.get(name, name): x for name, x in arguments.items()}
+
+
+def _mask_gradient(p: Problem, grad_mask: torch.Tensor, common: dict[str, object]) -> None:
+    """dS, summed over the heads that share a matrix of the mask, and over its rows or columns where it has one."""
+    tile, sizes, axes = p.tile("mask"), p.mask.shape, range(len(p.batch))
+    own, shared = ([d for d in axes if (sizes[d] > 1) == mine] for mine in (True, False))
+    sharing = math.prod(p.batch[d] for d in shared)
+    members = torch.arange(p.heads, device=p.query.device).view(p.batch).permute(*own, *shared).reshape(-1, sharing)
+    one_row, one_column = sizes[-2] == 1 and p.queries > 1, sizes[-1] == 1 and p.keys > 1
+    row_tiles, column_tiles = triton.cdiv(p.queries, tile.rows), triton.cdiv(p.keys, tile.columns)
+    parts = row_tiles if one_row else p.queries, column_tiles if one_column else p.keys
+    partial = grad_mask
+    if one_row or one_column:  # 16-bit tiles need the registers that fp64 sums would take
+        sums = torch.float32 if p.kind == "half" else torch.float64
+        partial = p.query.new_empty((members.shape[0], *parts), dtype=sums)
+    more = {
+        "partial": partial, "members": members, "sharing": sharing, "row_parts": parts[0], "column_parts": parts[1],
+        "ONE_ROW": one_row, "ONE_COLUMN": one_column, "SUM": tl.float32 if p.kind == "half" else tl.float64,
+    }  # fmt: skip
+    p.launch(mask_gradient_kernel, members.shape[0] * row_tiles * column_tiles, (0, 0), tile, common | more)
+    if one_row or one_column:
+        with torch.cuda.device_of(p.query):
+            sum_mask_gradient_kernel[(triton.cdiv(grad_mask.numel(), _BLOCK),)](
+                grad_mask, partial, sizes[-2], sizes[-1], *parts, grad_mask.numel(),
+                ONE_ROW=one_row, ONE_COLUMN=one_column, BLOCK=_BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["threshold", "count"])
+def keep_kernel(keep, dropout_key, threshold, count, BLOCK: tl.constexpr):
+    """keep[e] = whether dropout keeps element e of P."""
+    quad = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(dropout_key).to(tl.uint64, bitcast=True)
+    w0, w1, w2, w3 = philox4x32(seed, (tl.load(dropout_key + 1) + quad).to(tl.uint64, bitcast=True))
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [4 * BLOCK])
+    place = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    tl.store(keep + place, (words.to(tl.int64) >= threshold).to(tl.uint8), mask=place < count)
+
+
+def scaled_dot_product_attention_keep(query, key, dropout_key, dropout_p):
+    """scaled_dot_product_attention_keep(Tensor query, Tensor key, Tensor dropout_key, float dropout_p) -> Tensor"""
+    keep = query.new_empty((*query.shape[:-1], key.shape[-2]), dtype=torch.bool)
+    if dropout_p == 0:
+        return keep.fill_(True)
+    if keep.numel() > 0:
+        with torch.cuda.device_of(query):
+            keep_kernel[(triton.cdiv(keep.numel(), 4 * _BLOCK),)](
+                keep.view(torch.uint8), dropout_key.contiguous(), int(dropout_p * 2**32), keep.numel(), BLOCK=_BLOCK
+            )
+    return keep

@@ -1,0 +1,162 @@
+"""Attention, forward: one pass over the keys with an online softmax.
+
+A program owns ROWS queries of a head and BLOCK_V columns of their outputs; tiles of COLS keys and values stream past.
+Tiles outside of what all its queries see are never read; those in which every score takes part are told from the
+others by their place, and pay nothing for masks.
+"""
+
+import triton
+import triton.language as tl
+
+from .scaled_dot_product_attention_tile import (
+    INFINITY,
+    LOG2_E,
+    SIZES,
+    add_product,
+    exponential,
+    head_of,
+    kept_of,
+    load_rows,
+    nonfinite_sum,
+    number,
+    product,
+    rows_of,
+    runs,
+    score,
+    seen_of,
+    span,
+    tiles_of,
+    without_nonfinite,
+)
+
+
+@triton.jit
+def forward_tile(
+    out, top, total, spoiled, own, p_own, k_head, k_row, v_head, v_row, i, j_first, out_column, first_row,
+    first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
+    dropout_key, threshold, kept, dim, value_dim,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr, BASE2: tl.constexpr,
+    MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    QUADS: tl.constexpr, CHECKED: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """The running sums (ROWS, BLOCK_V), maxima (ROWS, 1) and totals with one more tile of keys.
+
+    HIDES: what is not seen may be NaN or infinite; spoiled, (COLS,), becomes NaN where a value was and is left out.
+    """
+    rows = j_first + tl.arange(0, COLS)
+    in_keys = (rows < keys)[:, None]
+    p_k = rows_of(k_head, rows[:, None], k_row, PACK)
+    b_k = 0.0
+    if STEP == 0:
+        b_k = load_rows(p_k, in_keys, 0, DIM, BLOCK_D)
+    s = product(own, b_k, p_own, i < queries, p_k, in_keys, dim, DIM, STEP, ROWS, COLS, COMPUTE)
+    j = rows[None, :]
+    s, _ = score(
+        s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
+        MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, CHECKED, BASE2,
+    )  # fmt: skip
+    most = tl.maximum(top, tl.max(s, axis=1)[:, None])
+    shift = tl.where(most == -INFINITY, 0.0, most)
+    p = exponential(s - shift, BASE2)
+    correction = exponential(top - shift, BASE2)
+    total = total * correction + tl.sum(p, axis=1)[:, None]
+    if dropout_key is not None:
+        keep = kept_of(dropout_key, threshold, first_element, i, j, first_row, j_first, keys, ROWS, COLS, False, QUADS)
+        p = tl.where(keep, p * kept, 0.0)
+    b_v = load_rows(rows_of(v_head, rows[:, None], v_row, PACK), in_keys, out_column, VALUE_DIM, BLOCK_V)
+    out = out * correction
+    if HIDES:
+        b_v, spoiled = without_nonfinite(b_v, spoiled)
+    return add_product(out, p, b_v), most, total, spoiled
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    out, lse, q, k, v, mask, dropout_key, slopes, sinks, key_ranges,
+    o_table, q_table, k_table, v_table, m_table,
+    o_inner, o_outer, o_step, o_row, q_inner, q_outer, q_step, q_row,
+    k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
+    queries, keys, dim, value_dim, group, lower, upper, diagonal, factor, softcap, threshold, kept,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, OUT_PACK: tl.constexpr, COMPUTE: tl.constexpr,
+    BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """out (heads, queries, VALUE_DIM), lse (heads, queries) contiguous. See scaled_dot_product_attention_launch.py."""
+    RANGED: tl.constexpr = key_ranges is not None
+    WINDOW: tl.constexpr = LEFT or RIGHT
+    ALIBI: tl.constexpr = slopes is not None
+    tiles = tl.cdiv(queries, ROWS)
+    head = tl.program_id(0) // tiles
+    # The last queries see the most keys of a causal head: their programs begin first.
+    first_row = (tiles - 1 - tl.program_id(0) % tiles) * ROWS
+    out_column = tl.program_id(1) * BLOCK_V
+    factor, softcap, kept = number(factor).to(COMPUTE), number(softcap).to(COMPUTE), number(kept).to(COMPUTE)
+    row = first_row + tl.arange(0, ROWS)
+    i = row[:, None]
+    in_queries = i < queries
+    p_q = rows_of(head_of(q, q_table, head, q_inner, q_outer, q_step, PACK), i, q_row, PACK)
+    k_head = head_of(k, k_table, head // group, k_inner, k_outer, k_step, PACK)
+    v_head = head_of(v, v_table, head // group, v_inner, v_outer, v_step, PACK)
+    p_mask = mask
+    if MASK != 0:
+        p_mask = head_of(mask, m_table, head, m_inner, m_outer, m_step, 1)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + head)
+        if BASE2:
+            slope *= LOG2_E
+    first_element = head.to(tl.int64) * queries * keys
+    own = 0.0
+    if STEP == 0:
+        own = load_rows(p_q, in_queries, 0, DIM, BLOCK_D)
+
+    acc = tl.zeros([ROWS, BLOCK_V], COMPUTE)
+    top = tl.full([ROWS, 1], -INFINITY, COMPUTE)
+    total = tl.zeros([ROWS, 1], COMPUTE)
+    spoiled = tl.zeros([COLS], COMPUTE)
+    if sinks is not None:
+        sink = tl.load(sinks + head)
+        top = tl.zeros([ROWS, 1], COMPUTE) + (sink * LOG2_E if BASE2 else sink)
+        total += 1.0
+
+    begin, middle, second, end = span(
+        first_row, tl.minimum(first_row + ROWS, queries) - 1, key_ranges, lower, upper + 1, keys, WINDOW, 4, COLS, MASK
+    )
+    for phase in tl.static_range(3):
+        if runs(phase, MASK, LEFT or RANGED, WINDOW or RANGED or not EVEN):
+            first, last = tiles_of(phase, begin, middle, second, end)
+            for tile in range(first, last):
+                acc, top, total, spoiled = forward_tile(
+                    acc, top, total, spoiled, own, p_q, k_head, k_row, v_head, v_row, i, tile * COLS, out_column,
+                    first_row, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper,
+                    p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
+                    DIM, VALUE_DIM, STEP, BLOCK_D, BLOCK_V, ROWS, COLS, PACK, COMPUTE, BASE2, MASK, MASK_COLUMN,
+                    WINDOW, ALIBI, SOFTCAP, QUADS, phase != 1, phase != 1 and (MASK != 0 or WINDOW or RANGED),
+                )  # fmt: skip
+
+    if MASK != 0 or WINDOW or RANGED:
+        spoiled_sum = tl.sum(spoiled, axis=0)
+        for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+            rows = tile * COLS + tl.arange(0, COLS)
+            p_v = rows_of(v_head, rows[:, None], v_row, PACK)
+            b_v = load_rows(p_v, (rows < keys)[:, None], out_column, VALUE_DIM, BLOCK_V)
+            seen, _ = seen_of(
+                i, rows[None, :], key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK, MASK_COLUMN,
+                WINDOW, COMPUTE,
+            )  # fmt: skip
+            acc += nonfinite_sum(seen, b_v, COMPUTE)
+
+    if tl.program_id(1) == 0:
+        p_lse = lse + head.to(tl.int64) * queries + i
+        if BASE2:
+            sums = (top + tl.log2(total)) / LOG2_E
+        else:
+            sums = top.to(tl.float64) + tl.log(total.to(tl.float64))
+        tl.store(p_lse, tl.where(total == 0.0, -INFINITY, sums).to(lse.dtype.element_ty), mask=in_queries)
+    total = tl.where(total == 0.0, 1.0, total)
+    result = acc / total if COMPUTE.primitive_bitwidth == 64 else tl.div_rn(acc, total + tl.zeros_like(acc))
+    d = (out_column + tl.arange(0, BLOCK_V))[None, :]
+    p_out = rows_of(head_of(out, o_table, head, o_inner, o_outer, o_step, OUT_PACK), i, o_row, OUT_PACK)
+    tl.store(p_out + d, result.to(out.dtype.element_ty), mask=in_queries & (d < VALUE_DIM))
