@@ -1,6 +1,7 @@
 """Fused ops, with the arguments of torch.nn.functional plus keyword-only extras."""
 
 from . import _attention_provider
+from .additive_attention import additive_attention
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
@@ -13,6 +14,7 @@ from .tree_lstm import Forest, tree_lstm
 
 __all__ = [
     "Forest",
+    "additive_attention",
     "conv2d",
     "conv_transpose2d",
     "diffusion_loss",
