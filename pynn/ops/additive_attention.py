@@ -117,11 +117,12 @@ class AdditiveAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _lse, grad_weights):
         if grad_out is None and grad_weights is None:
             return (None,) * 6
-        query, _, value, _, attn_mask, lse = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        query, _, value, _, attn_mask, _ = tensors
         if grad_out is None:
             grad_out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         grad_weights = grad_weights if ctx.return_weights else None
-        inputs = (grad_out, grad_weights, *ctx.saved_tensors, ctx.needs_input_grad[4])
+        inputs = (grad_out, grad_weights, *tensors, ctx.needs_input_grad[4])
         if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
             grads = AdditiveAttentionBackward.forward(*inputs)
         else:
@@ -165,9 +166,9 @@ def additive_attention(
     """Additive attention (Bahdanau, Cho, Bengio 2015, arXiv 1409.0473): P value with P = softmax(S + mask) and
     S_ij = sum_d weight_d tanh(query_id + key_jd).
 
-    query and key come projected, with a bias in either of them. The Lq Lk D tangents are made in the kernels, in forward
-    and again in backward, and never stored: memory is that of the operands, and that of the scores (Lq Lk) only for
-    return_weights and for the gradient of attn_mask. A second derivative goes through torch's ops and stores them all.
+    query and key come projected, with a bias in either of them. The Lq Lk D tangents are made in the kernels, in
+    forward and again in backward, and never stored: memory is that of the operands, and that of the scores (Lq Lk) only
+    for return_weights and for the gradient of attn_mask. A second derivative goes through torch's ops and stores them.
 
     A key that is masked (False or -inf) has no influence at all, NaN included; a query whose keys are all masked gets 0
     and gives no gradient.
@@ -176,7 +177,7 @@ def additive_attention(
         query: (..., Lq, D) float64, float32, float16 or bfloat16; at least 2 dimensions, leading ones broadcast.
         key: (..., Lk, D). value: (..., Lk, Dv).
         weight: (D,).
-        attn_mask: broadcastable to (..., Lq, Lk): bool (True takes part), or float32 or the dtype of query (added to the
+        attn_mask: broadcastable to (..., Lq, Lk): bool (True takes part), or float32 or query's dtype (added to the
             scores). The gradient of a float mask is summed over its broadcast dimensions.
         return_weights: also return the weights of the values, with their gradient.
     Returns:
