@@ -45,6 +45,12 @@ def tangents(p_rows, o_row, seen, b_other, columns, DIM: tl.constexpr, A: tl.con
 
 
 @triton.jit
+def score_of(b_t, b_weight, b_added, S: tl.constexpr):
+    """In the precision of lse: an error of a score is one of its whole row."""
+    return tl.sum(b_t * b_weight[None, :], 1).to(S) + b_added.to(S)
+
+
+@triton.jit
 def row_of(p_rows, i_row, columns, WIDTH: tl.constexpr, A: tl.constexpr):
     o_column = tl.arange(0, WIDTH)
     return tl.load(p_rows + i_row * columns + o_column, o_column < columns, 0.0).to(A)
@@ -54,7 +60,8 @@ def row_of(p_rows, i_row, columns, WIDTH: tl.constexpr, A: tl.constexpr):
 def forward_kernel(
     p_out, p_lse, p_weights, p_query, p_key, p_value, p_weight, p_mask, outer_stride, inner_stride, row_stride,
     column_stride, inner, queries, keys, dim, value_dim,
-    TILE: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, A: tl.constexpr, BOOL: tl.constexpr,
+    TILE: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
+    BOOL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of a row of out; the first program of a row writes its lse and weights too."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -63,19 +70,19 @@ def forward_kernel(
     o_value = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     b_query = row_of(p_query, i_row, dim, DIM, A)
     b_weight = row_of(p_weight, 0, dim, DIM, A)
-    top = tl.full([], float("-inf"), A)
-    total = tl.zeros([], A)
+    top = tl.full([], float("-inf"), S)
+    total = tl.zeros([], S)
     b_out = tl.zeros([COLUMNS], A)
     for first in range(0, keys, TILE):
         o_key = first + tl.arange(0, TILE).to(tl.int64)
         seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
         b_t = tangents(p_key, i_head * keys + o_key, seen, b_query, dim, DIM, A)  # [TILE, DIM]
-        b_score = tl.where(seen, tl.sum(b_t * b_weight[None, :], 1) + b_added, float("-inf"))
+        b_score = tl.where(seen, score_of(b_t, b_weight, b_added, S), float("-inf"))
         new_top = tl.maximum(top, tl.max(b_score, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        rescale = tl.exp(top - shift)
-        b_share = tl.where(seen, tl.exp(b_score - shift), 0.0)
-        total = total * rescale + tl.sum(b_share, 0)
+        rescale = tl.exp((top - shift).to(A))
+        b_share = tl.where(seen, tl.exp((b_score - shift).to(A)), 0.0)
+        total = total * rescale.to(S) + tl.sum(b_share.to(S), 0)
         inside = seen[:, None] & (o_value < value_dim)[None, :]
         p_tile = p_value + (i_head * keys + o_key)[:, None] * value_dim + o_value[None, :]
         b_value = tl.load(p_tile, inside, 0.0).to(A)  # [TILE, COLUMNS]
@@ -83,33 +90,33 @@ def forward_kernel(
         top = new_top
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    tl.store(p_out + i_row * value_dim + o_value, (b_out / total).to(p_out.dtype.element_ty), o_value < value_dim)
+    tl.store(p_out + i_row * value_dim + o_value, (b_out / total.to(A)).to(p_out.dtype.element_ty), o_value < value_dim)
     if tl.program_id(1) == 0:
-        lse = tl.where(empty, float("-inf"), top.to(tl.float64) + tl.log(total.to(tl.float64)))
+        lse = tl.where(empty, float("-inf"), top + tl.log(total))
         tl.store(p_lse + i_row, lse.to(p_lse.dtype.element_ty))
         if p_weights is not None:
             for first in range(0, keys, TILE):
                 o_key = first + tl.arange(0, TILE).to(tl.int64)
                 seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
                 b_t = tangents(p_key, i_head * keys + o_key, seen, b_query, dim, DIM, A)
-                b_score = tl.sum(b_t * b_weight[None, :], 1) + b_added
-                b_share = tl.where(seen, tl.exp(b_score - top) / total, 0.0)
+                b_score = score_of(b_t, b_weight, b_added, S)
+                b_share = tl.where(seen, tl.exp((b_score - top).to(A)) / total.to(A), 0.0)
                 tl.store(p_weights + i_row * keys + o_key, b_share.to(p_weights.dtype.element_ty), o_key < keys)
 
 
 @triton.jit
 def shares_and_slopes(
     p_rows, o_row, p_grad_weights, o_weight, seen, b_score, b_other, lse, value_dim,
-    VALUE: tl.constexpr, A: tl.constexpr,
+    VALUE: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """P, [TILE], and its gradient in float64, from rows of values or of grad_out and the one `other`; those rows."""
-    b_share = tl.where(seen, tl.exp((b_score.to(tl.float64) - lse).to(A)), 0.0)
+    """P, [TILE], and its gradient, from rows of values or of grad_out and the one `other`; those rows."""
+    b_share = tl.where(seen, tl.exp((b_score - lse).to(A)), 0.0)
     o_value = tl.arange(0, VALUE)
     inside = seen[:, None] & (o_value < value_dim)[None, :]
     b_rows = tl.load(p_rows + o_row[:, None] * value_dim + o_value[None, :], inside, 0.0).to(A)  # [TILE, VALUE]
-    b_slope = tl.sum(b_rows * b_other[None, :], 1).to(tl.float64)
+    b_slope = tl.sum(b_rows * b_other[None, :], 1).to(S)
     if p_grad_weights is not None:
-        b_slope += tl.load(p_grad_weights + o_weight, seen, 0.0).to(tl.float64)
+        b_slope += tl.load(p_grad_weights + o_weight, seen, 0.0).to(S)
     return b_share, tl.where(seen, b_slope, 0.0), b_rows
 
 
@@ -117,7 +124,8 @@ def shares_and_slopes(
 def query_kernel(
     p_grad_query, p_weight_parts, p_grad_scores, p_deltas, p_grad_out, p_grad_weights, p_lse, p_query, p_key, p_value,
     p_weight, p_mask, outer_stride, inner_stride, row_stride, column_stride, inner, queries, keys, dim, value_dim,
-    TILE: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr, A: tl.constexpr, BOOL: tl.constexpr,
+    TILE: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
+    BOOL: tl.constexpr,
 ):  # fmt: skip
     """delta of a query; then its gradient, that of its scores, and its part of the weight's."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -126,18 +134,18 @@ def query_kernel(
     b_query = row_of(p_query, i_row, dim, DIM, A)
     b_weight = row_of(p_weight, 0, dim, DIM, A)
     b_grad_out = row_of(p_grad_out, i_row, value_dim, VALUE, A)
-    lse = tl.load(p_lse + i_row).to(tl.float64)
-    delta = tl.zeros([], tl.float64)
+    lse = tl.load(p_lse + i_row).to(S)
+    delta = tl.zeros([], S)
     for first in range(0, keys, TILE):
         o_key = first + tl.arange(0, TILE).to(tl.int64)
         o_row = i_head * keys + o_key
         seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
         b_t = tangents(p_key, o_row, seen, b_query, dim, DIM, A)
-        b_score = tl.sum(b_t * b_weight[None, :], 1) + b_added
+        b_score = score_of(b_t, b_weight, b_added, S)
         b_share, b_slope, _ = shares_and_slopes(
-            p_value, o_row, p_grad_weights, i_row * keys + o_key, seen, b_score, b_grad_out, lse, value_dim, VALUE, A
+            p_value, o_row, p_grad_weights, i_row * keys + o_key, seen, b_score, b_grad_out, lse, value_dim, VALUE, A, S
         )
-        delta += tl.sum(b_share.to(tl.float64) * b_slope, 0)
+        delta += tl.sum(b_share.to(S) * b_slope, 0)
     tl.store(p_deltas + i_row, delta)
     b_to_query = tl.zeros([DIM], A)
     b_to_weight = tl.zeros([DIM], A)
@@ -146,11 +154,11 @@ def query_kernel(
         o_row = i_head * keys + o_key
         seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
         b_t = tangents(p_key, o_row, seen, b_query, dim, DIM, A)
-        b_score = tl.sum(b_t * b_weight[None, :], 1) + b_added
+        b_score = score_of(b_t, b_weight, b_added, S)
         b_share, b_slope, _ = shares_and_slopes(
-            p_value, o_row, p_grad_weights, i_row * keys + o_key, seen, b_score, b_grad_out, lse, value_dim, VALUE, A
+            p_value, o_row, p_grad_weights, i_row * keys + o_key, seen, b_score, b_grad_out, lse, value_dim, VALUE, A, S
         )
-        b_slope = tl.where(seen, b_share.to(tl.float64) * (b_slope - delta), 0.0).to(A)
+        b_slope = tl.where(seen, b_share.to(S) * (b_slope - delta), 0.0).to(A)
         if p_grad_scores is not None:
             tl.store(p_grad_scores + i_row * keys + o_key, b_slope, o_key < keys)
         # A query without keys may hold anything.
@@ -167,7 +175,8 @@ def query_kernel(
 def key_kernel(
     p_grad_key, p_grad_value, p_deltas, p_grad_out, p_grad_weights, p_lse, p_query, p_key, p_value, p_weight, p_mask,
     outer_stride, inner_stride, row_stride, column_stride, inner, queries, keys, dim, value_dim,
-    TILE: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr, A: tl.constexpr, BOOL: tl.constexpr,
+    TILE: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
+    BOOL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a key and of its value."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -183,13 +192,24 @@ def key_kernel(
         o_row = i_head * queries + o_query
         seen, b_added = mask_tile(p_mask, o_mask + o_query * row_stride, o_query < queries, A, BOOL)
         b_t = tangents(p_query, o_row, seen, b_key, dim, DIM, A)
-        b_score = tl.sum(b_t * b_weight[None, :], 1) + b_added
-        b_lse = tl.load(p_lse + o_row, seen, 0.0).to(tl.float64)
+        b_score = score_of(b_t, b_weight, b_added, S)
+        b_lse = tl.load(p_lse + o_row, seen, 0.0).to(S)
         b_share, b_slope, b_grad_out = shares_and_slopes(
-            p_grad_out, o_row, p_grad_weights, o_row * keys + i_key, seen, b_score, b_value, b_lse, value_dim, VALUE, A
+            p_grad_out,
+            o_row,
+            p_grad_weights,
+            o_row * keys + i_key,
+            seen,
+            b_score,
+            b_value,
+            b_lse,
+            value_dim,
+            VALUE,
+            A,
+            S,
         )
         b_delta = tl.load(p_deltas + o_row, seen, 0.0)
-        b_slope = tl.where(seen, b_share.to(tl.float64) * (b_slope - b_delta), 0.0).to(A)
+        b_slope = tl.where(seen, b_share.to(S) * (b_slope - b_delta), 0.0).to(A)
         b_t = tl.where(seen[:, None], b_t, 0.0)  # a key that no query sees may hold anything
         b_to_key += tl.sum(b_slope[:, None] * (1.0 - b_t * b_t), 0)
         b_to_value += tl.sum(b_share[:, None] * b_grad_out, 0)
@@ -245,9 +265,18 @@ class _Call:
         width = max(16, triton.next_power_of_2(self.dim))
         tile = max(1, min(triton.next_power_of_2(count), ELEMENTS // max(width, *widths.values())))
         compute = tl.float64 if query.dtype is torch.float64 else tl.float32
+        scores = tl.float32 if query.element_size() == 2 else tl.float64
         with torch.cuda.device_of(query):
             kernel[(rows, columns)](
-                *args, *self.arguments, TILE=tile, DIM=width, **widths, A=compute, BOOL=self.is_bool, num_warps=4
+                *args,
+                *self.arguments,
+                TILE=tile,
+                DIM=width,
+                **widths,
+                A=compute,
+                S=scores,
+                BOOL=self.is_bool,
+                num_warps=4,
             )
 
 
@@ -283,7 +312,7 @@ def additive_attention_bwd(grad_out, grad_weights, query, key, value, weight, at
     grad_weights = None if grad_weights is None else grad_weights.contiguous()
     rows = call.heads * call.queries
     parts = query.new_empty((rows, call.dim), dtype=sums)
-    deltas = query.new_empty(rows, dtype=torch.float64)
+    deltas = torch.empty_like(lse)
     saved = (deltas, grad_out, grad_weights, lse)
     width = max(16, triton.next_power_of_2(call.value_dim))
     to_scores = scores if mask_gradient else None

@@ -11,124 +11,44 @@
 //
 // Each number in scratch belongs to one thread, and every sum has one order: no atomics, the same bits every time.
 #pragma once
-#include "additive_attention.h"
-#include "arithmetic.cuh"
-#include "warp_sum.cuh"
+#include "additive_attention_tiles.cuh"
 
 namespace pynn::cuda {
 namespace {
 namespace additive {
 
-constexpr int kWarps = 8, kThreads = kWarps * 32, kKeys = 32;
-constexpr int kChunk = 64;          // columns of Q and K in shared memory at a time
-constexpr int kPitch = kChunk + 1;  // of a key there: lanes read a column
-constexpr int64_t kMostBlocks = 1 << 20;
+constexpr int kResident = 2;           // blocks on a processor: asked for less, the compiler spills to have more
+constexpr int64_t kMostHeads = 65535;  // of a grid; its blocks go on to the others
 
 template <class T>
-__device__ __forceinline__ accumulate_t<T> tangent(accumulate_t<T> x) {
-  if constexpr (sizeof(T) == 8)
-    return tanh(x);
-  else if constexpr (sizeof(T) == 4)
-    return tanhf(x);
-  else  // absolute error 1e-7; the exponential may be infinite, the quotient is then 0
-    return 1 - 2 * divide<T>(1, exp_of<T>(2 * x) + 1);
-}
-
-template <class A>
-__device__ __forceinline__ A largest(A value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const A other = __shfl_xor_sync(kFullWarp, value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-// The rows of Q and K in shared memory, and the scores of the two.
-template <class T>
-struct Tiles {
-  using A = accumulate_t<T>;
-  A *query, *key, *weight;  // (kWarps, kChunk), (kKeys, kPitch), (kChunk)
-
-  // weight . tanh(q + k) for the query of this warp and the key of this lane; any number where one of them does not
-  // exist. Called by whole blocks.
-  __device__ A score(const AdditiveOperands<T>& o, const AdditiveShape& shape, int64_t head, int64_t first_query,
-                     int64_t first_key) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    A score = 0;
-    for (int64_t first = 0; first < shape.dim; first += kChunk) {
-      const int columns = int(min(shape.dim - first, int64_t(kChunk)));
-      __syncthreads();  // the chunk before has been read
-      for (int at = threadIdx.x; at < kWarps * kChunk; at += kThreads)
-        query[at] = element(o.query, head, first_query + at / kChunk, shape.queries, first + at % kChunk, shape.dim);
-      for (int at = threadIdx.x; at < kKeys * kChunk; at += kThreads)
-        key[at / kChunk * kPitch + at % kChunk] =
-            element(o.key, head, first_key + at / kChunk, shape.keys, first + at % kChunk, shape.dim);
-      for (int at = threadIdx.x; at < columns; at += kThreads) weight[at] = to_float(o.weight[first + at]);
-      __syncthreads();
-      A sums[2] = {0, 0};
-      for (int d = 0; d < columns; ++d)
-        sums[d % 2] = fma(weight[d], tangent<T>(query[warp * kChunk + d] + key[lane * kPitch + d]), sums[d % 2]);
-      score += sums[0] + sums[1];
-    }
-    return score;
-  }
-
- private:
-  // 0 outside of the matrix of a head.
-  static __device__ __forceinline__ A element(const T* m, int64_t head, int64_t row, int64_t rows, int64_t column,
-                                              int64_t columns) {
-    return row < rows && column < columns ? A(to_float(m[(head * rows + row) * columns + column])) : A(0);
-  }
-};
-
-#define ADDITIVE_TILES(T, tiles)                             \
-  SHARED_ARRAY(accumulate_t<T>, query_tile, kWarps* kChunk); \
-  SHARED_ARRAY(accumulate_t<T>, key_tile, kKeys* kPitch);    \
-  SHARED_ARRAY(accumulate_t<T>, weight_tile, kChunk);        \
-  const Tiles<T> tiles { query_tile, key_tile, weight_tile }
-
-// Where a thread is: its query, and the key of its lane.
-struct Place {
-  int64_t head, query, key;
-  bool exists;  // both of them
-};
-
-// Whether the score takes part, and what the mask adds to it.
-template <class T>
-__device__ __forceinline__ bool visible(const AdditiveOperands<T>& o, const Place& at, int64_t mask_at,
-                                        accumulate_t<T>& added) {
-  added = 0;
-  return at.exists && o.mask.visible(mask_at + at.query * o.mask.row + at.key * o.mask.column, added);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     forward_kernel(T* out, attention_lse_t<T>* lse, T* weights, accumulate_t<T>* sums, AdditiveOperands<T> o,
-                   AdditiveShape shape, int64_t query_tiles) {
+                   AdditiveShape shape) {
   using A = accumulate_t<T>;
+  using Score = attention_lse_t<T>;
   ADDITIVE_TILES(T, tiles);
   SHARED_ARRAY(A, shares, kThreads);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   A* const share = shares + warp * 32;
-  for (int64_t tile = blockIdx.x; tile < shape.heads * query_tiles; tile += gridDim.x) {
-    const int64_t head = tile / query_tiles, first_query = tile % query_tiles * kWarps, query = first_query + warp;
+  for (int64_t head = blockIdx.y; head < shape.heads; head += gridDim.y) {
+    const int64_t first_query = int64_t(blockIdx.x) * kWarps, query = first_query + warp;
     const int64_t row = head * shape.queries + query, mask_at = o.mask.offset(shape, head);
-    A top = -A(INFINITY), total = 0, added;
+    Score top = -Score(INFINITY), total = 0;
+    A added;
     bool any = false;
     for (int64_t first = 0; first < shape.keys; first += kKeys) {
-      const A score = tiles.score(o, shape, head, first_query, first);
+      const auto score = tiles.score(o, shape, head, first_query, first);
       const Place at{head, query, first + lane, query < shape.queries && first + lane < shape.keys};
       const bool seen = visible(o, at, mask_at, added);
       const unsigned bits = __ballot_sync(kFullWarp, seen);
-      const A own = seen ? score + added : -A(INFINITY), new_top = largest(own > top ? own : top);
+      const Score own = seen ? score + Score(added) : -Score(INFINITY), new_top = largest(own > top ? own : top);
       // Nothing of the softmax so far: out begins at 0. A NaN is no maximum, but its share is NaN.
-      const A rescale = any ? exp_of<T>(top - new_top) : A(0), p = seen ? exp_of<T>(own - new_top) : A(0);
+      const A rescale = any ? exp_of<T>(A(top - new_top)) : A(0), p = seen ? exp_of<T>(A(own - new_top)) : A(0);
       __syncwarp();
       share[lane] = p;
       __syncwarp();
       if (bits == 0) continue;
-      total = total * rescale + A(sum_lanes(double(p)));
+      total = total * Score(rescale) + Score(sum_lanes(double(p)));
       for (int64_t v = lane; v < shape.value_dim; v += 32) {
         A sum = 0;
         for (int j = 0; j < kKeys; ++j)
@@ -141,58 +61,35 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (query < shape.queries) {
       for (int64_t v = lane; v < shape.value_dim; v += 32)
-        out[row * shape.value_dim + v] = any ? from_float<T>(sums[row * shape.value_dim + v] / total) : T{};
-      if (lane == 0)
-        lse[row] = any ? attention_lse_t<T>(double(top) + log(double(total))) : -attention_lse_t<T>(INFINITY);
+        out[row * shape.value_dim + v] = any ? from_float<T>(A(Score(sums[row * shape.value_dim + v]) / total)) : T{};
+      if (lane == 0) lse[row] = any ? Score(double(top) + log(double(total))) : -Score(INFINITY);
     }
     if (weights == nullptr) continue;
     for (int64_t first = 0; first < shape.keys; first += kKeys) {
-      const A score = tiles.score(o, shape, head, first_query, first);
+      const auto score = tiles.score(o, shape, head, first_query, first);
       const Place at{head, query, first + lane, query < shape.queries && first + lane < shape.keys};
       const bool seen = visible(o, at, mask_at, added);
       if (at.exists)
-        weights[row * shape.keys + at.key] = seen ? from_float<T>(exp_of<T>(score + added - top) / total) : T{};
+        weights[row * shape.keys + at.key] =
+            seen ? from_float<T>(A(Score(exp_of<T>(A(score + Score(added) - top))) / total)) : T{};
     }
   }
 }
 
-// What both backward kernels need of a score.
 template <class T>
-struct Slope {
-  accumulate_t<T> share;  // P
-  double to_share;        // its gradient
-};
-
-template <class T>
-__device__ Slope<T> slope_of(const AdditiveSaved<T>& saved, const AdditiveOperands<T>& o, const AdditiveShape& shape,
-                             const Place& at, accumulate_t<T> score) {
-  using A = accumulate_t<T>;
-  const int64_t row = at.head * shape.queries + at.query;
-  const T* const grad_out = saved.grad_out + row * shape.value_dim;
-  const T* const value = o.value + (at.head * shape.keys + at.key) * shape.value_dim;
-  A sums[2] = {0, 0};
-  for (int64_t v = 0; v < shape.value_dim; ++v)
-    sums[v % 2] = fma(A(to_float(grad_out[v])), A(to_float(value[v])), sums[v % 2]);
-  double to_share = double(sums[0] + sums[1]);
-  if (saved.grad_weights) to_share += double(to_float(saved.grad_weights[row * shape.keys + at.key]));
-  return {exp_of<T>(A(double(score) - double(saved.lse[row]))), to_share};
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     query_kernel(AdditiveGradients<T> gradients, accumulate_t<T>* query_sums, accumulate_t<T>* weight_parts,
-                 double* deltas, AdditiveSaved<T> saved, AdditiveOperands<T> o, AdditiveShape shape,
-                 int64_t query_tiles) {
+                 double* deltas, AdditiveSaved<T> saved, AdditiveOperands<T> o, AdditiveShape shape) {
   using A = accumulate_t<T>;
   ADDITIVE_TILES(T, tiles);
   SHARED_ARRAY(A, slopes, kThreads);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   A* const slope = slopes + warp * 32;
-  for (int64_t tile = blockIdx.x; tile < shape.heads * query_tiles; tile += gridDim.x) {
-    const int64_t head = tile / query_tiles, first_query = tile % query_tiles * kWarps, query = first_query + warp;
+  for (int64_t head = blockIdx.y; head < shape.heads; head += gridDim.y) {
+    const int64_t first_query = int64_t(blockIdx.x) * kWarps, query = first_query + warp;
     const int64_t row = head * shape.queries + query, mask_at = o.mask.offset(shape, head);
     A* const to_query = query_sums + row * shape.dim;
-    A* const to_weight = weight_parts + (tile * kWarps + warp) * shape.dim;
+    A* const to_weight = weight_parts + ((head * gridDim.x + blockIdx.x) * kWarps + warp) * shape.dim;
     A added;
     for (int64_t d = lane; d < shape.dim; d += 32) {
       if (query < shape.queries) to_query[d] = 0;
@@ -200,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     double delta = 0;
     for (int64_t first = 0; first < shape.keys; first += kKeys) {
-      const A score = tiles.score(o, shape, head, first_query, first);
+      const auto score = tiles.score(o, shape, head, first_query, first);
       const Place at{head, query, first + lane, query < shape.queries && first + lane < shape.keys};
       if (visible(o, at, mask_at, added)) {
         const Slope<T> s = slope_of(saved, o, shape, at, score + added);
@@ -210,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
     delta = sum_lanes(delta);
     if (lane == 0 && query < shape.queries) deltas[row] = delta;
     for (int64_t first = 0; first < shape.keys; first += kKeys) {
-      const A score = tiles.score(o, shape, head, first_query, first);
+      const auto score = tiles.score(o, shape, head, first_query, first);
       const Place at{head, query, first + lane, query < shape.queries && first + lane < shape.keys};
       const bool seen = visible(o, at, mask_at, added);
       const unsigned bits = __ballot_sync(kFullWarp, seen);
@@ -244,10 +141,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     key_kernel(AdditiveGradients<T> gradients, accumulate_t<T>* key_sums, accumulate_t<T>* value_sums,
-               const double* deltas, AdditiveSaved<T> saved, AdditiveOperands<T> o, AdditiveShape shape,
-               int64_t key_tiles) {
+               const double* deltas, AdditiveSaved<T> saved, AdditiveOperands<T> o, AdditiveShape shape) {
   using A = accumulate_t<T>;
   ADDITIVE_TILES(T, tiles);
   SHARED_ARRAY(A, slopes, kThreads);
@@ -255,8 +151,8 @@ __global__ void __launch_bounds__(kThreads)
   SHARED_ARRAY(unsigned, seen_bits, kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int kOwned = kKeys / kWarps;  // keys whose sums a warp makes
-  for (int64_t tile = blockIdx.x; tile < shape.heads * key_tiles; tile += gridDim.x) {
-    const int64_t head = tile / key_tiles, first = tile % key_tiles * kKeys, mask_at = o.mask.offset(shape, head);
+  for (int64_t head = blockIdx.y; head < shape.heads; head += gridDim.y) {
+    const int64_t first = int64_t(blockIdx.x) * kKeys, mask_at = o.mask.offset(shape, head);
     const int64_t first_own = first + warp * kOwned, end_own = min(first_own + kOwned, shape.keys);
     for (int64_t key = first_own; key < end_own; ++key) {
       for (int64_t d = lane; d < shape.dim; d += 32) key_sums[(head * shape.keys + key) * shape.dim + d] = 0;
@@ -264,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
         value_sums[(head * shape.keys + key) * shape.value_dim + v] = 0;
     }
     for (int64_t first_query = 0; first_query < shape.queries; first_query += kWarps) {
-      const A score = tiles.score(o, shape, head, first_query, first);
+      const auto score = tiles.score(o, shape, head, first_query, first);
       const int64_t query = first_query + warp;
       const Place at{head, query, first + lane, query < shape.queries && first + lane < shape.keys};
       A added;
@@ -318,7 +214,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block adds the parts of 32 columns: each warp every kWarps-th part, then the first warp those sums.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     weight_kernel(T* weight, const accumulate_t<T>* parts, int64_t count, int64_t dim) {
   SHARED_ARRAY(double, sums, kThreads);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -335,7 +231,10 @@ __global__ void __launch_bounds__(kThreads)
 
 #undef ADDITIVE_TILES
 
-inline unsigned blocks_of(int64_t tiles) { return unsigned(min(tiles, kMostBlocks)); }
+// Blocks for `rows` of each head in tiles of `tile`.
+inline dim3 grid_of(const AdditiveShape& shape, int64_t rows, int tile) {
+  return dim3(unsigned(ceil_div(rows, tile)), unsigned(min(shape.heads, kMostHeads)));
+}
 
 // The parts of scratch in backward.
 template <class A>
@@ -374,9 +273,8 @@ int64_t AdditiveAttention<T>::bwd_scratch(const AdditiveShape& shape) {
 template <class T>
 bool AdditiveAttention<T>::fwd(T* out, attention_lse_t<T>* lse, T* weights, const AdditiveOperands<T>& operands,
                                const AdditiveShape& shape, void* scratch, void* stream) {
-  const int64_t tiles = ceil_div(shape.queries, additive::kWarps);
-  LAUNCH((additive::forward_kernel<T>), additive::blocks_of(shape.heads * tiles), additive::kThreads, 0, stream, out,
-         lse, weights, static_cast<accumulate_t<T>*>(scratch), operands, shape, tiles);
+  LAUNCH((additive::forward_kernel<T>), additive::grid_of(shape, shape.queries, additive::kWarps), additive::kThreads,
+         0, stream, out, lse, weights, static_cast<accumulate_t<T>*>(scratch), operands, shape);
   return true;
 }
 
@@ -385,15 +283,14 @@ bool AdditiveAttention<T>::bwd(const AdditiveGradients<T>& gradients, const Addi
                                const AdditiveOperands<T>& operands, const AdditiveShape& shape, void* scratch,
                                void* stream) {
   const additive::Scratch<accumulate_t<T>> s(shape, scratch);
-  const int64_t query_tiles = ceil_div(shape.queries, additive::kWarps);
-  const int64_t key_tiles = ceil_div(shape.keys, additive::kKeys);
-  LAUNCH((additive::query_kernel<T>), additive::blocks_of(shape.heads * query_tiles), additive::kThreads, 0, stream,
-         gradients, s.query, s.weight, s.deltas, saved, operands, shape, query_tiles);
-  LAUNCH((additive::key_kernel<T>), additive::blocks_of(shape.heads * key_tiles), additive::kThreads, 0, stream,
-         gradients, s.key, s.value, s.deltas, saved, operands, shape, key_tiles);
+  const int64_t parts = shape.heads * ceil_div(shape.queries, additive::kWarps) * additive::kWarps;
+  LAUNCH((additive::query_kernel<T>), additive::grid_of(shape, shape.queries, additive::kWarps), additive::kThreads, 0,
+         stream, gradients, s.query, s.weight, s.deltas, saved, operands, shape);
+  LAUNCH((additive::key_kernel<T>), additive::grid_of(shape, shape.keys, additive::kKeys), additive::kThreads, 0,
+         stream, gradients, s.key, s.value, s.deltas, saved, operands, shape);
   if (shape.dim > 0)
     LAUNCH((additive::weight_kernel<T>), unsigned(ceil_div(shape.dim, 32)), additive::kThreads, 0, stream,
-           gradients.weight, s.weight, shape.heads * query_tiles * additive::kWarps, shape.dim);
+           gradients.weight, s.weight, parts, shape.dim);
   return true;
 }
 

@@ -22,7 +22,7 @@ namespace pynn {
 struct AdditiveShape {
   int batch_dims;
   int64_t batch[kAttentionBatchDims];
-  int64_t heads;  // product of batch
+  int64_t heads;  // product of batch, of 31 bits
   int64_t queries, keys, dim, value_dim;
 };
 
@@ -37,9 +37,15 @@ struct ScoreMask {
 
   PYNN_HD int64_t offset(const AdditiveShape& shape, int64_t head) const {
     int64_t at = 0;
-    for (int d = shape.batch_dims - 1; d >= 0; --d) {
-      at += head % shape.batch[d] * batch[d];
-      head /= shape.batch[d];
+    uint32_t left = uint32_t(head);
+#ifdef __CUDACC__
+#pragma unroll  // an index known to the compiler keeps the arrays out of local memory
+#endif
+    for (int d = kAttentionBatchDims - 1; d >= 0; --d) {
+      if (d >= shape.batch_dims) continue;
+      const uint32_t size = uint32_t(shape.batch[d]);
+      at += int64_t(left % size) * batch[d];
+      left /= size;
     }
     return at;
   }

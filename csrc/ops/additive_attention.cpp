@@ -71,6 +71,8 @@ AdditiveShape check(const AdditiveTensors& t) {
     shape.batch[d] = query.size(d);
     shape.heads = checked_multiply(kOp, shape.heads, shape.batch[d]);
   }
+  PYNN_CHECK(shape.heads <= INT32_MAX, kOp, ": expected leading dimensions of at most ", INT32_MAX,
+             " matrices, got query ", shape_of(query));
   check_like_query("key", t.key, query);
   check_rank(kOp, "key", t.key, rank);
   check_like_query("value", t.value, query);
