@@ -27,12 +27,14 @@ def offset_of_head(i_head, inner, outer_stride, inner_stride):
 @triton.jit
 def mask_tile(p_mask, o_mask, seen, A: tl.constexpr, BOOL: tl.constexpr):
     """Which scores take part, of those `seen` so far, and what is added to them."""
-    if p_mask is None:
-        return seen, tl.zeros(seen.shape, A)
-    if BOOL:
-        return seen & (tl.load(p_mask + o_mask, seen, 0) != 0), tl.zeros(seen.shape, A)
-    b_added = tl.load(p_mask + o_mask, seen, 0.0).to(A)
-    return seen & (b_added != float("-inf")), b_added
+    b_added = tl.zeros(seen.shape, A)
+    if p_mask is not None:
+        if BOOL:
+            seen = seen & (tl.load(p_mask + o_mask, seen, 0) != 0)
+        else:
+            b_added = tl.load(p_mask + o_mask, seen, 0.0).to(A)
+            seen = seen & (b_added != float("-inf"))
+    return seen, b_added
 
 
 @triton.jit

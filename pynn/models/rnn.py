@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.recurrent import GRU, LSTM, RNN
-from ..ops import additive_attention
+from ..ops.additive_attention import additive_attention
 
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 SCORES = ("dot", "additive", "cosine", "mlp")

@@ -4,9 +4,11 @@ from . import _attention_provider
 from .additive_attention import additive_attention
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
+from .cosine_attention import cosine_attention
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
 from .group_norm import group_norm
 from .layer_norm_lstm import layer_norm_lstm
+from .local_attention import local_attention
 from .random import normal
 from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from .scaled_dot_product_attention import scaled_dot_product_attention
@@ -17,6 +19,7 @@ __all__ = [
     "additive_attention",
     "conv2d",
     "conv_transpose2d",
+    "cosine_attention",
     "diffusion_loss",
     "forward_jump",
     "forward_step",
@@ -24,6 +27,7 @@ __all__ = [
     "gru",
     "gru_cell",
     "layer_norm_lstm",
+    "local_attention",
     "lstm",
     "lstm_cell",
     "normal",

@@ -152,7 +152,7 @@ def additive_attention(
     weight: Tensor,
     attn_mask: Tensor | None = None,
     *,
-    return_weights: bool,
+    return_weights: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def additive_attention(
     query: Tensor,

@@ -19,9 +19,7 @@ def additive_attention() -> Iterator[Case]:
         lse = torch.zeros(2, 16, dtype=torch.float32 if dtype.itemsize == 2 else torch.float64)
         grad = torch.zeros(2, 16, 24, dtype=dtype) if weights else None
         yield Case(label, lambda: additive_attention_fwd(*operands, weights), Promise())
-        yield Case(
-            f"{label} backward", lambda: additive_attention_bwd(query, grad, *operands, lse, weights), Promise()
-        )
+        yield Case(f"{label} backward", lambda: additive_attention_bwd(query, grad, *operands, lse, weights), Promise())
 
     for dtype, label in LABELS.items():
         yield from calls(label, dtype, 128, None, False)
