@@ -44,8 +44,10 @@ def local_attention(
     center = torch.arange(Lq) and sigma = math.inf; scaled_dot_product_attention(window=(width, width)) is the same
     without a mask in memory.
 
-    Two passes of scaled_dot_product_attention, one for the sums of the softmax and one for the values, with masks of
-    Lq Lk elements for each head that has centres of its own.
+    One pass of scaled_dot_product_attention in which each key is there twice: with its value and the Gaussian, and with
+    the value 0 and what the Gaussian leaves of 1, so that the sum below the weights is that without a Gaussian. It has
+    a mask of 2 Lq Lk elements for each head that has centres of its own, and takes time for all keys, not for the
+    windows.
 
     Args:
         query: (..., H, Lq, D) float64, float32, float16 or bfloat16; at least 2 dimensions.
@@ -72,20 +74,26 @@ def local_attention(
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
     distance = _distances(center, query, key)
-    mask, seen = _window(distance, width, attn_mask)
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    dropout: dict[str, Any] = {"dropout_p": dropout_p, "generator": generator, "seed": seed}
+    seen = distance.detach().abs() <= width
+    added = None  # to the scores
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        seen = seen & attn_mask
+    elif attn_mask is not None:
+        hidden = attn_mask == -math.inf
+        seen, added = seen & ~hidden, attn_mask.to(distance.dtype).masked_fill(hidden, 0)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+    options |= {"generator": generator, "seed": seed}
     if sigma == math.inf:
-        return scaled_dot_product_attention(query, key, value, mask, **options, **dropout)
+        mask = seen if added is None else added.masked_fill(~seen, -math.inf)
+        return scaled_dot_product_attention(query, key, value, mask, **options)
     # With width 0 the window holds the centre itself or nothing: no Gaussian is needed, and none divides by 0.
-    exponent = distance.square() * (-0.5 / sigma**2 if sigma > 0 else 0.0)
-    # exp(S + exponent - lse) = exp(S + exponent - own_lse) exp(own_lse - lse): the second pass, then a factor.
-    _, lse = scaled_dot_product_attention(query, key, value[..., :1], mask, return_lse=True, **options)
-    near = (exponent + mask.masked_fill(~seen, 0)).masked_fill(~seen, -math.inf)
-    out, own_lse = scaled_dot_product_attention(query, key, value, near, return_lse=True, **options, **dropout)
-    empty = lse == -math.inf
-    factor = (own_lse.masked_fill(empty, 0) - lse.masked_fill(empty, 0)).exp()
-    return (out * factor.masked_fill(empty, 0)[..., None]).to(query.dtype)
+    exponent = distance.square() * (0.5 / sigma**2 if sigma > 0 else 0.0)
+    apart = exponent.detach() > 0
+    rest = exponent.masked_fill(~apart, 1).neg().expm1().neg().log()  # log(1 - exp(-exponent))
+    parts = [-exponent if added is None else added - exponent, rest if added is None else added + rest]
+    masks = [part.masked_fill(~shown, -math.inf) for part, shown in zip(parts, (seen, seen & apart), strict=True)]
+    keys, values = torch.cat((key, key), -2), torch.cat((value, torch.zeros_like(value)), -2)
+    return scaled_dot_product_attention(query, keys, values, torch.cat(masks, -1), **options)
 
 
 def _distances(center: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -105,18 +113,3 @@ def _distances(center: Tensor, query: Tensor, key: Tensor) -> Tensor:
         raise RuntimeError(f"{_NAME}: expected center to be floating or integer, got {center.dtype}")
     columns = torch.arange(key.shape[-2], device=query.device, dtype=compute_dtype(query))
     return columns - center.to(columns.dtype)[..., None]
-
-
-def _window(distance: Tensor, width: float, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A float mask for the window and attn_mask together, and which keys take part.
-
-    All scores of a query are lowered by the logarithm of how many they are. It changes no weight, but their log-sum-exp
-    is then near 0, where it has the smallest rounding error.
-    """
-    seen = distance.detach().abs() <= width
-    if attn_mask is not None:
-        seen = seen & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
-    mask = -seen.sum(-1, keepdim=True).clamp_min(1).to(distance.dtype).log()
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        mask = mask + attn_mask.to(distance.dtype).masked_fill(attn_mask == -math.inf, 0)
-    return mask.expand(seen.shape).masked_fill(~seen, -math.inf), seen
