@@ -476,9 +476,9 @@ def test_opcheck(backend):
     query, key, value = (torch.randn(2, 4, n, 8) for n in (3, 5, 5))
     mask, random, numbers = torch.randn(4, 1, 5), torch.tensor([1, 0]), torch.randn(2, 4)
     for attn_mask, dropout_key, per_head, options in (
-        (None, None, None, (0.0, -1, 0, False, 0.4)),
-        (mask, random, None, (0.5, -1, -1, False, 0.4)),
-        (mask, None, numbers, (0.0, 2, 1, True, 0.4)),
+        (None, None, None, (0.0, -1, 0, False, 0.4, 0.0)),
+        (mask, random, None, (0.5, -1, -1, False, 0.4, 2.0)),
+        (mask, None, numbers, (0.0, 2, 1, True, 0.4, 0.0)),
     ):
         ranges = (None, None) if per_head is None else (torch.zeros(3, 4).int(), torch.zeros(5, 2).int())
         args = (query, key, value, attn_mask, dropout_key, per_head, per_head, *ranges)
@@ -550,10 +550,10 @@ def bad_call(rng):
     """A call of an op with one argument spoiled."""
     query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
     names = ["query", "key", "value", "attn_mask", "dropout_key", "alibi_slopes", "sinks", "key_ranges", "query_ranges"]
-    options = ["dropout_p", "left", "right", "lower_right", "scale"]
+    options = ["dropout_p", "left", "right", "lower_right", "scale", "softcap"]
     arguments = [query, key, value, torch.randn(3, 5), torch.tensor([1, 2]), torch.rand(2, 4), torch.randn(2, 4)]
     arguments += [torch.tensor([[0, 5, 0, 0]] * 3).int(), torch.tensor([[0, 3]] * 5).int()]
-    values = [0.5, 3, -1, rng.random() < 0.5, 0.3]
+    values = [0.5, 3, -1, rng.random() < 0.5, 0.3, 0.0]
     op, limit = ops.scaled_dot_product_attention_fwd, 9
     if rng.random() < 0.5:
         out, lse = op(*arguments, *values)
@@ -580,8 +580,8 @@ def bad_call(rng):
     elif kind == "device":
         x = x.to("meta")
     elif kind == "option":
-        i = names.index("dropout_p")
-        x = rng.choice([-1.0, 1.0001, 1e30, math.nan, -INFINITY, "text", None])
+        i = names.index(rng.choice(["dropout_p", "softcap"]))
+        x = rng.choice([-1.0, 1.0001 if names[i] == "dropout_p" else INFINITY, math.nan, -INFINITY, "text", None])
     elif kind == "huge":
         x = x.reshape(-1)[:1].expand(2**40) if rng.random() < 0.5 else x.reshape(-1)[:1].expand(2**20, 2**20, 1, 1)
     else:

@@ -1,4 +1,4 @@
-"""Windows, alignment, ALiBi, sinks, packed sequences and log-sum-exps of scaled_dot_product_attention."""
+"""Windows, alignment, soft caps, ALiBi, sinks, packed sequences and log-sum-exps of scaled_dot_product_attention."""
 
 import math
 
@@ -30,12 +30,24 @@ def visible(queries, keys, window, alignment):
 
 
 def reference(
-    query, key, value, mask=None, sinks=None, slopes=None, *, window=(-1, -1), alignment="upper_left", causal=False
+    query,
+    key,
+    value,
+    mask=None,
+    sinks=None,
+    slopes=None,
+    *,
+    window=(-1, -1),
+    alignment="upper_left",
+    causal=False,
+    softcap=None,
 ):
     """(out, lse) by the formula, in the dtype of query. A bool mask has True for what takes part."""
     group = query.shape[-3] // key.shape[-3]
     key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     seen = visible(query.shape[-2], key.shape[-2], (window[0], 0 if causal else window[1]), alignment)
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
@@ -65,7 +77,8 @@ OPTIONS = {
     "lower right": {"is_causal": True, "alignment": "lower_right"},
     "alibi": {"alibi": True, "is_causal": True, "alignment": "lower_right"},
     "sinks": {"sinks": True},
-    "all": {"window": (40, 8), "alignment": "lower_right", "alibi": True, "sinks": True},
+    "soft cap": {"softcap": 0.75},
+    "all": {"window": (40, 8), "alignment": "lower_right", "softcap": 1.5, "alibi": True, "sinks": True},
 }
 GRID = [  # batch, heads, key heads, queries, keys, dim, value dim
     (8, 4, 4, 40, 40, 16, 16),
@@ -88,8 +101,8 @@ def formula_of(kind, heads, dtype):
 
     def formula(q, k, v, s):
         window, alignment = options.get("window", (-1, -1)), options.get("alignment", "upper_left")
-        causal = options.get("is_causal", False)
-        return reference(q, k, v, None, s, slopes, window=window, alignment=alignment, causal=causal)
+        causal, softcap = options.get("is_causal", False), options.get("softcap")
+        return reference(q, k, v, None, s, slopes, window=window, alignment=alignment, causal=causal, softcap=softcap)
 
     return ours, formula, sinks
 
@@ -130,7 +143,8 @@ def test_accuracy(backend, dtype, shape, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_of_decoding(backend, dtype, kind):
     """P1 for a few queries over many keys."""
-    shape = (2 if backend.name in ("sim", "interpret") else 16, 4, 2, 2, 1100, 40, 24)
+    few = backend.name in ("sim", "interpret") and dtype is not torch.float32  # whose errors differ least from torch's
+    shape = (2 if few else 16, 4, 2, 2, 1100, 40, 24)
     ours, formula, sinks = formula_of(kind, 4, dtype)
     query, key, value = operands(*shape, dtype)
     output, lse = ours(query, key, value, sinks)
@@ -175,7 +189,7 @@ def test_generated(data, dtype, batch, group, key_heads, queries, keys, dim, val
         if mask_kind == "float":
             mask = torch.randn(mask.shape).to(dtype).masked_fill(~mask, -math.inf)
     causal = mask is None and data.draw(st.booleans())
-    options = {"window": window, "alignment": alignment}
+    options = {"window": window, "alignment": alignment, "softcap": data.draw(st.sampled_from([None, 0.7, 30.0]))}
     float_mask = mask if mask_kind == "float" else None
     grad = torch.randn(batch, heads, queries, value_dim + 1).to(dtype)
 
@@ -290,7 +304,7 @@ def test_merging_parts(backend):
 
 def test_returned_weights_give_the_output(backend):
     query, key, value = (t.requires_grad_() for t in operands(2, 4, 2, 5, 9, 8, 8, torch.float64))
-    for options in ({}, {"dropout_p": 0.4, "seed": 3}, {"window": (3, 1), "alignment": "lower_right"}):
+    for options in ({}, {"dropout_p": 0.4, "seed": 3}, {"softcap": 0.5, "window": (3, 1), "alignment": "lower_right"}):
         options |= {"sinks": torch.ones(4, dtype=torch.float64), "enable_gqa": True}
         out, lse, weights = attention(query, key, value, return_lse=True, return_weights=True, **options)
         assert weights.shape == (2, 4, 5, 9)
@@ -314,15 +328,18 @@ def test_sinks_are_a_key_without_a_value(backend):
     torch.testing.assert_close(large[:, 1], attention(query, key, value)[:, 1].float())
 
 
-@pytest.mark.parametrize("kind", ["window", "alibi", "sinks", "lse", "all"])
+@pytest.mark.parametrize("kind", ["window", "soft cap", "alibi", "sinks", "lse", "all"])
 def test_gradcheck(backend, kind):
     shapes = [(1, 4, 3, 3), (1, 2, 4, 3), (1, 2, 4, 2), (4, 1, 4), (4,)]
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     slopes = torch.rand(4) if kind in ("alibi", "all") else None
     options = {"window": (1, 1), "alignment": "lower_right"} if kind in ("window", "all") else {}
+    if kind in ("soft cap", "all"):
+        options["softcap"] = 0.8
 
     def fn(query, key, value, mask, sinks):
-        use = {"sinks": sinks if kind in ("sinks", "all") else None, "attn_mask": mask if kind == "all" else None}
+        mask = mask if kind in ("soft cap", "all") else None
+        use = {"sinks": sinks if kind in ("sinks", "all") else None, "attn_mask": mask}
         lse = {"return_lse": kind in ("lse", "all"), "enable_gqa": True, "alibi_slopes": slopes}
         return attention(query, key, value, **use, **lse, **options)
 
@@ -348,6 +365,8 @@ def test_transforms(backend):
         ({"window": (1, -2)}, ValueError, "two integers from -1 on"),
         ({"window": (1.0, 2)}, ValueError, "two integers from -1 on"),
         ({"alignment": "left"}, ValueError, 'expected alignment to be "upper_left" or "lower_right", got \'left\''),
+        ({"softcap": 0.0}, ValueError, "expected softcap to be above 0 and finite, got 0.0"),
+        ({"softcap": math.nan}, ValueError, "above 0 and finite, got nan"),
         ({"alibi_slopes": torch.ones(3)}, RuntimeError, "alibi_slopes that broadcast to the heads \\(1, 2\\)"),
         ({"alibi_slopes": torch.ones(2, requires_grad=True)}, RuntimeError, "no gradient"),
         ({"sinks": torch.ones(3)}, RuntimeError, "sinks that broadcast to the heads \\(1, 2\\) of query, got \\(3,\\)"),
@@ -394,7 +413,7 @@ LENGTHS = {
         {"is_causal": True},
         {"window": (9, 2), "alignment": "lower_right"},
         {"is_causal": True, "alignment": "lower_right", "alibi_slopes": torch.tensor([0.5, 0.125])},
-        {"window": (3, -1), "sinks": torch.tensor([0.5, -1.0])},
+        {"window": (3, -1), "softcap": 0.9, "sinks": torch.tensor([0.5, -1.0])},
     ],
     ids=lambda options: " ".join(options) or "plain",
 )
@@ -501,7 +520,7 @@ def test_bad_ranges_read_nothing_outside(backend):
         key_ranges = torch.tensor([[low, high, 5, 0]] * 70, dtype=torch.int32)
         query_ranges = torch.tensor([[low, high]] * 90, dtype=torch.int32)
         args = (*tensors, None, None, None, None, key_ranges, query_ranges)
-        options = (0.0, -1, -1, False, 0.3)
+        options = (0.0, -1, -1, False, 0.3, 0.0)
         out, lse = backend.ops.scaled_dot_product_attention_fwd(*args, *options)
         backend.ops.scaled_dot_product_attention_bwd(out, None, *args, out, lse, *options, False, False)
         for c in guarded:

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "normal.h"
+#include "recurrent_activation.h"
 #include "scaled_dot_product_attention_tile.h"
 #include "vec_math.h"
 
@@ -128,9 +129,30 @@ struct FinishedRow {
   bool masked;
 };
 
-// Turns the products of query `query` with keys [key, key + count) into scores: scaled, masked, with alibi.
+// Products become capped scores; `slopes`, where wanted, the derivatives of these with respect to scaled products.
 template <class F>
-FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_t key, int64_t count) {
+void cap_scores(const AttentionShape& shape, F* s, int64_t count, F* slopes) {
+  const F cap = F(shape.softcap), factor = F(shape.scale / shape.softcap);
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> t = tanh(Vec<F>(load(s + j) * factor));
+    store(s + j, t * cap);
+    if (slopes) store(slopes + j, fma(-t, t, broadcast(F(1))));
+  }
+}
+
+// dS becomes the gradient of scaled products. What takes no part stays 0, whatever its slope.
+template <class F>
+void cap_gradients(F* g, int64_t count, const F* slopes) {
+  for (int64_t j = 0; j < count; j += kLanes<F>) {
+    const Vec<F> d = load(g + j), zero{};
+    store(g + j, d == zero ? zero : d * load(slopes + j));
+  }
+}
+
+// Turns the products of query `query` with keys [key, key + count) into scores: scaled, capped, masked, with alibi.
+template <class F>
+FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_t key, int64_t count,
+                          F* slopes = nullptr) {
   const AttentionShape& shape = head.shape;
   const KeyRange seen = keys_of(shape, query, 1);
   int64_t valid = std::clamp<int64_t>(seen.end - key, 0, count);
@@ -160,7 +182,11 @@ FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_
     std::fill_n(to, hidden, -kInfinity<F>);
     added = to;
   }
-  const F scale = F(shape.scale);
+  F scale = F(shape.scale);
+  if (shape.softcap != 0) {
+    cap_scores(shape, s, valid, slopes);
+    scale = 1;
+  }
   const F top = added ? finish_scores<true>(s, valid, scale, added) : finish_scores<false>(s, valid, scale, added);
   return {valid, top, added != nullptr};
 }

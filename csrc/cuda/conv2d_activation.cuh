@@ -7,14 +7,6 @@
 namespace pynn::cuda {
 namespace {
 
-template <size_t count>
-__device__ float polynomial(float x, const float (&coefficients)[count]) {
-  float sum = coefficients[0];
-#pragma unroll
-  for (size_t i = 1; i < count; ++i) sum = fmaf(sum, x, coefficients[i]);
-  return sum;
-}
-
 // x / (1 + exp(-z)); no exponential overflows.
 template <class T>
 __device__ accumulate_t<T> times_logistic(accumulate_t<T> x, accumulate_t<T> z) {
@@ -24,19 +16,6 @@ __device__ accumulate_t<T> times_logistic(accumulate_t<T> x, accumulate_t<T> z) 
 template <class T>
 __device__ accumulate_t<T> logistic(accumulate_t<T> x) {
   return times_logistic<T>(1, x);
-}
-
-// tanh: its continued fraction near 0, exponentials elsewhere.
-template <class T>
-__device__ accumulate_t<T> hyperbolic_tangent(accumulate_t<T> x) {
-  if constexpr (sizeof(T) == 8) {
-    return tanh(x);
-  } else {
-    const float a = fabsf(x), q = x * x;
-    if (a < 0.6f)
-      return x * polynomial(q, {21.0f, 1260.0f, 10395.0f}) / polynomial(q, {1.0f, 210.0f, 4725.0f, 10395.0f});
-    return copysignf(1.0f - 2.0f / (exp_of<T>(a + a) + 1.0f), x);
-  }
 }
 
 // The normal distribution function: erf's power series near 0, exp(-x^2 / 2) times a polynomial in 1 / (2 + |x|)

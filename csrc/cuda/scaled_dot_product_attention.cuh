@@ -63,7 +63,9 @@ Problem<T> problem_of(const AttentionOperand<const T*>& query, const AttentionOp
   p.dropout = {s.dropout_key, uint64_t(s.dropout_p * 4294967296.0), s.dropout_p < 1 ? 1 / (1 - s.dropout_p) : 0.0};
   p.query = operand_of(query, s, s.queries, 1);
   p.key = operand_of(key, s, s.keys, s.group), p.value = operand_of(value, s, s.keys, s.group);
-  p.factor = accumulate_t<T>(s.scale * double(kLogUnit<T>));
+  const bool capped = s.softcap != 0;
+  p.factor = accumulate_t<T>(capped ? s.scale / s.softcap : s.scale * double(kLogUnit<T>));
+  p.cap = accumulate_t<T>(s.softcap * double(kLogUnit<T>));
   return p;
 }
 

@@ -1,30 +1,27 @@
 // Attention, backward. With P = exp(S - lse), A = P * keep / (1 - p), G = (dout V^T) * keep / (1 - p):
 //
-//   delta_i = dout_i . out_i - dlse_i    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
+//   delta_i = dout_i . out_i - dlse_i    dS = P * (G - delta)    dQ = scale dX K    dK = scale dX^T Q    dV = A^T dout
 //   dsink = -sum_i exp(sink - lse_i) delta_i
+//
+// dX is dS, times the derivative of the soft cap where there is one: for that the products are formed once more.
 //
 // One kernel in two roles, so that every sum has one owner and no atomics are needed: a block owns kRows keys and
 // streams the queries of all heads that share them (dK, dV), or owns queries and streams keys (dQ). Either way a tile
 // of scores is `first own` x `first streamed`, a tile of G is `second own` x `second streamed`:
 //
 //   owner is    first own   second own   first streamed   second streamed   sums
-//   keys        K           V            Q                dout              dK += dS^T Q, dV += A^T dout
-//   queries     Q           dout         K                V                 dQ += dS K
+//   keys        K           V            Q                dout              dK += dX^T Q, dV += A^T dout
+//   queries     Q           dout         K                V                 dQ += dX K
 //
 // With two stages the next tiles are copied while the current ones are multiplied. Dimensions of more than kWidth are
 // summed in chunks that come one after the other; a block then owns kWidth columns of the results.
 #pragma once
 #include "scaled_dot_product_attention_forward.cuh"
+#include "scaled_dot_product_attention_statistics.cuh"
 
 namespace pynn::cuda {
 namespace {
 namespace attention {
-
-// What the backward needs of a row of scores: P = exp(S - shift) * norm. shift is lse rounded to F, norm the rest.
-template <class F>
-struct RowStatistics {
-  F shift, norm, delta;
-};
 
 template <class T>
 struct BackwardArguments {
@@ -44,67 +41,6 @@ template <class E, int stages>
 constexpr size_t kBackwardShared =
     2 * E::kOwnBytes + stages * (2 * E::kStreamedBytes + E::kColumns * sizeof(RowStatistics<double>)) +
     E::kExchangeBytes;
-
-// A warp per row.
-constexpr int kDeltaThreads = 256;
-template <class T>
-__global__ void __launch_bounds__(kDeltaThreads)
-    statistics_kernel(const __grid_constant__ Problem<T> p, const __grid_constant__ Operand<const T> out,
-                      const attention_lse_t<T>* lse, const attention_lse_t<T>* grad_lse,
-                      RowStatistics<accumulate_t<T>>* to) {
-  using F = accumulate_t<T>;
-  const int64_t index = int64_t(blockIdx.x) * (kDeltaThreads / 32) + threadIdx.x / 32;
-  if (index >= p.shape.heads * p.shape.queries) return;
-  const int64_t head = index / p.shape.queries, row = index - head * p.shape.queries;
-  const auto outputs = matrix_of(out, p.shape, head, 1, p.shape.queries, p.shape.value_dim);
-  const auto grads = matrix_of(p.grad_out, p.shape, head, 1, p.shape.queries, p.shape.value_dim);
-  F delta = 0;
-  for (int d = threadIdx.x % 32; d < outputs.width; d += 32)
-    delta = multiply_add(to_float(grads.data[row * grads.row + d * grads.column]),
-                         to_float(outputs.data[row * outputs.row + d * outputs.column]), delta);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) delta += __shfl_xor_sync(kWarp, delta, distance);
-  if (threadIdx.x % 32 != 0) return;
-  if (grad_lse) delta -= F(grad_lse[index]);
-  if constexpr (kBase2<T>) {
-    to[index] = {lse[index] * kLogUnit<T>, F(1), delta};
-  } else {
-    const F shift = F(lse[index]);
-    to[index] = {shift, is_finite(shift) ? F(exp(double(shift) - lse[index])) : F(1), delta};
-  }
-}
-
-// The weight that the sink of a head has in a row.
-template <class T>
-__device__ __forceinline__ accumulate_t<T> sink_weight(accumulate_t<T> sink,
-                                                       const RowStatistics<accumulate_t<T>>& row) {
-  return shifted_exponential<T>(sink * kLogUnit<T>, row.shift) * row.norm;
-}
-
-// A block per head: grad_sinks[head] = -sum of the weights of its sink times delta.
-constexpr int kSinkThreads = 256;
-template <class T>
-__global__ void __launch_bounds__(kSinkThreads)
-    sink_gradient_kernel(accumulate_t<T>* grad_sinks, const accumulate_t<T>* sinks,
-                         const RowStatistics<accumulate_t<T>>* statistics, int64_t queries) {
-  using F = accumulate_t<T>;
-  DYNAMIC_SHARED(double, sums);
-  const F sink = sinks[blockIdx.x];
-  statistics += blockIdx.x * queries;
-  double sum = 0;
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < queries; i += kSinkThreads) {
-    const RowStatistics<F> row = statistics[i];
-    sum -= double(sink_weight<T>(sink, row)) * double(row.delta);
-  }
-  sums[threadIdx.x] = sum;
-#pragma unroll 1
-  for (int half = kSinkThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) grad_sinks[blockIdx.x] = F(sums[0]);
-}
 
 // A tile of the backward for one (own, streamed) pair: what the gradients of keys, queries and mask have in common.
 template <class E, bool kKeyRows, int stages>
@@ -212,6 +148,25 @@ struct BackwardTiles {
         g = visible ? weight * (g * factor - of_query.delta) : F(0);
       }
     }
+  }
+
+  // grads = dX from dS, once weights are not needed any more; chunk `chunk` of the first streamed tile is there again.
+  __device__ __forceinline__ void cap(typename E::Tile& grads, typename E::Tile& weights, const Scores<T>& scores,
+                                      int64_t head, int first_row, int first_column, int chunk, int stage) const {
+    product(weights, false, head, first_row, first_column, stage);
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i)
+#pragma unroll
+      for (int j = 0; j < E::kThreadColumns; ++j) {
+        const F t = tangent<T>(E::at(weights, i, j) * scores.factor);
+        F& g = E::at(grads, i, j);
+        if (g != F(0)) g *= multiply_add(-t, t, F(1));  // 0 takes no part, whatever its product
+      }
+    if (!chunked()) return;
+    load_streamed(head, first_column, chunk, stage, false);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
   }
 
   // Makes chunk `chunk` of the streamed tiles ready for products with weights. Returns whether second had values that
@@ -351,6 +306,7 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
           add_nonfinite<true>(second_sum, e, scores, b.template operand<true>(true, at.head), first_row, first_column,
                               out_column);
       }
+      if (scores.cap != F(0)) b.cap(grads, weights, scores, at.head, first_row, first_column, chunk, stage);
       e.multiply_weights(first_sum, grads, b.first(stage), b.exchange, padded_width(b.dim, out_column, E::kWidth));
     }
     sweeping = sweeping && !swept;

@@ -9,48 +9,14 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "arithmetic.cuh"
 #include "pack.cuh"
 #include "philox.h"
 #include "scaled_dot_product_attention.h"
+#include "scaled_dot_product_attention_math.cuh"
 
 namespace pynn::cuda {
 namespace {
 namespace attention {
-
-constexpr unsigned kWarp = 0xffffffffu;
-
-// 16-bit data: exponentials are powers of 2 in one instruction, so that scores come in units of log 2.
-template <class T>
-constexpr bool kBase2 = sizeof(T) == 2;
-template <class T>
-constexpr accumulate_t<T> kLogUnit = accumulate_t<T>(kBase2<T> ? 1.4426950408889634074 : 1.0);
-
-template <class F>
-__device__ __forceinline__ F minus_infinity() {
-  return F(-INFINITY);
-}
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ __forceinline__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-
-template <class T>
-__device__ __forceinline__ accumulate_t<T> exponential(accumulate_t<T> x) {
-  if constexpr (kBase2<T>)
-    return ex2_approx(x);
-  else
-    return exp_of<T>(x);
-}
-// exp(x - shift). In fp32 the rounding of a difference of 8 costs 5e-7 of the result, more than all else, so what it
-// takes (Knuth's two-sum) is put back.
-template <class T>
-__device__ __forceinline__ accumulate_t<T> shifted_exponential(accumulate_t<T> x, accumulate_t<T> shift) {
-  const accumulate_t<T> difference = x - shift, e = exponential<T>(difference);
-  if constexpr (!std::is_same_v<T, float>) return e;
-  const accumulate_t<T> back = difference - x;
-  return multiply_add(e, (x - (difference - back)) - (shift + back), e);
-}
-__device__ __forceinline__ bool is_finite(float v) { return fabsf(v) < INFINITY; }
-__device__ __forceinline__ bool is_finite(double v) { return fabs(v) < double(INFINITY); }
 
 // An operand, and whether its rows lie in packs of 16 bytes.
 template <class T>
@@ -81,7 +47,8 @@ struct Problem {
   AttentionMaskOperand mask;
   Dropout dropout;
   Operand<const T> query, key, value, grad_out;
-  accumulate_t<T> factor;  // of the scores, in units of kLogUnit
+  // Scores are products times factor or, with a cap, cap tanh(products times factor); in units of kLogUnit.
+  accumulate_t<T> factor, cap;
   AttentionPerHead<accumulate_t<T>> per_head;
 };
 
@@ -182,7 +149,7 @@ struct Scores {
   int64_t mask_row, mask_column;
   Dropout dropout;
   uint64_t first_element;  // of the head, as dropout counts
-  F factor;
+  F factor, cap;           // as in Problem
 
   __device__ __forceinline__ Scores(const Problem<T>& p, int64_t head)
       : queries(int(p.shape.queries)),
@@ -199,7 +166,8 @@ struct Scores {
         mask_column(p.mask.operand.column),
         dropout(p.dropout),
         first_element(uint64_t(head) * uint64_t(p.shape.queries) * uint64_t(p.shape.keys)),
-        factor(p.factor) {
+        factor(p.factor),
+        cap(p.cap) {
     const int64_t offset = kind == AttentionMask::kNone ? 0 : head_offset(p.shape, p.mask.operand.batch, head, 1);
     if (kind == AttentionMask::kBool)
       mask = static_cast<const uint8_t*>(p.mask.operand.data) + offset;
@@ -292,7 +260,7 @@ struct Scores {
     }
   }
 
-  // Products become scores: scaled, masked, -inf where they take no part.
+  // Products become scores: scaled, capped, masked, -inf where they take no part.
   template <bool kKeyRows, class E>
   __device__ __forceinline__ void finish(typename E::Tile& s, const unsigned (&bits)[E::kThreadRows], bool whole,
                                          const E& e, int first_row, int first_column) const {
@@ -300,6 +268,12 @@ struct Scores {
     for (int i = 0; i < E::kThreadRows; ++i)
 #pragma unroll
       for (int j = 0; j < E::kThreadColumns; ++j) E::at(s, i, j) *= factor;
+    if (cap != F(0)) {
+#pragma unroll
+      for (int i = 0; i < E::kThreadRows; ++i)
+#pragma unroll
+        for (int j = 0; j < E::kThreadColumns; ++j) E::at(s, i, j) = cap * tangent<T>(E::at(s, i, j));
+    }
     if (slope != F(0)) {
       int row_place[E::kThreadRows];  // of keys their own, of queries that of the key on the diagonal
 #pragma unroll

@@ -1,13 +1,13 @@
 // Launchers of scaled_dot_product_attention.
 //
-//   S = scale Q K^T + mask + alibi,  lse = log (exp sink + sum_j exp S_ij),  P = exp(S - lse),
+//   S = cap(scale Q K^T) + mask + alibi,  lse = log (exp sink + sum_j exp S_ij),  P = exp(S - lse),
 //   out = (P * keep / (1 - dropout_p)) V
 //
-// without a sink where a head has none, and alibi_ij = -slope |j - (i + diagonal)|.
-// Q (..., H, Lq, D), K (..., Hk, Lk, D), V (..., Hk, Lk, Dv) with H a multiple of Hk; all leading dimensions together
-// are "heads" here, numbered row-major. A score that is masked (bool false, float -inf, outside of the window of its
-// query) contributes nothing, whatever its key and value hold; a row without any score gives out 0 and lse -inf (sink).
-// Dropout keeps element e of P, counted row-major over (heads, Lq, Lk), when word e % 4 of
+// without a sink where a head has none. alibi_ij = -slope |j - (i + diagonal)|; cap(x) = softcap tanh(x / softcap), or
+// x without a soft cap. Q (..., H, Lq, D), K (..., Hk, Lk, D), V (..., Hk, Lk, Dv) with H a multiple of Hk; all leading
+// dimensions together are "heads" here, numbered row-major. A score that is masked (bool false, float -inf, outside of
+// the window of its query) contributes nothing, whatever its key and value hold; a row without any score gives out 0
+// and lse -inf (sink). Dropout keeps element e of P, counted row-major over (heads, Lq, Lk), when word e % 4 of
 // philox4x32(seed, offset + e / 4) is at least dropout_p * 2^32.
 #pragma once
 #include <cstdint>
@@ -50,8 +50,8 @@ struct AttentionShape {
   // Both or none; in place of the three above.
   const AttentionKeyRange* key_ranges;
   const AttentionQueryRange* query_ranges;
-  double scale, dropout_p;
-  const int64_t* dropout_key;  // (seed, offset), or nullptr without dropout
+  double scale, softcap, dropout_p;  // softcap: 0 for none
+  const int64_t* dropout_key;        // (seed, offset), or nullptr without dropout
 
   PYNN_HD bool windowed() const { return key_ranges || lower > 1 - queries || upper < keys - 1; }
 };

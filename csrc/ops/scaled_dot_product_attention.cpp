@@ -75,6 +75,12 @@ void check_value(AttentionShape& shape, const Tensor& key, const Tensor& value) 
   checked_multiply(kOp, checked_multiply(kOp, shape.keys + 256, shape.value_dim + 64), 64);
 }
 
+double check_softcap(double softcap) {
+  PYNN_CHECK(softcap >= 0 && softcap <= std::numeric_limits<double>::max(), kOp,
+             ": expected softcap to be 0, for none, or above it and finite, got ", softcap);
+  return softcap;
+}
+
 // The key is read by the CPU kernels when they run and by GPU kernels on the device.
 Tensor check_dropout(AttentionShape& shape, const Tensor& query, const OptionalTensor& key, double dropout_p) {
   PYNN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout probability has to be between 0 and 1, but got ", dropout_p);
@@ -219,9 +225,9 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
                                const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
                                const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, double dropout_p,
-                               int64_t left, int64_t right, bool lower_right, double scale) {
+                               int64_t left, int64_t right, bool lower_right, double scale, double softcap) {
   AttentionShape shape{};
-  shape.scale = scale;
+  shape.scale = scale, shape.softcap = check_softcap(softcap);
   check_query_key(shape, query, key);
   check_value(shape, key, value);
   set_window(shape, left, right, lower_right);
@@ -262,9 +268,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
     const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
     const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
-    bool mask_gradient, bool sinks_gradient) {
+    double softcap, bool mask_gradient, bool sinks_gradient) {
   AttentionShape shape{};
-  shape.scale = scale;
+  shape.scale = scale, shape.softcap = check_softcap(softcap);
   check_query_key(shape, query, key);
   check_value(shape, key, value);
   set_window(shape, left, right, lower_right);

@@ -53,12 +53,19 @@ def _window(query, key, key_ranges, left, right, lower_right):
     return seen, distance
 
 
-def _probabilities(query, keys, attn_mask, alibi_slopes, sinks, key_ranges, left, right, lower_right, scale):
-    """softmax(scale Q K^T + mask + alibi), 0 where masked and in rows that are masked as a whole.
+def _capped(products, softcap):
+    """Scores from scaled products, and the tangent in them or None."""
+    if softcap == 0:
+        return products, None
+    tangent = (products / softcap).tanh()
+    return softcap * tangent, tangent
+
+
+def _probabilities(scores, query, keys, attn_mask, alibi_slopes, sinks, key_ranges, left, right, lower_right):
+    """softmax(scores + mask + alibi), 0 where masked and in rows that are masked as a whole.
 
     With sinks there is one more column, the weight of the sink.
     """
-    scores = query @ keys.mT * scale
     seen, distance = _window(query, keys, key_ranges, left, right, lower_right)
     hidden = None if seen is None else seen.logical_not()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -93,9 +100,10 @@ def _dropped(x, query, key, dropout_key, dropout_p):
 
 def weights(query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, options):
     """The (..., H, Lq, Lk) weights that scaled_dot_product_attention gives to the values, dropout included."""
-    dropout_p, *window_and_scale = options
-    inputs = (attn_mask, alibi_slopes, sinks, key_ranges)
-    p = _probabilities(query, _repeated(key, query), *inputs, *window_and_scale)
+    dropout_p, *window, scale, softcap = options
+    keys = _repeated(key, query)
+    scores = _capped(query @ keys.mT * scale, softcap)[0]
+    p = _probabilities(scores, query, keys, attn_mask, alibi_slopes, sinks, key_ranges, *window)
     return _dropped(p[..., : key.shape[-2]], query, key, dropout_key, dropout_p)
 
 
@@ -103,10 +111,11 @@ def second_order(inputs, options, cotangents):
     """Gradients of <cotangents, backward(*inputs, *options)>, in the order of `inputs`.
 
     With weights A = drop(P), G = drop(grad_out V^T) and dS = P * (G - rowsum(P * G) + grad_lse), the backward is
-    dQ = scale dS K, dK = scale dS^T Q, dV = A^T grad_out, dmask = dS. A sink is a column of S, P and dS whose G is 0.
+    dQ = scale dX K, dK = scale dX^T Q, dV = A^T grad_out, dmask = dS. dX is dS, times 1 - tanh^2 where there is a
+    soft cap. A sink is a column of S, P and dS whose G is 0.
     """
     grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, _ = inputs
-    dropout_p, left, right, lower_right, scale, mask_gradient, sinks_gradient = options
+    dropout_p, left, right, lower_right, scale, softcap, mask_gradient, sinks_gradient = options
     c_query, c_key, c_value, c_mask, c_sinks = cotangents
 
     def drop(x):
@@ -119,14 +128,17 @@ def second_order(inputs, options, cotangents):
     count = key.shape[-2]
     keys, values, c_key, c_value = (_repeated(t, query) for t in (key, value, c_key, c_value))
     window = (key_ranges, left, right, lower_right)
-    p = _probabilities(query, keys, attn_mask, alibi_slopes, sinks, *window, scale)
+    scores, tangent = _capped(query @ keys.mT * scale, softcap)
+    slope = 1 if tangent is None else 1 - tangent.square()
+    p = _probabilities(scores, query, keys, attn_mask, alibi_slopes, sinks, *window)
     own = p[..., :count]  # of the keys
     g = with_sink(drop(grad_out @ values.mT))
     centred = g - (p * g).sum(-1, keepdim=True)
     if grad_lse is not None:
         centred = centred + grad_lse[..., None].to(p.dtype)
     ds = (p * centred)[..., :count]
-    c_ds = scale * (c_query @ keys.mT + query @ c_key.mT)
+    c_dx = scale * (c_query @ keys.mT + query @ c_key.mT)
+    c_ds = c_dx * slope
     if mask_gradient:
         c_ds = c_ds + c_mask
     c_ds = with_sink(c_ds, c_sinks[..., None, None].to(p.dtype) if sinks_gradient else 0)
@@ -136,10 +148,13 @@ def second_order(inputs, options, cotangents):
     c_scores = p * (c_p - (p * c_p).sum(-1, keepdim=True))
     d_sinks = c_scores[..., count].sum(-1).to(sinks.dtype) if sinks_gradient else None
     c_scores = c_scores[..., :count]
+    dx, c_x = ds * slope, c_scores * slope
+    if tangent is not None:
+        c_x = c_x - 2 / softcap * c_dx * dx * tangent  # slope depends on the products too
     d_grad_out = c_g @ values + drop(own) @ c_value
     d_grad_lse = mean.squeeze(-1).to(grad_lse.dtype) if grad_lse is not None else None
-    d_query = scale * (ds @ c_key + c_scores @ keys)
-    d_key = scale * (ds.mT @ c_query + c_scores.mT @ query)
+    d_query = scale * (dx @ c_key + c_x @ keys)
+    d_key = scale * (dx.mT @ c_query + c_x.mT @ query)
     d_mask = c_scores.sum_to_size(attn_mask.shape) if mask_gradient else None
     d_value = _summed(c_g.mT @ grad_out, value)
     return d_grad_out, d_grad_lse, d_query, _summed(d_key, key), d_value, d_mask, None, None, d_sinks

@@ -2,7 +2,7 @@
 
 query (..., H, Lq, D), key (..., Hk, Lk, D), value (..., Hk, Lk, Dv) -> out (..., H, Lq, Dv), lse (..., H, Lq);
 alibi_slopes and sinks are (..., H) in the precision of sums. left and right count the keys that a query sees on either
-side of the diagonal, all of them where they are negative; lower_right says where the diagonal lies.
+side of the diagonal, all of them where they are negative; lower_right says where the diagonal lies. No soft cap: 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._registry import define
 _NAME = "scaled_dot_product_attention"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
 _INPUTS += ", Tensor? alibi_slopes, Tensor? sinks, Tensor? key_ranges, Tensor? query_ranges"
-_OPTIONS = "float dropout_p, int left, int right, bool lower_right, float scale"
+_OPTIONS = "float dropout_p, int left, int right, bool lower_right, float scale, float softcap"
 
 
 _TENSORS, _RANGES = 9, 7  # of those, and where the ranges begin
@@ -47,7 +47,7 @@ def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges
     f"{_OPTIONS}, bool mask_gradient, bool sinks_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):
-    *others, _, _, _, _, _, mask_gradient, sinks_gradient = rest  # key_ranges, query_ranges, out, lse
+    others, (mask_gradient, sinks_gradient) = rest[:4], rest[-2:]  # key_ranges, query_ranges, out, lse
     check_devices(_NAME, query, grad_out, grad_lse, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *others)
     grad_mask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
     grad_sinks = query.new_empty(sinks.shape if sinks_gradient else 0, dtype=compute_dtype(query))
@@ -80,10 +80,11 @@ class ScaledDotProductAttention(torch.autograd.Function):
         right,
         lower_right,
         scale,
+        softcap,
     ):
         inputs = query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges
         op = backends.op("scaled_dot_product_attention_fwd", query)
-        return op(*inputs, dropout_p, left, right, lower_right, scale)
+        return op(*inputs, dropout_p, left, right, lower_right, scale, softcap)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

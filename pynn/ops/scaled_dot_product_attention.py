@@ -40,6 +40,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     *,
     window: tuple[int, int] | None = None,
     alignment: str = "upper_left",
+    softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -68,6 +69,8 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
         alignment: where the diagonal of is_causal, window and alibi_slopes lies, for Lq != Lk: "upper_left" at key i of
             query i (as is_causal of torch), "lower_right" at key i + Lk - Lq (as FlashAttention; the last query is at
             the last key, which is what a cache of keys wants).
+        softcap: c > 0 turns scaled products x into scores c tanh(x / c) before mask and alibi are added: they stay
+            between -c and c (Gemma 2, arXiv 2408.00118). None for none.
         alibi_slopes: broadcastable to (..., H); takes slope |j - diagonal| off the score of key j (Press et al. 2022,
             arXiv 2108.12409). No gradient.
         sinks: broadcastable to (..., H): a score per head that takes part in the softmax but has no value (Xiao et al.
@@ -91,7 +94,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; dropout_p is not in [0, 1]; attn_mask with is_causal;
             alibi_slopes that require a gradient.
-        ValueError: window or alignment is none of the above.
+        ValueError: window, alignment or softcap is none of the above.
     """
     if query.is_nested or key.is_nested or value.is_nested:
         if attn_mask is not None or cu_seqlens is not None or return_lse or return_weights:
@@ -111,6 +114,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
             enable_gqa,
             window=window,
             alignment=alignment,
+            softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             cu_seqlens=(query_starts, key_starts),
@@ -127,6 +131,8 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     right = 0 if is_causal else right
     if alignment not in ("upper_left", "lower_right"):
         raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{_NAME}: expected softcap to be above 0 and finite, got {softcap}")
     if alibi_slopes is not None:
         if alibi_slopes.requires_grad:
             raise RuntimeError(f"{_NAME}: alibi_slopes have no gradient, expected them not to require one")
@@ -142,7 +148,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
         starts = _packed.checked(cu_seqlens, query, key)
         ranges, diagonals = _packed.ranges(starts, query, key, *diagonals), (-1, -1, False)
     inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *ranges)
-    options = (float(dropout_p), *diagonals, float(scale))
+    options = (float(dropout_p), *diagonals, float(scale), float(softcap or 0))
     out, lse = call(ScaledDotProductAttention, *inputs, *options)
     if not return_lse and not return_weights:
         return out

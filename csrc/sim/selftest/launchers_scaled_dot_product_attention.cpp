@@ -18,8 +18,8 @@ using pynn::AttentionMaskOperand;
 using pynn::AttentionOperand;
 using pynn::AttentionShape;
 
-// kWindow: each query sees three keys before its diagonal, which ends at the last key, and one behind; with alibi and
-// sinks. kPacked: two sequences, with alibi. kOwn: a mask in the dtype of the data.
+// kWindow: each query sees three keys before its diagonal, which ends at the last key, and one behind; with a soft cap,
+// alibi and sinks. kPacked: two sequences, with alibi. kOwn: a mask in the dtype of the data.
 enum class Kind { kNone, kCausal, kWindow, kPacked, kBool, kFloat, kOwn };
 
 constexpr int64_t kSecondQuery = 40;  // where the second of the packed sequences begins
@@ -76,6 +76,7 @@ struct Call {
     shape.lower = -c.queries, shape.upper = c.kind == Kind::kCausal ? 0 : c.keys, shape.scale = 0.3;
     if (c.kind == Kind::kWindow) {
       shape.diagonal = c.keys - c.queries, shape.lower = shape.diagonal - 3, shape.upper = shape.diagonal + 1;
+      shape.softcap = 0.75;
       per_head.alibi_slopes = run.input<F>(size_t(shape.heads), [](size_t i) { return F(0.25 + 0.5 * double(i)); });
       per_head.sinks = run.input<F>(size_t(shape.heads), [](size_t i) { return F(0.5 - double(i)); });
     }
@@ -183,8 +184,10 @@ struct Call {
           double score = mask_value(head, i, j);
           weights[size_t(j)] = 0;
           if (score == -INFINITY) continue;
+          double product = 0;
           for (int64_t d = 0; d < c.dim; ++d)
-            score += 0.3 * number(query, head, 1, i, d) * number(key, head, c.group, j, d);
+            product += 0.3 * number(query, head, 1, i, d) * number(key, head, c.group, j, d);
+          score += shape.softcap != 0 ? shape.softcap * std::tanh(product / shape.softcap) : product;
           total += weights[size_t(j)] = std::exp(score);
         }
         for (int64_t d = 0; d < c.value_dim; ++d) {

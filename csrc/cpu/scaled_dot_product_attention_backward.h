@@ -1,0 +1,274 @@
+// Attention, backward. With P = exp(S - lse), A = P * keep / (1 - p), G = (dout V^T) * keep / (1 - p):
+//
+//   delta_i = sum_j P_ij G_ij    dS = P * (G - delta)    dQ = scale dX K    dK = scale dX^T Q    dV = A^T dout
+//   dmask = dS summed over the dimensions in which the mask is broadcast, dsink = -sum_i exp(sink - lse_i) delta_i
+//
+// dX is dS, times the derivative of the soft cap where there is one.
+//
+// A gradient of lse is taken off delta, since lse has the gradient P with respect to S.
+//
+// Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of queries of
+// all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
+// there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second
+// every block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same
+// bits.
+//
+// delta comes from P and G themselves when all keys that a block of queries may see are in one block. Otherwise it is
+// dout . out in float and double, and a sweep over the keys for 16-bit types, whose out has been rounded.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "scaled_dot_product_attention_rows.h"
+
+namespace pynn::cpu::attention {
+
+template <class T>
+struct Gradients {
+  using F = accumulate_t<T>;
+  typename launch::Attention<T>::Output query, key, value;
+  F* mask;  // (heads, queries, keys), zeroed; nullptr when the mask is broadcast or needs no gradient
+};
+template <class T>
+struct Inputs {
+  using F = accumulate_t<T>;
+  typename launch::Attention<T>::Input grad_out, query, key, value, out;
+  const typename launch::Attention<T>::Lse* lse;
+  const typename launch::Attention<T>::Lse* grad_lse;  // nullptr for zeros
+  F* delta;                                            // (heads, queries); nullptr when nobody needs it
+  AttentionPerHead<F> per_head;
+};
+
+template <class T>
+class Backward {
+ public:
+  using F = accumulate_t<T>;
+
+  Backward(const Gradients<T>& gradients, const Inputs<T>& in, const AttentionMaskOperand& mask,
+           const AttentionShape& shape)
+      : gradients_(gradients),
+        in_(in),
+        mask_(mask),
+        shape_(shape),
+        width_(padded<F>(shape.dim)),
+        value_width_(padded<F>(shape.value_dim)),
+        stride_(tile_stride(shape)),
+        masked_(shape.windowed() || mask.kind != AttentionMask::kNone) {
+    const int64_t keys = round_up(shape.keys, kPanel<F>);
+    key_panels_ = scratch_.take<F>(keys * shape.dim);
+    value_panels_ = scratch_.take<F>(keys * shape.value_dim);
+    key_buffer_ = scratch_.take<F>(keys * width_);
+    value_buffer_ = scratch_.take<F>(kPanel<F> * value_width_);
+    key_sums_ = scratch_.take<F>(keys * width_);
+    value_sums_ = scratch_.take<F>(keys * value_width_);
+    query_buffer_ = scratch_.take<F>(kRows * width_);
+    grad_buffer_ = scratch_.take<F>(kRows * value_width_);
+    out_buffer_ = scratch_.take<F>(kRows * value_width_);
+    query_columns_ = scratch_.take<F>(kRows * shape.dim);
+    grad_columns_ = scratch_.take<F>(kRows * shape.value_dim);
+    query_sums_ = scratch_.take<F>(kRows * width_);
+    scores_ = scratch_.take<F>(block_rows(shape) * stride_);
+    score_grads_ = scratch_.take<F>(block_rows(shape) * stride_);
+    slopes_ = shape.softcap != 0 ? scratch_.take<F>(block_rows(shape) * stride_) : nullptr;
+    tile_mask_ = scratch_.take<F>(stride_);
+    row_mask_ = scratch_.take<F>(stride_);
+    factors_ = scratch_.take<F>(stride_);
+    keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, kKeys));
+    if (failed()) return;
+    for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = factors_[j] = 0;
+    if (slopes_) std::fill_n(slopes_, block_rows(shape) * stride_, F(0));
+  }
+  bool failed() const { return scratch_.failed; }
+
+  // Packs keys [begin, end) of the key head that query head `head` uses; begin is a multiple of kKeys.
+  void load_keys(int64_t head, int64_t begin, int64_t end) {
+    if (loaded_ == head / shape_.group && begin == begin_ && end == end_) return;
+    loaded_ = head / shape_.group, begin_ = begin, end_ = end;
+    const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
+    const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
+    keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
+    pack_panels(keys_, end - begin, shape_.dim, key_panels_);
+    for (int64_t j = 0; j < end - begin; j += kPanel<F>) {
+      const int64_t count = std::min(kPanel<F>, end - begin - j);
+      const auto rows = rows_of<T>({value + j * in_.value.row, in_.value.row, in_.value.column}, count,
+                                   shape_.value_dim, value_buffer_);
+      pack_panels(rows, count, shape_.value_dim, value_panels_ + j * shape_.value_dim);
+    }
+    for (int64_t k = begin; k < end; k += kKeys)
+      keys_finite_[(k - begin) / kKeys] =
+          !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(kKeys, end - k), width_);
+  }
+
+  void clear_key_sums() {
+    std::fill(key_sums_, key_sums_ + (end_ - begin_) * width_, F(0));
+    std::fill(value_sums_, value_sums_ + (end_ - begin_) * value_width_, F(0));
+  }
+
+  void load_queries(int64_t head, int64_t first, int64_t rows) {
+    head_ = head, first_ = first, rows_ = rows;
+    seen_ = keys_of(shape_, first, rows);
+    one_block_ = seen_.begin >= seen_.end || seen_.begin / kKeys == (seen_.end - 1) / kKeys;
+    queries_ =
+        rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row, in_.query.column},
+                   rows, shape_.dim, query_buffer_);
+    grads_ = rows_of<T>(
+        {head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row, in_.grad_out.column},
+        rows, shape_.value_dim, grad_buffer_);
+    transpose(queries_, rows, shape_.dim, query_columns_, kRows);
+    transpose(grads_, rows, shape_.value_dim, grad_columns_, kRows);
+    queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
+    grads_finite_ = !masked_ || all_finite(grads_, rows, value_width_);
+  }
+
+  // P (with dropout) and dS of the loaded queries and those keys of the block from `block` on that they see.
+  KeyRange tiles(int64_t block) {
+    const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
+    const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
+    const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
+    if (count <= 0) return {k, k};
+    multiply<1>(rows_, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
+                key_panels_ + (k - begin_) * shape_.dim, kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
+    multiply<1>(rows_, count, shape_.value_dim, Left<F>{grad_columns_, kRows, kScoreChunk},
+                value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim, score_grads_,
+                stride_, false);
+    for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
+    return {k, k + count};
+  }
+
+  // The first block of the packed keys that the loaded queries may see.
+  int64_t first_block() const { return std::max(begin_, seen_.begin / kKeys * kKeys); }
+  // Whether queries [first, first + rows) see any of keys [begin, end).
+  bool sees(int64_t first, int64_t rows, int64_t begin, int64_t end) const {
+    const KeyRange seen = keys_of(shape_, first, rows);
+    return std::max(seen.begin, begin) < std::min(seen.end, end);
+  }
+
+  // Everything one block of queries adds to dK and dV, and its dQ.
+  void block(bool want_query, bool want_key) {
+    bool started = false;
+    for (int64_t block = first_block(); block < end_; block += kKeys) {
+      const auto [k, key_end] = tiles(block);
+      const int64_t count = key_end - k, at = k - begin_;
+      if (count == 0) continue;
+      if (want_query && gradients_.mask)
+        for (int64_t i = 0; i < rows_; ++i)
+          std::copy_n(score_grads_ + i * stride_, count,
+                      gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
+      for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
+        cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
+      if (want_key) {
+        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk}, grads_, grads_finite_,
+                         value_sums_ + at * value_width_, value_width_, true);
+        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk}, queries_, queries_finite_,
+                         key_sums_ + at * width_, width_, true);
+      }
+      if (want_query)
+        multiply_scores(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
+                        keys_finite_[at / kKeys], query_sums_, width_, started);
+      started = true;
+    }
+    if (!want_query) return;
+    if (!started) std::fill(query_sums_, query_sums_ + rows_ * width_, F(0));
+    write(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row, query_sums_,
+          rows_, shape_.dim, width_, F(shape_.scale));
+  }
+
+  void write_keys(int64_t head) {
+    const auto &key = gradients_.key, &value = gradients_.value;
+    write(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_, shape_.dim,
+          width_, F(shape_.scale));
+    write(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
+          shape_.value_dim, value_width_, F(1));
+  }
+
+  // delta of the loaded queries.
+  void find_delta() {
+    if (one_block_) return;
+    F* delta = in_.delta + head_ * shape_.queries + first_;
+    if constexpr (std::is_same_v<T, F>) {
+      const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
+      const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
+      for (int64_t i = 0; i < rows_; ++i) {
+        Vec<F> sum{};
+        for (int64_t d = 0; d < value_width_; d += kLanes<F>)
+          sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
+        delta[i] = sum_lanes<F>(sum) - grad_lse(i);
+      }
+    } else {
+      std::fill(delta, delta + rows_, F(0));
+      sum_delta_ = true;
+      for (int64_t block = first_block(); block < end_; block += kKeys) tiles(block);
+      sum_delta_ = false;
+      for (int64_t i = 0; i < rows_; ++i) delta[i] -= grad_lse(i);
+    }
+  }
+
+  // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
+  void add_mask_gradient(double* sums) {
+    for (int64_t block = first_block(); block < end_; block += kKeys) {
+      const auto [k, key_end] = tiles(block);
+      const int64_t count = key_end - k;
+      for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
+        double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
+        const F* from = score_grads_ + i * stride_;
+        if (mask_.columns == 1)
+          for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
+        else
+          for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
+      }
+    }
+  }
+
+ private:
+  F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
+
+  void row(const HeadScores<F>& scores, int64_t i, int64_t k, int64_t count, bool only_delta) {
+    F *s = scores_ + i * stride_, *g = score_grads_ + i * stride_;
+    const int64_t query = first_ + i, at = head_ * shape_.queries + query;
+    F* const slopes = slopes_ ? slopes_ + i * stride_ : nullptr;
+    const auto [valid, top, masked] = finish_row(scores, s, query, k, count, slopes);
+    for (int64_t j = valid > 0 ? padded<F>(valid) : 0; j < count; ++j) g[j] = 0;
+    if (valid == 0) return;
+    const F* factors = nullptr;
+    if (shape_.dropout_key) {
+      dropout_factors(shape_, uint64_t(at * shape_.keys + k), valid, factors_);
+      factors = factors_;
+    }
+    // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
+    const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
+    auto [sum, dot] = masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
+    const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[at]));
+    if (only_delta) {
+      in_.delta[at] += dot * norm;
+      return;
+    }
+    const F delta = one_block_ ? dot * norm - grad_lse(i) : in_.delta[at];
+    if (one_block_ && in_.delta) in_.delta[at] = delta;
+    score_gradients(s, g, valid, norm, delta, masked_ || masked, factors);
+  }
+
+  static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
+                    int64_t stride, F scale) {
+    for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
+      for (int64_t d = 0; d < width; ++d) to[d * layout.column] = from_float<T>(from[d] * scale);
+  }
+
+  const Gradients<T>& gradients_;
+  const Inputs<T>& in_;
+  const AttentionMaskOperand& mask_;
+  const AttentionShape& shape_;
+  const int64_t width_, value_width_, stride_;
+  const bool masked_;
+  Scratch scratch_;
+  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
+      *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
+      *row_mask_, *factors_;
+  bool* keys_finite_;
+  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
+  Matrix<F> keys_{}, queries_{}, grads_{};
+  KeyRange seen_{};
+  int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
+};
+
+}  // namespace pynn::cpu::attention
