@@ -14,7 +14,9 @@ import triton.language as tl
 from .products import compute_dtype
 from .recurrent_cells import tanh
 
-ELEMENTS = 4096  # of a tile
+# Bytes of a tile in the compute type: more do not fit the registers of its warps, which are twice as wide on AMD; the
+# interpreter pays for operations, not for elements.
+BYTES = {"cuda": 8192, "hip": 2048, "interpret": 65536}
 COLUMNS = 1024  # of the values that a program of the forward sums
 
 
@@ -249,6 +251,12 @@ def _mask_arguments(mask: torch.Tensor | None, scores: tuple[int, ...]) -> tuple
     return mask, outer, stride, *mask.stride()[-2:], inner
 
 
+def _bytes_of_tile() -> int:
+    if triton.knobs.runtime.interpret:
+        return BYTES["interpret"]
+    return BYTES[triton.runtime.driver.active.get_current_target().backend]
+
+
 class _Call:
     """What the kernels of a call have in common."""
 
@@ -265,8 +273,9 @@ class _Call:
         """Runs a kernel for each of `rows` rows, which walks `count` others."""
         query = self.operands[0]
         width = max(16, triton.next_power_of_2(self.dim))
-        tile = max(1, min(triton.next_power_of_2(count), ELEMENTS // max(width, *widths.values())))
         compute = tl.float64 if query.dtype is torch.float64 else tl.float32
+        rows_of_tile = _bytes_of_tile() // (compute.primitive_bitwidth // 8) // max(width, *widths.values())
+        tile = max(1, min(triton.next_power_of_2(count), rows_of_tile))
         scores = tl.float32 if query.element_size() == 2 else tl.float64
         with torch.cuda.device_of(query):
             kernel[(rows, columns)](
