@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from .products import compute_dtype
 from .recurrent_cells import tanh
@@ -40,18 +41,21 @@ def mask_tile(p_mask, o_mask, seen, A: tl.constexpr, BOOL: tl.constexpr):
 
 
 @triton.jit
-def tangents(p_rows, o_row, seen, b_other, columns, DIM: tl.constexpr, A: tl.constexpr):
+def tangents(p_rows, o_row, seen, b_other, columns, DIM: tl.constexpr, A: tl.constexpr, S: tl.constexpr):
     """tanh(row + other), [TILE, DIM]: of rows that are not seen, tanh(other)."""
     o_column = tl.arange(0, DIM)
     inside = seen[:, None] & (o_column < columns)[None, :]
     b_rows = tl.load(p_rows + o_row[:, None] * columns + o_column[None, :], inside, 0.0).to(A)
-    return tanh(b_rows + b_other[None, :])
+    if tl.float64 == S:  # to one unit in the last place: its error is most of that of float32 scores
+        return libdevice.tanh(b_rows + b_other[None, :])
+    else:
+        return tanh(b_rows + b_other[None, :])
 
 
 @triton.jit
 def score_of(b_t, b_weight, b_added, S: tl.constexpr):
-    """In the precision of lse: an error of a score is one of its whole row."""
-    return tl.sum(b_t * b_weight[None, :], 1).to(S) + b_added.to(S)
+    """Summed in the precision of lse, float64 for float32: an error of a score is one of its whole row."""
+    return tl.sum(b_t.to(S) * b_weight.to(S)[None, :], 1) + b_added.to(S)
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def forward_kernel(
     for first in range(0, keys, TILE):
         o_key = first + tl.arange(0, TILE).to(tl.int64)
         seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
-        b_t = tangents(p_key, i_head * keys + o_key, seen, b_query, dim, DIM, A)  # [TILE, DIM]
+        b_t = tangents(p_key, i_head * keys + o_key, seen, b_query, dim, DIM, A, S)  # [TILE, DIM]
         b_score = tl.where(seen, score_of(b_t, b_weight, b_added, S), float("-inf"))
         new_top = tl.maximum(top, tl.max(b_score, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -102,7 +106,7 @@ def forward_kernel(
             for first in range(0, keys, TILE):
                 o_key = first + tl.arange(0, TILE).to(tl.int64)
                 seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
-                b_t = tangents(p_key, i_head * keys + o_key, seen, b_query, dim, DIM, A)
+                b_t = tangents(p_key, i_head * keys + o_key, seen, b_query, dim, DIM, A, S)
                 b_score = score_of(b_t, b_weight, b_added, S)
                 b_share = tl.where(seen, tl.exp((b_score - top).to(A)) / total.to(A), 0.0)
                 tl.store(p_weights + i_row * keys + o_key, b_share.to(p_weights.dtype.element_ty), o_key < keys)
@@ -144,7 +148,7 @@ def query_kernel(
         o_key = first + tl.arange(0, TILE).to(tl.int64)
         o_row = i_head * keys + o_key
         seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
-        b_t = tangents(p_key, o_row, seen, b_query, dim, DIM, A)
+        b_t = tangents(p_key, o_row, seen, b_query, dim, DIM, A, S)
         b_score = score_of(b_t, b_weight, b_added, S)
         b_share, b_slope, _ = shares_and_slopes(
             p_value, o_row, p_grad_weights, i_row * keys + o_key, seen, b_score, b_grad_out, lse, value_dim, VALUE, A, S
@@ -157,7 +161,7 @@ def query_kernel(
         o_key = first + tl.arange(0, TILE).to(tl.int64)
         o_row = i_head * keys + o_key
         seen, b_added = mask_tile(p_mask, o_mask + o_key * column_stride, o_key < keys, A, BOOL)
-        b_t = tangents(p_key, o_row, seen, b_query, dim, DIM, A)
+        b_t = tangents(p_key, o_row, seen, b_query, dim, DIM, A, S)
         b_score = score_of(b_t, b_weight, b_added, S)
         b_share, b_slope, _ = shares_and_slopes(
             p_value, o_row, p_grad_weights, i_row * keys + o_key, seen, b_score, b_grad_out, lse, value_dim, VALUE, A, S
@@ -195,7 +199,7 @@ def key_kernel(
         o_query = first + tl.arange(0, TILE).to(tl.int64)
         o_row = i_head * queries + o_query
         seen, b_added = mask_tile(p_mask, o_mask + o_query * row_stride, o_query < queries, A, BOOL)
-        b_t = tangents(p_query, o_row, seen, b_key, dim, DIM, A)
+        b_t = tangents(p_query, o_row, seen, b_key, dim, DIM, A, S)
         b_score = score_of(b_t, b_weight, b_added, S)
         b_lse = tl.load(p_lse + o_row, seen, 0.0).to(S)
         b_share, b_slope, b_grad_out = shares_and_slopes(
