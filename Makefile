@@ -10,6 +10,8 @@ PYTEST_ARGS ?= -n 2
 # One in so many variants of each test where the tests are run again on other back ends (interpreter, sanitizers, older
 # instruction sets), and of the Triton kernels compiled ahead of time. 1: all. The sample is always the same one.
 SAMPLE ?= 1
+# The same for the first run on the emulated GPU.
+SAMPLE_SIM ?= 1
 # Installed without what they depend on, which would replace torch, and beside the environment: see tests/peers.py.
 PEERS := torchvision==0.28.0 timm==1.0.31
 
@@ -29,7 +31,8 @@ demo: $(STAMP)
 INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
 	tests/test_conv_transpose2d.py tests/test_conv2d_triton.py tests/test_random.py tests/test_recurrent_triton.py
 test: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "not [sim"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE_SIM) -k "[sim"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE) -k "[interpret" \
 	  $(INTERPRETED)
 

@@ -13,7 +13,7 @@ from pynn.ops import scaled_dot_product_attention
 
 UNET = [(64, 4, tokens, dim) for tokens in (16, 49, 64, 196) for dim in (16, 32)]  # batch, heads, tokens, head dim
 LONG = [(1, 4, 512, 64), (2, 12, 197, 64), (1, 2, 2048, 64), (1, 2, 1024, 128)]
-OPTIONS = ("causal", "padding", "bias", "dropout")
+OPTIONS = ("causal", "padding", "bias", "shared bias", "dropout")
 WINDOW = 256  # keys that a query sees; torch gets a mask
 
 
@@ -31,8 +31,12 @@ def cases(quick: bool = False) -> Iterator[Case]:
         yield _case(1, 4, 512, 64, torch.float32, "forward+backward", option)
     for mode in ("forward", "forward+backward"):
         yield _case(1, 2, 2048, 64, torch.float32, mode, "window")
+    for tokens, batch in ((64, 4), (128, 2)):
+        yield _case(batch, 12, tokens, 64, torch.bfloat16, "forward+backward")
+    yield _case(1, 2, 2048, 64, torch.bfloat16, "forward")
     for dtype in (torch.float32, torch.bfloat16):
         yield _case(2, 8, 1024, 64, dtype, "forward", queries=1)
+        yield _case(1, 8, 4096, 128, dtype, "forward", queries=1)
     for need_weights in (False, True):
         yield _multihead_case(4, 256, 256, 8, need_weights)
 
@@ -45,14 +49,14 @@ def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None) -> Ca
     mask = None
     if option == "padding":
         mask = (torch.arange(tokens) < tokens // 2).expand(batch, 1, 1, tokens)
-    elif option == "bias":
-        mask = torch.randn(1, heads, tokens, tokens).to(dtype).requires_grad_()
+    elif option.endswith("bias"):
+        mask = torch.randn(1, 1 if option == "shared bias" else heads, tokens, tokens).to(dtype).requires_grad_()
     elif option == "window":
         mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - WINDOW)
     arguments = {"attn_mask": mask, "is_causal": option == "causal", "dropout_p": 0.1 if option == "dropout" else 0.0}
     own = {"window": (WINDOW - 1, 0), "attn_mask": None} if option == "window" else {}
     backward = mode == "forward+backward"
-    leaves = [t.requires_grad_(backward) for t in (query, key, value)] + ([mask] if option == "bias" else [])
+    leaves = [t.requires_grad_(backward) for t in (query, key, value)] + ([mask] if option.endswith("bias") else [])
     grad = torch.randn(batch, query.shape[2], heads, dim).to(dtype).transpose(1, 2)
 
     def call(attention, **more):

@@ -57,7 +57,8 @@ def patch(model: torch.nn.Module) -> Patched:
     """Makes the torch.nn layers inside a model compute with pynn's kernels, in place.
 
     Replaced are torch.nn.Conv2d, ConvTranspose2d, GroupNorm, MultiheadAttention, LSTM, GRU, RNN and their cells, and
-    the attention of a Hugging Face model whose implementation is "sdpa" (it becomes "pynn", without weights too). What
+    the attention of a Hugging Face model whose implementation is "sdpa", or for which there is none, as with the soft
+    caps of Gemma 2 and the sinks of gpt-oss (it becomes "pynn", without weights too). What
     else holds parameters of its own is kept, and so are subclasses of these layers, whose own code would be lost
     (parametrized layers among them). Outputs and gradients agree to rounding, but for the two differences that
     pynn.nn.MultiheadAttention documents. Patch a model before compiling or scripting it.
@@ -94,8 +95,9 @@ def _patch_attention(name: str, model: torch.nn.Module) -> list[Layer]:
         return []
     reason = _transformers_attention.why_kept(model)
     if not reason:
+        (before,) = _transformers_attention.implementations(model)
         _transformers_attention.use(model, _transformers_attention.NAME)
-        setattr(model, _MARK, True)
+        setattr(model, _MARK, before)
     return [Layer(name, f"{type(model).__name__} attention", reason)]
 
 
@@ -111,11 +113,12 @@ def unpatch(model: torch.nn.Module) -> Patched:
     """
     restored = []
     for name, module in _modules("unpatch", model):
-        if not module.__dict__.pop(_MARK, False):
+        mark = module.__dict__.pop(_MARK, None)
+        if mark is None:
             continue
         kind = type(module)
         if kind not in _ORIGINALS:  # a model of transformers
-            _transformers_attention.use(module, _transformers_attention.REPLACED)
+            _transformers_attention.use(module, mark)
             restored.append(Layer(name, f"{kind.__name__} attention", ""))
             continue
         original = _ORIGINALS[kind]

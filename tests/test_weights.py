@@ -250,7 +250,7 @@ def test_patched_timm_vit():
     )
 
 
-@pytest.mark.parametrize("name", [name for name in HF if name != "CLAP text"])  # eager in transformers
+@pytest.mark.parametrize("name", HF)
 def test_patched_attention(name):
     """The layers stay transformers' own, the attention between them is pynn's: causal, with a bias, padded, crossed."""
     case = HF[name]()
@@ -269,12 +269,39 @@ def test_patched_attention(name):
     assert not pynn.patch(case.theirs).replaced
 
 
+@pytest.mark.parametrize("name", ["Gemma 2", "gpt-oss"])
+def test_patched_attention_that_sdpa_lacks(name):
+    """Soft caps and sliding windows; sinks and sliding windows."""
+    transformers = peers.load("transformers")
+    sizes = {"vocab_size": 17, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "pad_token_id": 0}
+    if name == "Gemma 2":
+        config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=2.0, query_pre_attn_scalar=1)
+        model = transformers.Gemma2ForCausalLM(config)
+    else:
+        config = transformers.GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+        model = transformers.GptOssForCausalLM(config)
+    peers.randomise(model)
+    ids = torch.arange(18).reshape(2, 9) % 17
+    attended = torch.ones_like(ids)
+    attended[1, :3] = 0
+    wanted = {"scaled_dot_product_attention_fwd"}
+
+    def run(m):
+        return m(input_ids=ids, attention_mask=attended, use_cache=False).logits[attended.bool()]
+
+    target = torch.randn_like(run(model))
+    peers.assert_patch_is_faithful(model, run, lambda m: F.mse_loss(run(m), target), wanted, lr=1e-4)
+
+
 def test_attention_that_is_not_replaced():
-    theirs = nn.ModuleDict({"text": clap_text().theirs})
-    (layer,) = (layer for layer in pynn.patch(theirs).kept if layer.kind == "ClapTextModelWithProjection attention")
-    assert layer.name == "text"
+    theirs = nn.ModuleDict({"bert": HF["BertModel"]().theirs})
+    theirs["bert"].set_attn_implementation("eager")  # for its weights, as sdpa is there
+    kind = f"{type(theirs['bert']).__name__} attention"
+    (layer,) = (layer for layer in pynn.patch(theirs).kept if layer.kind == kind)
+    assert layer.name == "bert"
     assert layer.reason == "its attention implementation is eager, not sdpa"
-    assert theirs["text"].config._attn_implementation == "eager"
+    assert theirs["bert"].config._attn_implementation == "eager"
 
 
 def small_gpt(**options) -> GPT:

@@ -34,6 +34,7 @@ class Forward {
         mask_(mask),
         per_head_(per_head),
         shape_(shape),
+        products_(shape.dim),
         stride_(tile_stride(shape)) {
     const int64_t width = padded<F>(shape.dim), value_width = padded<F>(shape.value_dim);
     key_panels_ = scratch_.take<F>(round_up(shape.keys, kPanel<F>) * shape.dim);
@@ -52,12 +53,8 @@ class Forward {
   bool failed() const { return scratch_.failed; }
 
   void load_keys(int64_t head) {
-    const T* key = head_start(key_, shape_, head, shape_.group);
-    for (int64_t j = 0; j < shape_.keys; j += kPanel<F>) {
-      const int64_t count = std::min(kPanel<F>, shape_.keys - j);
-      const Matrix<F> rows = rows_of<T>({key + j * key_.row, key_.row, key_.column}, count, shape_.dim, key_buffer_);
-      pack_panels(rows, count, shape_.dim, key_panels_ + j * shape_.dim);
-    }
+    products_.pack_right({head_start(key_, shape_, head, shape_.group), key_.row, key_.column}, shape_.keys,
+                         key_buffer_, key_panels_);
     values_ = rows_of<T>({head_start(value_, shape_, head, shape_.group), value_.row, value_.column}, shape_.keys,
                          shape_.value_dim, value_buffer_);
     const bool masked = shape_.windowed() || mask_.kind != AttentionMask::kNone;
@@ -67,8 +64,7 @@ class Forward {
   void block(int64_t head, int64_t first, int64_t rows) {
     const int64_t value_width = padded<F>(shape_.value_dim);
     const T* query = head_start(query_, shape_, head, 1) + first * query_.row;
-    transpose(rows_of<T>({query, query_.row, query_.column}, rows, shape_.dim, query_buffer_), rows, shape_.dim,
-              query_columns_, kRows);
+    products_.pack_left({query, query_.row, query_.column}, rows, query_buffer_, query_columns_);
     const F* const sink = per_head_.sinks ? per_head_.sinks + head : nullptr;
     F top[kRows], total[kRows];
     for (int64_t i = 0; i < rows; ++i) top[i] = sink ? *sink : -kInfinity<F>, total[i] = sink ? F(1) : F(0);
@@ -79,11 +75,10 @@ class Forward {
       const int64_t k = std::max(block, seen.begin / kPanel<F> * kPanel<F>);
       const int64_t count = read_tile_mask(scores, k, std::min(block + kKeys, seen.end) - k);
       if (count <= 0) continue;
-      multiply<1>(rows, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk}, key_panels_ + k * shape_.dim,
-                  kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
+      products_.multiply(rows, k, count, query_columns_, key_panels_, scores_, stride_);
       for (int64_t i = 0; i < rows; ++i) softmax_row(scores, head, first, i, k, count, started, top[i], total[i]);
-      multiply_scores(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride}, values_finite_,
-                      sums_, value_width, started);
+      multiply_scores<T>(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride},
+                         values_finite_, sums_, value_width, started);
       started = true;
     }
     if (!started)
@@ -137,6 +132,7 @@ class Forward {
   const AttentionMaskOperand& mask_;
   const AttentionPerHead<F>& per_head_;
   const AttentionShape& shape_;
+  const RowProducts<T> products_;
   const int64_t stride_;
   Scratch scratch_;
   F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *tile_mask_,

@@ -69,11 +69,23 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   const int64_t height = block_rows(shape);
   const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
   const int64_t blocks = query_blocks * shape.group;  // of queries, per key head
-  // A mask with a number for every score gets its gradient on the way; otherwise the scores are formed once more.
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  // A mask with a number for every score gets its gradient on the way, and so does any other where one thread meets all
+  // heads in their order. Otherwise the scores are formed once more, for sums in that order.
   const bool whole = grad_mask && mask.rows == shape.queries && mask.columns == shape.keys &&
                      std::equal(shape.batch, shape.batch + shape.batch_dims, mask.batch);
-  if (whole) std::fill_n(grad_mask, shape.heads * shape.queries * shape.keys, F(0));
-  const Gradients<T> gradients{grad_query, grad_key, grad_value, whole ? grad_mask : nullptr};
+  if (whole && (shape.windowed() || mask.operand.row == 0))  // tiles are left out
+    std::fill_n(grad_mask, shape.heads * shape.queries * shape.keys, F(0));
+  Scratch scratch;
+  double* mask_sums = nullptr;
+  int64_t mask_size = mask.rows * mask.columns;
+  for (int d = 0; d < shape.batch_dims; ++d) mask_size *= mask.batch[d];
+  if (grad_mask && !whole && threads == 1) {
+    mask_sums = scratch.take<double>(mask_size);
+    if (scratch.failed) return false;
+    std::fill_n(mask_sums, mask_size, 0.0);
+  }
+  const Gradients<T> gradients{grad_query, grad_key, grad_value, whole ? grad_mask : nullptr, mask_sums};
   std::vector<F> delta(size_t(key_blocks > 1 || grad_sinks ? shape.heads * shape.queries : 0));
   if (grad_lse)  // of queries that see no key
     for (size_t i = 0; i < delta.size(); ++i) delta[i] = F(-grad_lse[i]);
@@ -103,11 +115,13 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   if (key_blocks > 1)
     for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
       const int64_t head = item / blocks;
-      if constexpr (!std::is_same_v<T, F>) backward.load_keys(head * shape.group, 0, shape.keys);
-      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] { backward.find_delta(); });
+      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] {
+        if (backward.sweeps()) backward.load_keys(head * shape.group, 0, shape.keys);
+        backward.find_delta();
+      });
       return true;
     });
-  const bool split = key_heads < int64_t(torch::stable::get_num_threads());
+  const bool split = key_heads < threads;
   if (!split)
     for_items(key_heads, [&](Backward<T>& backward, int64_t head) {
       backward.load_keys(head * shape.group, 0, shape.keys);
@@ -133,7 +147,10 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
       return true;
     });
   }
-  if (grad_mask && !whole) mask_gradient<T>(grad_mask, mask, shape, for_items);
+  if (mask_sums)
+    for (int64_t j = 0; j < mask_size; ++j) grad_mask[j] = F(mask_sums[j]);
+  else if (grad_mask && !whole)
+    mask_gradient<T>(grad_mask, mask, shape, for_items);
   for (int64_t head = 0; head < (grad_sinks ? shape.heads : 0); ++head) {
     double sum = 0;
     for (int64_t i = head * shape.queries; i < (head + 1) * shape.queries; ++i)

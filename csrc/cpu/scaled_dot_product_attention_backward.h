@@ -14,7 +14,7 @@
 // bits.
 //
 // delta comes from P and G themselves when all keys that a block of queries may see are in one block. Otherwise it is
-// dout . out in float and double, and a sweep over the keys for 16-bit types, whose out has been rounded.
+// dout . out, or a sweep over the keys where out has been rounded to 16 bits and they are so few that it would be seen.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,10 @@ template <class T>
 struct Gradients {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Output query, key, value;
-  F* mask;  // (heads, queries, keys), zeroed; nullptr when the mask is broadcast or needs no gradient
+  // The gradient of the mask, where it comes about with the others: (heads, queries, keys) of a mask that is not
+  // broadcast, zeroed where tiles are left out, or sums in the mask's own shape, for one thread. Otherwise nullptr.
+  F* mask;
+  double* mask_sums;
 };
 template <class T>
 struct Inputs {
@@ -50,6 +53,8 @@ class Backward {
         in_(in),
         mask_(mask),
         shape_(shape),
+        key_products_(shape.dim),
+        value_products_(shape.value_dim),
         width_(padded<F>(shape.dim)),
         value_width_(padded<F>(shape.value_dim)),
         stride_(tile_stride(shape)),
@@ -58,7 +63,7 @@ class Backward {
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
     key_buffer_ = scratch_.take<F>(keys * width_);
-    value_buffer_ = scratch_.take<F>(kPanel<F> * value_width_);
+    panel_buffer_ = scratch_.take<F>(kPanel<F> * std::max(width_, value_width_));
     key_sums_ = scratch_.take<F>(keys * width_);
     value_sums_ = scratch_.take<F>(keys * value_width_);
     query_buffer_ = scratch_.take<F>(kRows * width_);
@@ -87,13 +92,8 @@ class Backward {
     const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
     const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
     keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
-    pack_panels(keys_, end - begin, shape_.dim, key_panels_);
-    for (int64_t j = 0; j < end - begin; j += kPanel<F>) {
-      const int64_t count = std::min(kPanel<F>, end - begin - j);
-      const auto rows = rows_of<T>({value + j * in_.value.row, in_.value.row, in_.value.column}, count,
-                                   shape_.value_dim, value_buffer_);
-      pack_panels(rows, count, shape_.value_dim, value_panels_ + j * shape_.value_dim);
-    }
+    key_products_.pack_right({key, in_.key.row, in_.key.column}, end - begin, panel_buffer_, key_panels_);
+    value_products_.pack_right({value, in_.value.row, in_.value.column}, end - begin, panel_buffer_, value_panels_);
     for (int64_t k = begin; k < end; k += kKeys)
       keys_finite_[(k - begin) / kKeys] =
           !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(kKeys, end - k), width_);
@@ -108,14 +108,14 @@ class Backward {
     head_ = head, first_ = first, rows_ = rows;
     seen_ = keys_of(shape_, first, rows);
     one_block_ = seen_.begin >= seen_.end || seen_.begin / kKeys == (seen_.end - 1) / kKeys;
-    queries_ =
-        rows_of<T>({head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row, in_.query.column},
-                   rows, shape_.dim, query_buffer_);
-    grads_ = rows_of<T>(
-        {head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row, in_.grad_out.column},
-        rows, shape_.value_dim, grad_buffer_);
-    transpose(queries_, rows, shape_.dim, query_columns_, kRows);
-    transpose(grads_, rows, shape_.value_dim, grad_columns_, kRows);
+    const Read<T> query{head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row,
+                        in_.query.column};
+    const Read<T> grad{head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
+                       in_.grad_out.column};
+    key_products_.pack_left(query, rows, query_buffer_, query_columns_);
+    value_products_.pack_left(grad, rows, grad_buffer_, grad_columns_);
+    queries_ = rows_of<T>(query, rows, shape_.dim, query_buffer_);
+    grads_ = rows_of<T>(grad, rows, shape_.value_dim, grad_buffer_);
     queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
     grads_finite_ = !masked_ || all_finite(grads_, rows, value_width_);
   }
@@ -126,11 +126,8 @@ class Backward {
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
     const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
-    multiply<1>(rows_, count, shape_.dim, Left<F>{query_columns_, kRows, kScoreChunk},
-                key_panels_ + (k - begin_) * shape_.dim, kPanel<F>, kPanel<F> * shape_.dim, scores_, stride_, false);
-    multiply<1>(rows_, count, shape_.value_dim, Left<F>{grad_columns_, kRows, kScoreChunk},
-                value_panels_ + (k - begin_) * shape_.value_dim, kPanel<F>, kPanel<F> * shape_.value_dim, score_grads_,
-                stride_, false);
+    key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
+    value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
     for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
     return {k, k + count};
   }
@@ -154,17 +151,21 @@ class Backward {
         for (int64_t i = 0; i < rows_; ++i)
           std::copy_n(score_grads_ + i * stride_, count,
                       gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
+      if (gradients_.mask_sums) {
+        const int64_t row = mask_matrix() * mask_.rows + (mask_.rows == 1 ? 0 : first_);
+        add_mask_gradient(gradients_.mask_sums + row * mask_.columns, k, count);
+      }
       for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
-        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk}, grads_, grads_finite_,
+        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk<T>}, grads_, grads_finite_,
                          value_sums_ + at * value_width_, value_width_, true);
-        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk}, queries_, queries_finite_,
+        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk<T>}, queries_, queries_finite_,
                          key_sums_ + at * width_, width_, true);
       }
       if (want_query)
-        multiply_scores(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
-                        keys_finite_[at / kKeys], query_sums_, width_, started);
+        multiply_scores<T>(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
+                           keys_finite_[at / kKeys], query_sums_, width_, started);
       started = true;
     }
     if (!want_query) return;
@@ -181,11 +182,14 @@ class Backward {
           shape_.value_dim, value_width_, F(1));
   }
 
-  // delta of the loaded queries.
+  // Whether the delta of the loaded queries takes a sweep over their keys.
+  bool sweeps() const { return !std::is_same_v<T, F> && !one_block_ && seen_.end - seen_.begin <= kKeys; }
+
+  // delta of the loaded queries; the keys are there if it takes a sweep.
   void find_delta() {
     if (one_block_) return;
     F* delta = in_.delta + head_ * shape_.queries + first_;
-    if constexpr (std::is_same_v<T, F>) {
+    if (!sweeps()) {
       const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
       const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
       for (int64_t i = 0; i < rows_; ++i) {
@@ -207,19 +211,29 @@ class Backward {
   void add_mask_gradient(double* sums) {
     for (int64_t block = first_block(); block < end_; block += kKeys) {
       const auto [k, key_end] = tiles(block);
-      const int64_t count = key_end - k;
-      for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
-        double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
-        const F* from = score_grads_ + i * stride_;
-        if (mask_.columns == 1)
-          for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
-        else
-          for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
-      }
+      add_mask_gradient(sums, k, key_end - k);
     }
   }
 
  private:
+  void add_mask_gradient(double* sums, int64_t k, int64_t count) const {
+    for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
+      double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
+      const F* from = score_grads_ + i * stride_;
+      if (mask_.columns == 1)
+        for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
+      else
+        for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
+    }
+  }
+  // Which of the mask's own matrices belongs to the loaded queries.
+  int64_t mask_matrix() const {
+    int64_t matrix = 0, step = 1, head = head_;
+    for (int d = shape_.batch_dims - 1; d >= 0; step *= mask_.batch[d], head /= shape_.batch[d], --d)
+      if (mask_.batch[d] != 1) matrix += head % shape_.batch[d] * step;
+    return matrix;
+  }
+
   F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
 
   void row(const HeadScores<F>& scores, int64_t i, int64_t k, int64_t count, bool only_delta) {
@@ -258,10 +272,11 @@ class Backward {
   const Inputs<T>& in_;
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
+  const RowProducts<T> key_products_, value_products_;
   const int64_t width_, value_width_, stride_;
   const bool masked_;
   Scratch scratch_;
-  F *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
+  F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
       *row_mask_, *factors_;
   bool* keys_finite_;

@@ -31,28 +31,22 @@ PYNN_HD Vec<F> sum_each(Vec<F>* v) {
   return v[0];
 }
 
-// scores[0 .. kLanes) = query . key rows; rows from `count` on repeat the last one.
+// scores[0 .. kLanes) = query . key rows; rows from `count` on repeat the last one. One row after the other: the CPU
+// reads ahead in memory only where it is read in order.
 template <class T, class F = accumulate_t<T>>
 void score_keys(const T* key, int64_t row, int64_t count, const F* query, int64_t dim, F* scores) {
-  constexpr int L = kLanes<F>, G = L < 4 ? L : 4;  // keys at once: so many chains hide the latency of fma
-  const int64_t whole = dim / L * L;
+  constexpr int L = kLanes<F>, kChains = 4;  // so many sums hide the latency of fma
+  const int64_t whole = dim / L * L, unrolled = dim / (kChains * L) * (kChains * L);
   Vec<F> sum[L];
+  for (int j = 0; j < L; ++j) {
+    const T* const from = key + std::min<int64_t>(j, count - 1) * row;
+    Vec<F> s[kChains] = {};
+    for (int64_t d = 0; d < unrolled; d += kChains * L)
 #pragma GCC unroll 4
-  for (int first = 0; first < L; first += G) {
-    const T* rows[G];
-    for (int j = 0; j < G; ++j) rows[j] = key + std::min<int64_t>(first + j, count - 1) * row;
-    Vec<F> s[G] = {};
-    for (int64_t d = 0; d < whole; d += L) {
-      const Vec<F> q = load(query + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < G; ++j) s[j] = fma(q, load_compute(rows[j] + d), s[j]);
-    }
-    if (whole < dim) {
-      const Vec<F> q = load(query + whole);
-      for (int j = 0; j < G; ++j) s[j] = fma(q, load_part(rows[j] + whole, dim - whole, F(0)), s[j]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < G; ++j) sum[first + j] = s[j];
+      for (int c = 0; c < kChains; ++c) s[c] = fma(load(query + d + c * L), load_compute(from + d + c * L), s[c]);
+    for (int64_t d = unrolled; d < whole; d += L) s[0] = fma(load(query + d), load_compute(from + d), s[0]);
+    if (whole < dim) s[1] = fma(load(query + whole), load_part(from + whole, dim - whole, F(0)), s[1]);
+    sum[j] = (s[0] + s[1]) + (s[2] + s[3]);
   }
   store(scores, sum_each<F>(sum));
 }
@@ -65,20 +59,20 @@ void add_values(const T* value, int64_t row, int64_t count, int64_t width, const
   Vec<F> sum[M][N] = {};
   for (int64_t j = 0; j < count; ++j, value += row) {
     Vec<F> v[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
       v[n] = width >= (n + 1) * L ? load_compute(value + n * L) : load_part(value + n * L, width - n * L, F(0));
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const F weight = weights[m * kChunkStride + j];
       if (kSkip && weight == F(0)) continue;  // a masked key gives nothing, not even NaN
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[m][n] = fma(broadcast(weight), v[n], sum[m][n]);
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       F* place = to + m * to_stride + n * L;
       store(place, load(place) + sum[m][n]);
@@ -185,20 +179,17 @@ class Decode {
   template <int M>
   void add(const T* value, int64_t count, const F* weights, F* to) const {
     const bool masked = shape_.windowed() || mask_.kind != AttentionMask::kNone;
-    for (int64_t d = 0; d < shape_.value_dim; d += 4 * kLanes<F>) {
+    constexpr int kVectors = M < 4 && kVectorRegisters == 32 ? 8 : 4;  // of a row at once
+    for (int64_t d = 0; d < shape_.value_dim; d += kVectors * kLanes<F>) {
       const int64_t width = shape_.value_dim - d, stride = chunks_ * stride_;
       const auto run = [&]<int N>(std::integral_constant<int, N>) {
         masked ? add_values<M, N, true>(value + d, value_.row, count, width, weights, to + d, stride)
                : add_values<M, N, false>(value + d, value_.row, count, width, weights, to + d, stride);
       };
-      if (width > 3 * kLanes<F>)
-        run(std::integral_constant<int, 4>());
-      else if (width > 2 * kLanes<F>)
-        run(std::integral_constant<int, 3>());
-      else if (width > kLanes<F>)
-        run(std::integral_constant<int, 2>());
-      else
-        run(std::integral_constant<int, 1>());
+      [&]<int... I>(std::integer_sequence<int, I...>) {
+        const int64_t vectors = std::min<int64_t>(kVectors, divide_up(width, kLanes<F>));
+        ((vectors == I + 1 ? run(std::integral_constant<int, I + 1>()) : void()), ...);
+      }(std::make_integer_sequence<int, kVectors>());
     }
   }
 

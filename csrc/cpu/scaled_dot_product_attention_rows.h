@@ -5,7 +5,7 @@
 
 #include "normal.h"
 #include "recurrent_activation.h"
-#include "scaled_dot_product_attention_tile.h"
+#include "scaled_dot_product_attention_products.h"
 #include "vec_math.h"
 
 namespace pynn::cpu::attention {
@@ -201,20 +201,40 @@ int64_t read_tile_mask(const HeadScores<F>& head, int64_t key, int64_t count) {
   return count;
 }
 
+// Puts lane k of parts[w] at to[4 k + w].
+template <class V>
+PYNN_HD void store_interleaved(const V (&parts)[4], float* to) {
+  constexpr auto lanes = LaneIndices<float>();
+  const V even[2] = {interleave_low(parts[0], parts[2], lanes), interleave_high(parts[0], parts[2], lanes)};
+  const V odd[2] = {interleave_low(parts[1], parts[3], lanes), interleave_high(parts[1], parts[3], lanes)};
+  for (int half = 0; half < 2; ++half) {
+    store(to + 2 * half * kLanes<float>, interleave_low(even[half], odd[half], lanes));
+    store(to + (2 * half + 1) * kLanes<float>, interleave_high(even[half], odd[half], lanes));
+  }
+}
+
 // to[j] = 1 / (1 - p) where dropout keeps element first + j, otherwise 0.
 template <class F>
 void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count, F* to) {
   const uint64_t seed = uint64_t(shape.dropout_key[0]), offset = uint64_t(shape.dropout_key[1]);
-  const double scaled = shape.dropout_p * 4294967296.0;
-  const uint64_t threshold = uint64_t(scaled);
-  const F kept = shape.dropout_p < 1 ? F(1 / (1 - shape.dropout_p)) : F(0);
+  const uint64_t threshold = uint64_t(shape.dropout_p * 4294967296.0);
+  if (threshold > UINT32_MAX) {
+    std::fill_n(to, count, F(0));
+    return;
+  }
+  const F kept = F(1 / (1 - shape.dropout_p));
   constexpr int64_t batch = 4 * kCounters;
-  const int64_t lead = int64_t(first % 4);
-  for (int64_t j = -lead; j < count; j += batch) {
+  for (int64_t j = -int64_t(first % 4); j < count; j += batch) {
     VecUint words[4];
-    philox(seed, offset + (first + uint64_t(j)) / 4, words);
-    for (int64_t k = 0; k < batch; ++k)
-      if (j + k >= 0 && j + k < count) to[j + k] = words[k % 4][k / 4] >= threshold ? kept : F(0);
+    philox(seed, offset + uint64_t(int64_t(first) + j) / 4, words);
+    VecFloat keep[4];
+    for (int w = 0; w < 4; ++w) keep[w] = (VecFloat)((words[w] >= uint32_t(threshold)) & (VecInt)broadcast(1.0f));
+    float values[batch];
+    store_interleaved(keep, values);
+    if (j >= 0 && j + batch <= count)
+      for (int64_t k = 0; k < batch; ++k) to[j + k] = F(values[k]) * kept;
+    else
+      for (int64_t k = std::max<int64_t>(0, -j); k < std::min(batch, count - j); ++k) to[j + k] = F(values[k]) * kept;
   }
 }
 

@@ -14,7 +14,7 @@ namespace pynn::cpu::attention {
 
 inline constexpr int64_t kRows = 64;        // query rows of a block, at most
 inline constexpr int64_t kKeys = 1024;      // keys of a block
-inline constexpr int64_t kShortKeys = 256;  // up to so many keys a score tile is narrower, and has more rows
+inline constexpr int64_t kShortKeys = 512;  // up to so many keys a score tile is narrower, and has more rows
 inline constexpr int64_t kShortStride = kShortKeys + 16,
                          kLongStride = kKeys + 16;  // its row strides, off powers of two
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
@@ -198,12 +198,16 @@ void pack_panels(Matrix<F> from, int64_t rows, int64_t depth, F* to) {
 // The left operand of a product: element (m, k) at m * kRow + k * step, with kRow known when compiling (1 for an
 // operand stored by columns). Sums of `chunk` products are added to a total: the rounding error of a long sum grows
 // with the number of chunks, not of products. The error of a score is multiplied by exp, so scores use shorter chunks.
+// Results of 16 bits do not notice how their sums are formed.
 template <class F>
 struct Left {
   const F* data;
   int64_t step, chunk;
 };
-inline constexpr int64_t kScoreChunk = 8, kChunk = 16;
+template <class T>
+inline constexpr int64_t kScoreChunk = sizeof(T) == 2 ? kKeys : 8;
+template <class T>
+inline constexpr int64_t kChunk = sizeof(T) == 2 ? kKeys : 16;
 
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
 inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
@@ -218,8 +222,20 @@ PYNN_HD void keep_in_register(V& v) {
 #endif
 }
 
+// What a register tile does with an element of A and a vector of B.
+struct MultiplyAdd {
+  template <class F>
+  static PYNN_HD Vec<F> element(const F* from) {
+    return broadcast(*from);
+  }
+  template <class V>
+  static PYNN_HD V add(V element, V row, V sum) {
+    return fma(element, row, sum);
+  }
+};
+
 // One register tile: M rows, N vectors.
-template <int64_t kRow, int M, int N, class F>
+template <int64_t kRow, int M, int N, class Product, class F>
 void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
   Vec<F> total[M][N] = {};
   for (int64_t begin = 0; begin < depth; begin += a.chunk) {
@@ -234,9 +250,9 @@ void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t 
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec<F> scalar = broadcast(a.data[m * kRow + k * a.step]);
+        const Vec<F> element = Product::element(a.data + m * kRow + k * a.step);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = fma(scalar, row[n], sum[m][n]);
+        for (int n = 0; n < N; ++n) sum[m][n] = Product::add(element, row[n], sum[m][n]);
       }
     }
 #pragma GCC unroll 16
@@ -253,11 +269,11 @@ void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t 
     }
 }
 
-template <int64_t kRow, int N, class F, int... I>
+template <int64_t kRow, int N, class Product, class F, int... I>
 void tile_column(int64_t rows, int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add,
                  std::integer_sequence<int, I...>) {
   using Tile = void (*)(int64_t, Left<F>, const F*, int64_t, F*, int64_t, bool);
-  static constexpr Tile tiles[] = {&tile<kRow, I + 1, N, F>...};
+  static constexpr Tile tiles[] = {&tile<kRow, I + 1, N, Product, F>...};
   const int64_t height = divide_up(rows, divide_up(rows, int64_t(sizeof...(I))));
   for (int64_t m = 0; m < rows; m += height) {
     const int64_t count = rows - m < height ? rows - m : height;
@@ -266,13 +282,13 @@ void tile_column(int64_t rows, int64_t depth, Left<F> a, const F* b, int64_t b_s
 }
 
 // C (rows x width) = A B, or C += A B. `panel` is the distance between column panels of B.
-template <int64_t kRow, class F>
+template <int64_t kRow, class Product = MultiplyAdd, class F>
 void multiply(int64_t rows, int64_t width, int64_t depth, Left<F> a, const F* b, int64_t b_stride, int64_t panel, F* c,
               int64_t c_stride, bool add) {
   for (int64_t j = 0; j < width; j += kPanel<F>, b += panel, c += kPanel<F>) {
     const auto run = [&]<int N>(std::integral_constant<int, N>) {
-      tile_column<kRow, N>(rows, depth, a, b, b_stride, c, c_stride, add,
-                           std::make_integer_sequence<int, rows_of_tile(N)>());
+      tile_column<kRow, N, Product>(rows, depth, a, b, b_stride, c, c_stride, add,
+                                    std::make_integer_sequence<int, rows_of_tile(N)>());
     };
     const int64_t vectors = divide_up(width - j, kLanes<F>);
     if (vectors == 1)
@@ -318,11 +334,11 @@ void multiply_rows(int64_t rows, int64_t width, int64_t depth, Left<F> a, Matrix
     multiply_skipping<kRow>(rows, width, depth, a, b, c, c_stride, add);
 }
 
-// The same for A a score tile of row stride `stride`.
-template <class F>
+// The same for A a score tile of row stride `stride`; T is the type of the data.
+template <class T, class F>
 void multiply_scores(int64_t rows, int64_t width, int64_t depth, const F* scores, int64_t stride, Matrix<F> b,
                      bool finite, F* c, int64_t c_stride, bool add) {
-  const Left<F> a{scores, 1, kChunk};
+  const Left<F> a{scores, 1, kChunk<T>};
   if (stride == kShortStride)
     multiply_rows<kShortStride>(rows, width, depth, a, b, finite, c, c_stride, add);
   else
