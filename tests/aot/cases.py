@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from .cases_additive_attention import additive_attention
 from .cases_attention import attention
 from .cases_conv2d import conv2d
 from .cases_layer_norm_lstm import layer_norm_lstm
@@ -124,6 +125,7 @@ NARROW_KERNELS = (
 NARROW = Promise(exact=True)
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "additive_attention": additive_attention,
     "diffusion": diffusion,
     "group_norm": group_norm,
     "conv2d": conv2d,
