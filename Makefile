@@ -29,7 +29,7 @@ demo: $(STAMP)
 # The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
 # has to be chosen when a process starts. With a GPU the first run takes its kernels along.
 INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
-	tests/test_conv_transpose2d.py tests/test_conv2d_triton.py tests/test_random.py tests/test_recurrent_triton.py \
+	tests/test_conv_transpose2d.py tests/test_multi_head_attention.py tests/test_conv2d_triton.py tests/test_random.py tests/test_recurrent_triton.py \
 	tests/test_scaled_dot_product_attention_decode.py tests/test_scaled_dot_product_attention_options.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "not [sim"

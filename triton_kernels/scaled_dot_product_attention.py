@@ -46,14 +46,42 @@ def scaled_dot_product_attention_bwd(grad_out, grad_lse, *rest):
     """scaled_dot_product_attention_bwd(Tensor grad_out, Tensor? grad_lse, <tensors of fwd>, Tensor out, Tensor lse,
     <options of fwd>, bool mask_gradient, bool sinks_gradient)
     -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)"""
-    *tensors, out, lse = rest[:11]
-    *options, mask_gradient, sinks_gradient = rest[11:]
-    p = Problem(*tensors, *options)
+    p = Problem(*rest[:9], *rest[11:-2])
     grads = [new_heads(t, t.shape[-1]) for t in (p.query, p.key, p.value)]
+    return (*grads, *_backward(p, grads, grad_out, grad_lse, *rest[9:11], *rest[-2:]))
+
+
+def multi_head_attention_bwd(grad_out, grad_lse, *rest):
+    """multi_head_attention_bwd(<arguments of scaled_dot_product_attention_bwd>, bool with_query, bool sequence_first)
+    -> (Tensor grads, Tensor grad_query, Tensor grad_mask, Tensor grad_sinks)
+
+    grads: (N, length, heads, D) of value behind key, behind query with_query; the first two dimensions exchanged with
+    sequence_first."""
+    *rest, with_query, sequence_first = rest
+    p = Problem(*rest[:9], *rest[11:-2])
+    batch, heads, _, dim = p.query.shape
+    key_heads, begin = p.key.shape[1], p.query.shape[1] if with_query else 0
+
+    def packed(length, count):
+        return p.query.new_empty((length, batch, count, dim) if sequence_first else (batch, length, count, dim))
+
+    together = packed(p.keys, begin + 2 * key_heads)
+    own = p.query.new_empty(0) if with_query else packed(p.queries, heads)
+    places = ((together if with_query else own, 0, heads), (together, begin, key_heads))
+    places += ((together, begin + key_heads, key_heads),)
+    order = (1, 2, 0, 3) if sequence_first else (0, 2, 1, 3)  # as (N, heads, length, D)
+    grads = [t.narrow(2, first, count).permute(order) for t, first, count in places]
+    return (together, own, *_backward(p, grads, grad_out, grad_lse, *rest[9:11], *rest[-2:]))
+
+
+def _backward(p: Problem, grads, grad_out, grad_lse, out, lse, mask_gradient, sinks_gradient):
+    """Writes the gradients of query, key and value; returns those of the mask and of the sinks."""
     grad_mask = p.attn_mask.new_empty(p.attn_mask.shape) if mask_gradient else p.query.new_empty(0, dtype=p.compute)
     grad_sinks = p.query.new_empty(p.sinks.shape if sinks_gradient else 0, dtype=p.compute)
     if p.is_empty:
-        return tuple(t.zero_() for t in (*grads, grad_mask, grad_sinks))
+        for t in (*grads, grad_mask, grad_sinks):
+            t.zero_()
+        return grad_mask, grad_sinks
     sinks = None if p.sinks is None else p.sinks.contiguous()
     rows = p.heads * p.queries
     statistics = p.query.new_empty((3, rows), dtype=p.compute)
@@ -85,7 +113,7 @@ def scaled_dot_product_attention_bwd(grad_out, grad_lse, *rest):
             )  # fmt: skip
     if mask_gradient:
         _mask_gradient(p, grad_mask, common)
-    return (*grads, grad_mask, grad_sinks)
+    return grad_mask, grad_sinks
 
 
 def _renamed(arguments: dict[str, object], **names: str) -> dict[str, object]:

@@ -362,6 +362,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   return {g.query, g.key, g.value, g.mask, g.sinks};
 }
 
+void check_packed(const AttentionShape& shape, const Tensor& query, const Tensor& key, const Tensor& value,
+                  bool with_query) {
+  PYNN_CHECK(query.dim() == 4 && shape.value_dim == shape.dim && (!with_query || shape.queries == shape.keys), kOp,
+             ": expected query, key and value (N, heads, length, D) of one projection, got ", shape_of(query), ", ",
+             shape_of(key), " and ", shape_of(value));
+}
+
 // The same for query, key and value (N, heads, length, D) of one projection: their gradients lie next to each other as
 // in it, (N, length, heads of all three, D), or the other way round with sequence_first. Unless with_query, query is a
 // projection of its own.
@@ -383,9 +390,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
     return torch::stable::transpose(sequence_first ? torch::stable::transpose(some, 0, 1) : some, 1, 2);
   };
   const auto allocate = [&](const AttentionShape& s) -> std::array<Tensor, 3> {
-    PYNN_CHECK(query.dim() == 4 && s.value_dim == s.dim && (!with_query || s.queries == s.keys), kOp,
-               ": expected query, key and value (N, heads, length, D) of one projection, got ", shape_of(query), ", ",
-               shape_of(key), " and ", shape_of(value));
+    check_packed(s, query, key, value, with_query);
     const int64_t heads = query.size(1), key_heads = key.size(1), begin = with_query ? heads : 0;
     packed = new_packed(s.keys, begin + 2 * key_heads, s.dim);
     if (!with_query) own = new_packed(s.queries, heads, s.dim);
@@ -399,22 +404,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
   return {packed, own, g.mask, g.sinks};
 }
 
+void check_weights(const Tensor& query, const Tensor& lse, bool average) {
+  check_lse("lse", query, lse);
+  PYNN_CHECK(!average || query.dim() > 2, kOp, ": expected query with heads to average over, got ", shape_of(query));
+}
+
 // The weights of the values, or their mean over the last batch dimension.
 Tensor weights(const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
                const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, const Tensor& lse,
                double dropout_p, int64_t left, int64_t right, bool lower_right, double scale, double softcap,
                bool average) {
-  AttentionShape shape{};
-  shape.scale = scale, shape.softcap = check_softcap(softcap);
-  check_query_key(shape, query, key);
-  set_window(shape, left, right, lower_right);
-  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
-  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
-  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
-  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
-  check_lse("lse", query, lse);
-  PYNN_CHECK(!average || query.dim() > 2, kOp, ": expected query with heads to average over, got ", shape_of(query));
+  const Checked checked(query, key, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  const auto& [shape, mask, ranges, random, per_head] = checked;
+  check_weights(query, lse, average);
   std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
   sizes.back() = shape.keys;
   if (average) sizes.erase(sizes.end() - 3);
@@ -481,6 +485,28 @@ void bwd_check(const Tensor& grad_out, const OptionalTensor& grad_lse, const Ten
   check_backward(checked.shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
 }
 
+void packed_bwd_check(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                      const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& dropout_key,
+                      const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& key_ranges,
+                      const OptionalTensor& query_ranges, const Tensor& out, const Tensor& lse, double dropout_p,
+                      int64_t left, int64_t right, bool lower_right, double scale, double softcap, bool mask_gradient,
+                      bool sinks_gradient, bool with_query, bool) {
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  check_backward(checked.shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
+  check_packed(checked.shape, query, key, value, with_query);
+}
+
+void weights_check(const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
+                   const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                   const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, const Tensor& lse,
+                   double dropout_p, int64_t left, int64_t right, bool lower_right, double scale, double softcap,
+                   bool average) {
+  Checked(query, key, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, dropout_p, left,
+          right, lower_right, scale, softcap);
+  check_weights(query, lse, average);
+}
+
 void keep_check(const Tensor& query, const Tensor& key, const Tensor& dropout_key, double dropout_p) {
   AttentionShape shape{};
   check_query_key(shape, query, key);
@@ -493,6 +519,8 @@ PYNN_CHECKS(m) {
   m.impl("scaled_dot_product_attention_fwd_check", TORCH_BOX(&fwd_check));
   m.impl("scaled_dot_product_attention_bwd_check", TORCH_BOX(&bwd_check));
   m.impl("scaled_dot_product_attention_keep_check", TORCH_BOX(&keep_check));
+  m.impl("attention_weights_check", TORCH_BOX(&weights_check));
+  m.impl("multi_head_attention_bwd_check", TORCH_BOX(&packed_bwd_check));
 }
 #endif
 

@@ -18,7 +18,10 @@ from ._registry import define
 _TENSORS = 9
 
 
-@define(f"attention_weights({INPUTS.replace('Tensor value, ', '')}, Tensor lse, {OPTIONS}, bool average) -> Tensor")
+@define(
+    f"attention_weights({INPUTS.replace('Tensor value, ', '')}, Tensor lse, {OPTIONS}, bool average) -> Tensor",
+    triton="attention_weights",
+)
 def _(query, key, *rest):
     average = rest[-1]
     check_devices("attention_weights", query, key, *rest[: _TENSORS - 2])

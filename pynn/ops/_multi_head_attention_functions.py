@@ -29,7 +29,8 @@ from ._registry import define
 @define(
     f"multi_head_attention_bwd(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, {OPTIONS}, "
     "bool mask_gradient, bool sinks_gradient, bool with_query, bool sequence_first) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    triton="scaled_dot_product_attention",
 )
 def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):
     others, (mask_gradient, sinks_gradient, with_query, sequence_first) = rest[:4], rest[-4:]
