@@ -40,8 +40,9 @@ test: build
 # The same kernels for older CPUs: the op tests again on the other instruction sets. The baseline has no fused
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
 # per element and the exact tests hold as they are).
-ISA_TESTS := tests/test_conv2d.py tests/test_conv2d_depthwise.py tests/test_conv2d_narrow.py tests/test_conv2d_winograd.py \
-	tests/test_conv_transpose2d.py tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
+ISA_TESTS := tests/test_additive_attention.py tests/test_conv2d.py tests/test_conv2d_depthwise.py \
+	tests/test_conv2d_narrow.py tests/test_conv2d_winograd.py tests/test_conv_transpose2d.py \
+	tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py tests/test_scaled_dot_product_attention_decode.py \
 	tests/test_scaled_dot_product_attention_options.py tests/test_recurrent.py \
 	tests/test_layer_norm_lstm.py tests/test_tree_lstm.py

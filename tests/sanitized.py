@@ -111,7 +111,7 @@ def check_pytest(every: int) -> str:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    tests = [f"tests/test_{op}.py" for op in OPS]
+    tests = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_attention_weights.py"]
     # --capture=sys: a report that ends the process goes to stderr itself.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", f"--every={every}", "-k", DESELECTED]
     command += tests

@@ -42,10 +42,13 @@ def test_scores_are_their_formulas(score):
                 expected[b, t, s] = value
     torch.testing.assert_close(align.scores(q, k), expected)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
-    weights = align(q, k, mask)
+    seen, weights = align(q, k, mask)
+    torch.testing.assert_close(seen, weights @ k)
+    exact = expected.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    torch.testing.assert_close(weights, exact)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     assert not weights[1, :, [2, 4]].any()
-    alone = align(q[1:], k[1:, [0, 1, 3]])
+    _, alone = align(q[1:], k[1:, [0, 1, 3]])
     torch.testing.assert_close(weights[1:, :, [0, 1, 3]], alone)
 
 

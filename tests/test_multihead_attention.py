@@ -9,6 +9,7 @@ import torch
 import transforms
 
 from pynn.nn.attention import MultiheadAttention
+from pynn.ops import multi_head_attention
 
 torch_attention = torch.nn.MultiheadAttention
 
@@ -284,3 +285,113 @@ def test_mismatched_mask_types_warn():
     module = MultiheadAttention(8, 2)
     with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask is deprecated"):
         module(X, X, X, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool), attn_mask=torch.zeros(4, 4))
+
+
+def test_grouped_heads():
+    """num_kv_heads: the rows of shared heads, repeated, give torch's layer."""
+    torch.manual_seed(3)
+    ours = MultiheadAttention(16, 4, num_kv_heads=2, batch_first=True)
+    assert ours.in_proj_weight.shape == (4 * (4 + 2 * 2), 16)
+    assert ours.in_proj_bias.shape == (32,)
+    theirs = torch_attention(16, 4, batch_first=True)
+    with torch.no_grad():
+        ours.in_proj_bias.normal_()
+        for mine, full in ((ours.in_proj_weight, theirs.in_proj_weight), (ours.in_proj_bias, theirs.in_proj_bias)):
+            query, key, value = mine.split((16, 8, 8))
+            repeated = [t.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1) for t in (key, value)]
+            full.copy_(torch.cat([query, *repeated]))
+        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    for need_weights in (True, False):
+        for key in (x, y):
+            got, expected = (m(x, key, key, need_weights=need_weights) for m in (ours, theirs))
+            torch.testing.assert_close(got[0], expected[0])
+            if need_weights:
+                torch.testing.assert_close(got[1], expected[1])
+
+
+def test_window_sinks_rotary_alibi():
+    """Each option is that of the op, on the layer's own parameters."""
+    module = MultiheadAttention(16, 4, window=(2, 1), sinks=True, batch_first=True)
+    assert "sinks" in module.state_dict()
+    assert module.sinks.shape == (4,)
+    with torch.no_grad():
+        module.sinks.normal_()
+    x, slopes = torch.randn(2, 6, 16), torch.rand(4)
+    tables = tuple(f(torch.rand(6, 2) * 6) for f in (torch.cos, torch.sin))
+    output, weights = module(x, x, x, rotary=tables, alibi_slopes=slopes)
+    parameters = (module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias)
+    expected = multi_head_attention(
+        x,
+        x,
+        x,
+        *parameters,
+        4,
+        window=(2, 1),
+        sinks=module.sinks,
+        rotary=tables,
+        alibi_slopes=slopes,
+        need_weights=True,
+    )
+    assert torch.equal(output, expected[0])
+    assert torch.equal(weights, expected[1])
+    assert (weights[:, 0, 2:] == 0).all()
+    assert (weights.sum(-1) < 1).all(), "the sinks have weight"
+    assert (torch.autograd.grad(output.sum(), module.sinks)[0] != 0).any()
+    plain = MultiheadAttention(16, 4, batch_first=True)
+    plain.load_state_dict({k: v for k, v in module.state_dict().items() if k != "sinks"})
+    assert not torch.allclose(plain(x, x, x)[0], output)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_strict_torch_nan(training, need_weights):
+    """With masks the bits are torch's, NaN included: of the output, the weights and the gradients."""
+    theirs = torch_attention(8, 2, batch_first=True).train(training)
+    ours = MultiheadAttention(8, 2, batch_first=True, strict_torch_nan=True).train(training)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 8)
+    padding = torch.tensor([[True, True, True], [False, False, True]])
+    results = []
+    for module in (theirs, ours):
+        output, weights = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+        grads = torch.autograd.grad(output.sum(), module.parameters())
+        with torch.no_grad():
+            again = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)[0]
+        results.append([t for t in (output, weights, again, *grads) if t is not None])
+    assert any(t.isnan().any() for t in results[0]) or not need_weights
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+    torch.testing.assert_close(ours(x, x, x)[0], theirs(x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads that divide 4, got 3"),
+        ({"num_kv_heads": 2, "kdim": 6}, "without add_bias_kv, add_zero_attn, kdim and vdim"),
+        ({"num_kv_heads": 2, "add_bias_kv": True}, "without add_bias_kv, add_zero_attn, kdim and vdim"),
+        ({"strict_torch_nan": True, "window": (1, 1)}, "torch has no num_kv_heads, window and sinks"),
+        ({"strict_torch_nan": True, "sinks": True}, "torch has no num_kv_heads, window and sinks"),
+    ],
+    ids=str,
+)
+def test_option_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiheadAttention(16, 4, **options)
+
+
+def test_rotary_needs_one_projection():
+    module = MultiheadAttention(8, 2, add_zero_attn=True)
+    with pytest.raises(ValueError, match="expected rotary without add_bias_kv, add_zero_attn"):
+        module(X, X, X, rotary=(torch.ones(4, 2), torch.ones(4, 2)))
+
+
+def test_patched_layers_have_the_options():
+    """A layer of torch that becomes one of these was built without them."""
+    module = torch_attention(8, 2)
+    before = module(X + 1, X, X)[0]
+    module.__class__ = MultiheadAttention
+    assert module.num_kv_heads is None
+    torch.testing.assert_close(module(X + 1, X, X)[0], before)

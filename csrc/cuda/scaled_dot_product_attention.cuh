@@ -1,6 +1,7 @@
 // scaled_dot_product_attention on GPUs: which engines run, and the launches. See
 // scaled_dot_product_attention_forward.cuh and scaled_dot_product_attention_backward.cuh.
 #pragma once
+#include "attention_weights.cuh"
 #include "scaled_dot_product_attention_mask_gradient.cuh"
 
 namespace pynn::cuda {
@@ -157,6 +158,17 @@ void forward(const Problem<T>& p, const ForwardOutputs<T>& to, void* stream) {
 }
 
 template <class T>
+void write_weights(const Problem<T>& p, const WeightsArguments<T>& to, void* stream) {
+  const AttentionShape& s = p.shape;
+  with_engines<T>(s, [&]<class Engines>(Engines) {
+    using E = typename Engines::Forward;
+    const int64_t tiles = ceil_div(s.queries, E::kRows) * ceil_div(s.keys, E::kColumns);
+    LAUNCH((weights_kernel<E, Engines::kForwardBlocks>), grid_of(s.heads / to.together, tiles, 1, 1, 1), E::kThreads,
+           kWeightsShared<E>, stream, p, to);
+  });
+}
+
+template <class T>
 void backward(const Problem<T>& p, BackwardArguments<T> arguments, const Operand<const T>& out,
               const attention_lse_t<T>* lse, accumulate_t<T>* grad_mask, accumulate_t<T>* grad_sinks, void* scratch,
               void* stream) {
@@ -214,6 +226,16 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   arguments.grad_value = operand_of(grad_value, shape, shape.keys, shape.group);
   arguments.grad_lse = grad_lse, arguments.scale = F(shape.scale);
   backward<T>(p, arguments, operand_of(out, shape, shape.queries, 1), lse, grad_mask, grad_sinks, scratch, stream);
+  return true;
+}
+
+template <class T>
+bool Attention<T>::weights(T* to, bool average, Input query, Input key, AttentionMaskOperand mask, PerHead per_head,
+                           const Lse* lse, AttentionShape shape, void* stream) {
+  using namespace attention;
+  shape.value_dim = 0;
+  write_weights<T>(problem_of<T>(query, key, key, mask, per_head, shape),
+                   {to, lse, average ? shape.batch[shape.batch_dims - 1] : 1}, stream);
   return true;
 }
 

@@ -98,6 +98,11 @@ struct Attention {
   static bool bwd(Output grad_query, Output grad_key, Output grad_value, F* grad_mask, F* grad_sinks, Input grad_out,
                   const Lse* grad_lse, Input query, Input key, Input value, AttentionMaskOperand mask, PerHead per_head,
                   Input out, const Lse* lse, AttentionShape shape, void* scratch, void* stream);
+
+  // The weights of the values, P * keep / (1 - dropout_p), 0 where masked: (heads, queries, keys), or with `average`
+  // their mean over the last batch dimension. lse is that of fwd. shape.value_dim does not matter.
+  static bool weights(T* to, bool average, Input query, Input key, AttentionMaskOperand mask, PerHead per_head,
+                      const Lse* lse, AttentionShape shape, void* stream);
 };
 
 // keep[e] = whether dropout keeps element e of P.

@@ -301,19 +301,20 @@ void check_backward(const AttentionShape& shape, const Tensor& grad_out, const O
   PYNN_CHECK(!sinks_gradient || sinks, kOp, ": expected sinks to give them a gradient");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
-    const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
-    double softcap, bool mask_gradient, bool sinks_gradient) {
-  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
-                        dropout_p, left, right, lower_right, scale, softcap);
+struct Gradients {
+  Tensor query, key, value, mask, sinks;
+};
+
+// `allocate` gives memory for the gradients of query, key and value once their shapes are known to be right.
+template <class Allocate>
+Gradients backward(const Checked& checked, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+                   const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& sinks,
+                   const Tensor& out, const Tensor& lse, bool mask_gradient, bool sinks_gradient,
+                   const Allocate& allocate) {
   const auto& [shape, mask, ranges, random, per_head] = checked;
   check_backward(shape, grad_out, grad_lse, query, attn_mask, sinks, out, lse, mask_gradient, sinks_gradient);
 
-  Tensor grad_query = new_heads(query, shape.dim), grad_key = new_heads(key, shape.dim);
-  Tensor grad_value = new_heads(value, shape.value_dim);
+  auto [grad_query, grad_key, grad_value] = allocate(shape);
   const ScalarType accumulate = sum_dtype(query);
   Tensor grad_mask = mask_gradient ? torch::stable::new_empty(query, attn_mask->sizes(), accumulate)
                                    : torch::stable::new_empty(query, {0});
@@ -345,6 +346,94 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
+    const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
+    double softcap, bool mask_gradient, bool sinks_gradient) {
+  const auto allocate = [&](const AttentionShape& s) -> std::array<Tensor, 3> {
+    return {new_heads(query, s.dim), new_heads(key, s.dim), new_heads(value, s.value_dim)};
+  };
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  Gradients g = backward(checked, grad_out, grad_lse, query, key, value, attn_mask, sinks, out, lse, mask_gradient,
+                         sinks_gradient, allocate);
+  return {g.query, g.key, g.value, g.mask, g.sinks};
+}
+
+// The same for query, key and value (N, heads, length, D) of one projection: their gradients lie next to each other as
+// in it, (N, length, heads of all three, D), or the other way round with sequence_first. Unless with_query, query is a
+// projection of its own.
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_bwd(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& key_ranges, const OptionalTensor& query_ranges,
+    const Tensor& out, const Tensor& lse, double dropout_p, int64_t left, int64_t right, bool lower_right, double scale,
+    double softcap, bool mask_gradient, bool sinks_gradient, bool with_query, bool sequence_first) {
+  Tensor own = torch::stable::new_empty(query, {0}), packed = own;
+  const auto new_packed = [&](int64_t length, int64_t heads, int64_t dim) {
+    const int64_t batch = query.size(0);
+    return sequence_first ? new_dense(query, {length, batch, heads, dim}, query.scalar_type())
+                          : new_dense(query, {batch, length, heads, dim}, query.scalar_type());
+  };
+  // Some of its heads as (N, heads, length, D).
+  const auto heads_of = [&](Tensor& from, int64_t first, int64_t count) {
+    const Tensor some = torch::stable::narrow(from, 2, first, count);
+    return torch::stable::transpose(sequence_first ? torch::stable::transpose(some, 0, 1) : some, 1, 2);
+  };
+  const auto allocate = [&](const AttentionShape& s) -> std::array<Tensor, 3> {
+    PYNN_CHECK(query.dim() == 4 && s.value_dim == s.dim && (!with_query || s.queries == s.keys), kOp,
+               ": expected query, key and value (N, heads, length, D) of one projection, got ", shape_of(query), ", ",
+               shape_of(key), " and ", shape_of(value));
+    const int64_t heads = query.size(1), key_heads = key.size(1), begin = with_query ? heads : 0;
+    packed = new_packed(s.keys, begin + 2 * key_heads, s.dim);
+    if (!with_query) own = new_packed(s.queries, heads, s.dim);
+    return {heads_of(with_query ? packed : own, 0, heads), heads_of(packed, begin, key_heads),
+            heads_of(packed, begin + key_heads, key_heads)};
+  };
+  const Checked checked(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges,
+                        dropout_p, left, right, lower_right, scale, softcap);
+  Gradients g = backward(checked, grad_out, grad_lse, query, key, value, attn_mask, sinks, out, lse, mask_gradient,
+                         sinks_gradient, allocate);
+  return {packed, own, g.mask, g.sinks};
+}
+
+// The weights of the values, or their mean over the last batch dimension.
+Tensor weights(const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
+               const OptionalTensor& dropout_key, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+               const OptionalTensor& key_ranges, const OptionalTensor& query_ranges, const Tensor& lse,
+               double dropout_p, int64_t left, int64_t right, bool lower_right, double scale, double softcap,
+               bool average) {
+  AttentionShape shape{};
+  shape.scale = scale, shape.softcap = check_softcap(softcap);
+  check_query_key(shape, query, key);
+  set_window(shape, left, right, lower_right);
+  const auto ranges = set_ranges(shape, query, key_ranges, query_ranges);
+  const Tensor random = check_dropout(shape, query, dropout_key, dropout_p);
+  const AttentionMaskOperand mask = check_mask(shape, query, attn_mask);
+  const PerHeadTensors per_head = check_heads(shape, query, alibi_slopes, sinks);
+  check_lse("lse", query, lse);
+  PYNN_CHECK(!average || query.dim() > 2, kOp, ": expected query with heads to average over, got ", shape_of(query));
+  std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
+  sizes.back() = shape.keys;
+  if (average) sizes.erase(sizes.end() - 3);
+  Tensor result = torch::stable::new_empty(query, sizes);
+  if (is_empty(shape)) {
+    torch::stable::zero_(result);
+    return result;
+  }
+  const Tensor log_sums = torch::stable::contiguous(lse);
+  dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool done = launch::Attention<T>::weights(
+        mutable_pointer<T>(result), average, reading<T>(query), reading<T>(key), mask,
+        per_head.pointers<accumulate_t<T>>(), pointer<attention_lse_t<T>>(log_sums), shape, current_stream(query));
+    PYNN_CHECK(done, kOp, ": out of memory");
+  });
+  return result;
+}
+
 // The dropout mask of the scores of query and key: (..., H, Lq, Lk), true where an element is kept.
 Tensor keep(const Tensor& query, const Tensor& key, const Tensor& dropout_key, double dropout_p) {
   AttentionShape shape{};
@@ -367,6 +456,8 @@ PYNN_LIBRARY(m) {
   m.impl("scaled_dot_product_attention_fwd", TORCH_BOX(&fwd));
   m.impl("scaled_dot_product_attention_bwd", TORCH_BOX(&bwd));
   m.impl("scaled_dot_product_attention_keep", TORCH_BOX(&keep));
+  m.impl("attention_weights", TORCH_BOX(&weights));
+  m.impl("multi_head_attention_bwd", TORCH_BOX(&packed_bwd));
 }
 
 #ifdef PYNN_CHECKS

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.key_value_cache import KeyValueCache
 from ._generation import extend, sampler
 from ._positions import RelativePositionBias
 from ._transformer import (
-    KeyValueCache,
     Stack,
     TransformerBlock,
     check_tokens,

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops.rotary_embedding import rotary_embedding
+
 
 class SinusoidalPositionalEncoding(nn.Module):
     """Adds sines and cosines of the position: sin(p / 10000^(2 i / width)) in channel 2 i, cos in 2 i + 1.
@@ -90,9 +92,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
         angles = positions[:, None] * self.frequencies.float()  # (L, D / 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return rotary_embedding(x, angles.cos(), angles.sin())
 
 
 class RelativePositionBias(nn.Module):

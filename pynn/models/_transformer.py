@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.key_value_cache import KeyValueCache
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from ._positions import RotaryEmbedding
 
@@ -50,38 +51,6 @@ def key_mask(model: str, attention_mask: Tensor | None, shape: torch.Size) -> Te
         got = tuple(attention_mask.shape)
         raise ValueError(f"{model}: expected attention_mask of shape {tuple(shape)}, got {got}")
     return attention_mask.bool()[:, None, None, :]
-
-
-class KeyValueCache:
-    """Keys and values of the tokens that one attention layer has seen, for generation token by token.
-
-    Args:
-        length: the most tokens it will hold; memory for them is taken at the first use.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.used = 0
-        self._store: tuple[Tensor, Tensor] | None = None
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, (B, H, used, D)."""
-        if self._store is None:
-            raise ValueError("KeyValueCache: nothing was stored yet")
-        return self._store[0][:, :, : self.used], self._store[1][:, :, : self.used]
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, L, D) keys and values; returns all so far, (B, H, used, D)."""
-        if self._store is None:
-            shape = (*key.shape[:2], self.length, key.shape[3])
-            self._store = key.new_empty(shape), value.new_empty(shape)
-        end = self.used + key.shape[2]
-        if end > self.length:
-            raise ValueError(f"KeyValueCache: expected at most {self.length} tokens, got {end}")
-        for store, new in zip(self._store, (key, value), strict=True):
-            store[:, :, self.used : end] = new
-        self.used = end
-        return self.stored()
 
 
 class Attention(nn.Module):

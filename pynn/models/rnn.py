@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.recurrent import GRU, LSTM, RNN
+from ..ops.additive_attention import additive_attention
 
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 SCORES = ("dot", "additive", "cosine", "mlp")
@@ -214,7 +215,7 @@ class Captioner(nn.Module):
 
 
 class Alignment(nn.Module):
-    """Where each query looks: softmax over the keys of a score.
+    """Where each query looks, and what it sees there: softmax over the keys of a score, and the mean of the keys.
 
     dot         q . k                                        (Luong et al. 2015, arXiv 1508.04025)
     additive    v . tanh(W q + U k + b)                      (Bahdanau et al. 2015, arXiv 1409.0473)
@@ -251,12 +252,21 @@ class Alignment(nn.Module):
         pairs = pairs.tanh() if self.score == "additive" else self.hidden(pairs.relu()).relu()
         return self.value(pairs).squeeze(-1)
 
-    def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Weights (B, T, S); keys where mask (B, S) is False get none."""
-        scores = self.scores(query, key)
+    def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Means (B, T, H) of the keys and their weights (B, T, S); where mask (B, S) is False, keys get none."""
+        if self.score == "additive":
+            seen = None if mask is None else mask[:, None]
+            operands = (self.query(query), self.key(key), key, self.value.weight.squeeze(0))
+            return additive_attention(*operands, seen, return_weights=True)
+        return self.mean(self.scores(query, key), key, mask)
+
+    @staticmethod
+    def mean(scores: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same from scores (B, T, S)."""
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
-        return scores.softmax(-1)
+        weights = scores.softmax(-1)
+        return weights @ key, weights
 
 
 class Seq2Seq(nn.Module):
@@ -336,6 +346,6 @@ class Seq2Seq(nn.Module):
         output, state = self.decoder(self.tgt_embedding(ids), state)  # (B, T, H)
         weights = None
         if self.alignment is not None and self.combine is not None:
-            weights = self.alignment(output, memory, mask)
-            output = self.combine(torch.cat((weights @ memory, output), -1)).tanh()
+            context, weights = self.alignment(output, memory, mask)
+            output = self.combine(torch.cat((context, output), -1)).tanh()
         return self.head(output), weights, state

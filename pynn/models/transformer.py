@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.key_value_cache import KeyValueCache
 from ._encoder_decoder import T5, Transformer
 from ._generation import extend, sampler
 from ._positions import LearnedPositionalEmbedding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
 from ._transformer import (
     Attention,
-    KeyValueCache,
     Stack,
     TransformerBlock,
     activation_named,

@@ -2,6 +2,7 @@
 
 from .attention import MultiheadAttention
 from .conv import Conv2d, ConvTranspose2d
+from .key_value_cache import KeyValueCache
 from .layer_norm_lstm import LayerNormLSTM
 from .normalization import GroupNorm
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -15,6 +16,7 @@ __all__ = [
     "ConvTranspose2d",
     "GRUCell",
     "GroupNorm",
+    "KeyValueCache",
     "LSTMCell",
     "LayerNormLSTM",
     "MultiheadAttention",

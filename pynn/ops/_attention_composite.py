@@ -1,4 +1,4 @@
-"""Attention in torch ops: broadcasting, the weights themselves, and the backward of the backward."""
+"""Attention in torch ops: broadcasting, the gradients of the weights, and the backward of the backward."""
 
 from __future__ import annotations
 
@@ -98,13 +98,25 @@ def _dropped(x, query, key, dropout_key, dropout_p):
     return (x * (1 / (1 - dropout_p))).masked_fill(keep.logical_not(), 0)
 
 
-def weights(query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, options):
-    """The (..., H, Lq, Lk) weights that scaled_dot_product_attention gives to the values, dropout included."""
+def weights_gradients(grad, inputs, options, mask_gradient, sinks_gradient):
+    """Gradients of query, key, mask and sinks from that of the (..., H, Lq, Lk) weights, dropout included.
+
+    With G = drop(grad), the scores have the gradient dS = P * (G - rowsum(P * G)).
+    """
+    query, key, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges = inputs
     dropout_p, *window, scale, softcap = options
-    keys = _repeated(key, query)
-    scores = _capped(query @ keys.mT * scale, softcap)[0]
+    count, keys = key.shape[-2], _repeated(key, query)
+    scores, tangent = _capped(query @ keys.mT * scale, softcap)
     p = _probabilities(scores, query, keys, attn_mask, alibi_slopes, sinks, key_ranges, *window)
-    return _dropped(p[..., : key.shape[-2]], query, key, dropout_key, dropout_p)
+    g = _dropped(grad, query, key, dropout_key, dropout_p)
+    if sinks is not None:
+        g = torch.cat((g, torch.zeros_like(g[..., :1])), -1)
+    ds = p * (g - (p * g).sum(-1, keepdim=True))
+    to_sinks = ds[..., count].sum(-1).to(sinks.dtype) if sinks_gradient else None
+    ds = ds[..., :count]
+    to_mask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_gradient else None
+    dx = scale * (ds if tangent is None else ds * (1 - tangent.square()))
+    return dx @ keys, _summed(dx.mT @ query, key), to_mask, to_sinks
 
 
 def second_order(inputs, options, cotangents):

@@ -15,9 +15,9 @@ from ._function import call, check_devices, compute_dtype, eager
 from ._registry import define
 
 _NAME = "scaled_dot_product_attention"
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
-_INPUTS += ", Tensor? alibi_slopes, Tensor? sinks, Tensor? key_ranges, Tensor? query_ranges"
-_OPTIONS = "float dropout_p, int left, int right, bool lower_right, float scale, float softcap"
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dropout_key"
+INPUTS += ", Tensor? alibi_slopes, Tensor? sinks, Tensor? key_ranges, Tensor? query_ranges"
+OPTIONS = "float dropout_p, int left, int right, bool lower_right, float scale, float softcap"
 
 
 _TENSORS, _RANGES = 9, 7  # of those, and where the ranges begin
@@ -36,15 +36,15 @@ def lse_dtype(dtype):
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
-@define(f"scaled_dot_product_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", triton=_NAME)
+@define(f"scaled_dot_product_attention_fwd({INPUTS}, {OPTIONS}) -> (Tensor, Tensor)", triton=_NAME)
 def _(query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges, *options):
     check_devices(_NAME, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, key_ranges, query_ranges)
     return _new_heads(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
 
 
 @define(
-    f"scaled_dot_product_attention_bwd(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
-    f"{_OPTIONS}, bool mask_gradient, bool sinks_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"scaled_dot_product_attention_bwd(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, "
+    f"{OPTIONS}, bool mask_gradient, bool sinks_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton=_NAME,
 )
 def _(grad_out, grad_lse, query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *rest):

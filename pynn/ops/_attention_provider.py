@@ -56,8 +56,9 @@ def _activate() -> _Handle:
 
 
 def _options(query: Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> tuple:
-    """The last arguments of the ops: dropout_p, left, right, lower_right, scale."""
-    return dropout_p, -1, 0 if is_causal else -1, False, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    """The last arguments of the ops: dropout_p, left, right, lower_right, scale, softcap."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return dropout_p, -1, 0 if is_causal else -1, False, scale, 0.0
 
 
 def _sums(lse: Tensor, query: Tensor) -> Tensor:

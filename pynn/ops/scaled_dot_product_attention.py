@@ -12,8 +12,9 @@ from typing import Any, Literal, overload
 import torch
 
 from . import _attention_packed as _packed
-from ._attention_composite import broadcast_leading, weights
+from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttention
+from ._attention_weights import AttentionWeights
 from ._function import autocast, call, compute_dtype
 from .random import make_key
 
@@ -81,8 +82,8 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
             values are not checked.
         return_lse: also return log (exp sink + sum_j exp S_ij), with its gradient: what merging attention over parts of
             the keys needs.
-        return_weights: also return the weights of the values, dropout included, with their gradient. A second pass
-            over the scores, in torch's ops and with memory for all of them.
+        return_weights: also return the weights of the values, dropout included: a second pass over the scores. Their
+            gradient is made of torch's ops.
         generator: where the dropout key is drawn from instead of torch's default CPU generator.
         seed: the dropout key itself; the same seed drops the same weights.
     Nested tensors (N, H, L*, D) in torch's jagged layout are packed sequences too: without attn_mask, cu_seqlens,
@@ -127,7 +128,7 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
     if is_causal and attn_mask is not None:
         raise RuntimeError(f"_{_NAME}: Explicit attn_mask should not be set when is_causal=True")
-    left, right = (-1, -1) if window is None else _checked_window(window)
+    left, right = (-1, -1) if window is None else checked_window(window)
     right = 0 if is_causal else right
     if alignment not in ("upper_left", "lower_right"):
         raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
@@ -153,10 +154,12 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     if not return_lse and not return_weights:
         return out
     sums = (lse.to(compute_dtype(query)),) if return_lse else ()
-    return (out, *sums, weights(query, key, *inputs[3:8], options)) if return_weights else (out, *sums)
+    if not return_weights:
+        return (out, *sums)
+    return (out, *sums, call(AttentionWeights, query, key, *inputs[3:], lse.detach(), *options, False))
 
 
-def _checked_window(window):
+def checked_window(window):
     if len(window) != 2 or not all(isinstance(n, int) and n >= -1 for n in window):
         raise ValueError(f"{_NAME}: expected window to be two integers from -1 on, got {window!r}")
     return window

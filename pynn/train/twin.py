@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from .. import nn
 from ..models import _transformer
 from ..models._transformer import Attention
+from ..models.rnn import Alignment
 from .fit import build_optimizer
 from .recipes import Recipe
 
@@ -116,6 +117,13 @@ class _Attention(Attention):
             return super().forward(*arguments, **options)
 
 
+class _Alignment(Alignment):
+    """Additive attention too by way of its scores."""
+
+    def forward(self, query, key, mask=None):
+        return self.mean(self.scores(query, key), key, mask)
+
+
 _TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.Conv2d: _Conv2d,
     nn.ConvTranspose2d: _ConvTranspose2d,
@@ -125,6 +133,7 @@ _TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.GRU: _GRU,
     nn.RNN: _RNN,
     Attention: _Attention,
+    Alignment: _Alignment,
 }
 
 

@@ -14,10 +14,12 @@ from functools import partial
 
 import torch
 
+from .cases_additive_attention import additive_attention
 from .cases_attention import attention
 from .cases_conv2d import conv2d
 from .cases_layer_norm_lstm import layer_norm_lstm
 from .cases_recurrent import recurrent
+from .cases_rotary_embedding import rotary_embedding
 from .cases_tree_lstm import tree_lstm
 from .labels import LABELS
 from .ratchet import Case, Promise
@@ -123,12 +125,14 @@ NARROW_KERNELS = (
 NARROW = Promise(exact=True)
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "additive_attention": additive_attention,
     "diffusion": diffusion,
     "group_norm": group_norm,
     "conv2d": conv2d,
     "recurrent": recurrent,
     "tree_lstm": tree_lstm,
     "layer_norm_lstm": layer_norm_lstm,
+    "rotary_embedding": rotary_embedding,
     "scaled_dot_product_attention": attention,
 }
 

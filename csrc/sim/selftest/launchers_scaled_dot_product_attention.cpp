@@ -50,10 +50,9 @@ constexpr Case kWide[] = {
     {1, 2, 1, 600, 600, 8, 8, Kind::kWindow},
 };
 
-template <class F>
-[[noreturn]] void fail(F got, double expected, int64_t head, int64_t row, int64_t column) {
-  std::printf("scaled_dot_product_attention: out[%lld, %lld, %lld] is %g, expected %g\n", (long long)head,
-              (long long)row, (long long)column, double(got), expected);
+[[noreturn]] void fail(const char* result, double got, double expected, int64_t head, int64_t row, int64_t column) {
+  std::printf("scaled_dot_product_attention: %s[%lld, %lld, %lld] is %g, expected %g\n", result, (long long)head,
+              (long long)row, (long long)column, got, expected);
   std::exit(1);
 }
 
@@ -171,35 +170,65 @@ struct Call {
     }
   }
 
-  // The formula, one output row at a time. NaN behind a mask is no part of it.
+  static constexpr double kTolerance = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 1e-5 : 3e-2;
+
+  // The weights of the values in a row, by the formula.
+  std::vector<double> weigh(const AttentionOperand<const T*>& query, const AttentionOperand<const T*>& key,
+                            int64_t head, int64_t i, const bool* keep) const {
+    std::vector<double> weights(size_t(c.keys));
+    double total = per_head.sinks ? std::exp(double(per_head.sinks[head])) : 0;
+    for (int64_t j = 0; j < c.keys; ++j) {
+      double score = mask_value(head, i, j);
+      if (score == -INFINITY) continue;
+      double product = 0;
+      for (int64_t d = 0; d < c.dim; ++d)
+        product += 0.3 * number(query, head, 1, i, d) * number(key, head, c.group, j, d);
+      score += shape.softcap != 0 ? shape.softcap * std::tanh(product / shape.softcap) : product;
+      total += weights[size_t(j)] = std::exp(score);
+    }
+    for (int64_t j = 0; j < c.keys; ++j) {
+      const double kept = !keep ? 1 : keep[(head * c.queries + i) * c.keys + j] ? 1 / 0.75 : 0;
+      if (total != 0) weights[size_t(j)] *= kept / total;
+    }
+    return weights;
+  }
+
+  // One output row at a time. NaN behind a mask is no part of it.
   void check(const AttentionOperand<const T*>& query, const AttentionOperand<const T*>& key,
              const AttentionOperand<const T*>& value, const AttentionOperand<T*>& out, const bool* keep) const {
-    const double tolerance = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 1e-5 : 3e-2;
     const AttentionOperand<const T*> results = {out.data, {out.batch[0], out.batch[1]}, out.row, out.column};
-    std::vector<double> weights(size_t(c.keys));
     for (int64_t head = 0; head < shape.heads; ++head)
       for (int64_t i = 0; i < c.queries; ++i) {
-        double total = per_head.sinks ? std::exp(double(per_head.sinks[head])) : 0;
-        for (int64_t j = 0; j < c.keys; ++j) {
-          double score = mask_value(head, i, j);
-          weights[size_t(j)] = 0;
-          if (score == -INFINITY) continue;
-          double product = 0;
-          for (int64_t d = 0; d < c.dim; ++d)
-            product += 0.3 * number(query, head, 1, i, d) * number(key, head, c.group, j, d);
-          score += shape.softcap != 0 ? shape.softcap * std::tanh(product / shape.softcap) : product;
-          total += weights[size_t(j)] = std::exp(score);
-        }
+        const std::vector<double> weights = weigh(query, key, head, i, keep);
         for (int64_t d = 0; d < c.value_dim; ++d) {
-          double sum = 0;
-          for (int64_t j = 0; j < c.keys; ++j) {
-            const double kept = !keep ? 1 : keep[(head * c.queries + i) * c.keys + j] ? 1 / 0.75 : 0;
-            if (weights[size_t(j)] != 0) sum += weights[size_t(j)] * kept * number(value, head, c.group, j, d);
-          }
-          const double expected = total == 0 ? 0 : sum / total, got = number(results, head, 1, i, d);
+          double expected = 0;
+          for (int64_t j = 0; j < c.keys; ++j)
+            if (weights[size_t(j)] != 0) expected += weights[size_t(j)] * number(value, head, c.group, j, d);
+          const double got = number(results, head, 1, i, d);
           if (std::isnan(expected) ? !std::isnan(got)
-                                   : !(std::fabs(got - expected) <= tolerance * (1 + std::fabs(expected))))
-            fail(got, expected, head, i, d);
+                                   : !(std::fabs(got - expected) <= kTolerance * (1 + std::fabs(expected))))
+            fail("out", got, expected, head, i, d);
+        }
+      }
+  }
+
+  // The weights of each head, or their mean over the heads of a sample.
+  void check_weights(const AttentionOperand<const T*>& query, const AttentionOperand<const T*>& key, const Lse* lse,
+                     bool average, const bool* keep) const {
+    const int64_t together = average ? c.heads : 1, matrices = shape.heads / together;
+    T* got = run.output<T>(size_t(matrices * c.queries * c.keys));
+    Launcher::weights(got, average, query, key, mask, per_head, lse, shape, nullptr);
+    for (int64_t matrix = 0; matrix < matrices; ++matrix)
+      for (int64_t i = 0; i < c.queries; ++i) {
+        std::vector<double> expected(size_t(c.keys));
+        for (int64_t head = matrix * together; head < (matrix + 1) * together; ++head) {
+          const std::vector<double> weights = weigh(query, key, head, i, keep);
+          for (size_t j = 0; j < weights.size(); ++j) expected[j] += weights[j] / double(together);
+        }
+        for (int64_t j = 0; j < c.keys; ++j) {
+          const double weight = double(pynn::to_float(got[(matrix * c.queries + i) * c.keys + j]));
+          if (!(std::fabs(weight - expected[size_t(j)]) <= kTolerance))
+            fail("weights", weight, expected[size_t(j)], matrix, i, j);
         }
       }
   }
@@ -222,6 +251,7 @@ struct Call {
     Lse* lse = run.output<Lse>(size_t(shape.heads * c.queries));
     Launcher::fwd(out, lse, query, key, value, mask, per_head, shape, nullptr);
     check(query, key, value, out, keep);
+    for (bool average : {false, true}) check_weights(query, key, lse, average, keep);
 
     if (c.nonfinite) const_cast<T*>(grad_out.data)[0] = pynn::from_float<T>(std::numeric_limits<F>::infinity());
     const bool wanted = c.kind == Kind::kFloat || c.kind == Kind::kOwn;

@@ -1,0 +1,1 @@
+#include "additive_attention.cuh"
