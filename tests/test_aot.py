@@ -160,6 +160,10 @@ def test_counts_in_sass_and_amd_assembly():
     assert found["registers"] == 25
     assert found["spill_bytes"] == 8
     assert (found["loads"], found["loads128"], found["stores"], found["stores128"]) == (2, 1, 1, 1)
+    assembly = assembly.replace("sgpr_spill_count: 0", "sgpr_spill_count: 3")  # to lanes of vector registers,
+    assert measure.of_amdgcn(assembly)["spill_bytes"] == 8
+    assembly = assembly.replace("fixed_size: 0", "fixed_size: 16")  # or to memory
+    assert measure.of_amdgcn(assembly)["spill_bytes"] == 20
 
 
 def test_spills_in_the_log_of_ptxas():

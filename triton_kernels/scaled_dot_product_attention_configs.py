@@ -43,7 +43,10 @@ _FP32 = {
     "keys": (Tile(32, 16, 8, step=16), Tile(32, 16, 8, step=16, width=64)),
     "mask": (Tile(32, 16, 4, step=16),),
 }
-_FP64 = dict.fromkeys(("forward", "queries", "keys", "mask"), (Tile(16, 16, 4, step=16, width=64),))
+_FP64 = {
+    **dict.fromkeys(("forward", "queries", "mask"), (Tile(16, 16, 4, step=16, width=64),)),
+    "keys": (Tile(16, 16, 4, step=16, width=32),),
+}
 # architecture -> kind -> pass -> tiles of head dimensions up to 64, 128 and 256. plain: a forward without options but
 # causality, which take registers.
 _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
