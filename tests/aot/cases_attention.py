@@ -47,6 +47,12 @@ class _Call:
         rest = (grad, lse, *self.options, self.mask_gradient, self.sinks_gradient)
         return lambda: scaled_dot_product_attention_bwd(grad, lse, *self.tensors, *rest)
 
+    def weights(self, average: bool) -> Callable:
+        from pynn.triton_kernels.attention_weights import attention_weights
+
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=torch.float32 if self.q.element_size() == 2 else torch.float64)
+        return lambda: attention_weights(self.q, self.k, *self.tensors[3:], lse, *self.options, average)
+
 
 def attention() -> Iterator[Case]:
     from pynn.triton_kernels.scaled_dot_product_attention import scaled_dot_product_attention_keep
@@ -74,6 +80,8 @@ def attention() -> Iterator[Case]:
     for label, call in calls.items():
         yield Case(label, call.forward(), Promise())
         yield Case(f"{label}, backward", call.backward(), Promise())
+    for label in ("bf16 64, causal", "bf16 128, row mask, everything", "fp32 128, everything", "fp64 128, everything"):
+        yield Case(f"weights {label}", calls[label].weights(label.startswith("bf16")), Promise())
     key = torch.zeros(2, dtype=torch.int64)
     q, k = calls["bf16 64"].q, calls["bf16 64"].k
     yield Case("mask", lambda: scaled_dot_product_attention_keep(q, k, key, 0.5), Promise())
