@@ -125,7 +125,13 @@ def _mask_gradient(p: Problem, grad_mask: torch.Tensor, common: dict[str, object
     tile, sizes, axes = p.tile("mask"), p.mask.shape, range(len(p.batch))
     own, shared = ([d for d in axes if (sizes[d] > 1) == mine] for mine in (True, False))
     sharing = math.prod(p.batch[d] for d in shared)
-    members = torch.arange(p.heads, device=p.query.device).view(p.batch).permute(*own, *shared).reshape(-1, sharing)
+    members = (
+        torch.arange(p.heads, device=p.query.device)
+        .view(p.batch)
+        .permute(*own, *shared)
+        .reshape(-1, sharing)
+        .contiguous()
+    )
     one_row, one_column = sizes[-2] == 1 and p.queries > 1, sizes[-1] == 1 and p.keys > 1
     row_tiles, column_tiles = triton.cdiv(p.queries, tile.rows), triton.cdiv(p.keys, tile.columns)
     parts = row_tiles if one_row else p.queries, column_tiles if one_column else p.keys
