@@ -7,6 +7,7 @@ from .conv_transpose2d import conv_transpose2d
 from .cosine_attention import cosine_attention
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
 from .group_norm import group_norm
+from .hard_attention import hard_attention
 from .layer_norm_lstm import layer_norm_lstm
 from .local_attention import local_attention
 from .multi_head_attention import multi_head_attention
@@ -28,6 +29,7 @@ __all__ = [
     "group_norm",
     "gru",
     "gru_cell",
+    "hard_attention",
     "layer_norm_lstm",
     "local_attention",
     "lstm",
