@@ -114,7 +114,8 @@ def forward_kernel(
 
     acc = tl.zeros([ROWS, BLOCK_V], COMPUTE)
     top = tl.full([ROWS, 1], -INFINITY, COMPUTE)
-    total = tl.zeros([ROWS, 1], COMPUTE)
+    # Of float32 tiles there are many, and their rounding errors would be one of a whole row of weights.
+    total = tl.zeros([ROWS, 1], COMPUTE if BASE2 else tl.float64)
     spoiled = tl.zeros([COLS], COMPUTE)
     if sinks is not None:
         sink = tl.load(sinks + head)
@@ -155,7 +156,7 @@ def forward_kernel(
         else:
             sums = top.to(tl.float64) + tl.log(total.to(tl.float64))
         tl.store(p_lse, tl.where(total == 0.0, -INFINITY, sums).to(lse.dtype.element_ty), mask=in_queries)
-    total = tl.where(total == 0.0, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total).to(COMPUTE)
     result = acc / total if COMPUTE.primitive_bitwidth == 64 else tl.div_rn(acc, total + tl.zeros_like(acc))
     d = (out_column + tl.arange(0, BLOCK_V))[None, :]
     p_out = rows_of(head_of(out, o_table, head, o_inner, o_outer, o_step, OUT_PACK), i, o_row, OUT_PACK)
