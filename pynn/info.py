@@ -53,7 +53,14 @@ def availability() -> list[tuple[str, str, str]]:
     ]
 
 
-_KERNEL_OF = {"forward_step": "forward_jump_fwd", "normal": "normal"}
+_KERNEL_OF = {
+    "forward_step": "forward_jump_fwd",
+    "normal": "normal",
+    **dict.fromkeys(
+        ("cosine_attention", "hard_attention", "local_attention", "multi_head_attention"),
+        "scaled_dot_product_attention_fwd",
+    ),
+}
 
 
 def _check_normal() -> bool:

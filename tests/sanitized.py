@@ -55,7 +55,7 @@ def check_self_tests(variant: str) -> str:
 
 
 def check_launchers(variant: str, *arguments: str) -> str:
-    outcome = simulator.run([launchers(variant), *arguments], timeout=1200)
+    outcome = simulator.run([launchers(variant), *arguments], timeout=2400)  # minutes where something else runs too
     if outcome.status != 0:
         raise RuntimeError(outcome.text)
     return outcome.text.strip()
