@@ -287,23 +287,6 @@ def test_bitwise(backend, dtype, shape, kind):
         assert_bitwise(a, b[part], "slice")
 
 
-@pytest.mark.parametrize("keys", [40, 1100])
-@pytest.mark.parametrize("shared", ["rows", "heads", "keys", "batch"])
-def test_mask_gradient_is_the_same_for_any_number_of_threads(backend, shared, keys):
-    """One thread sums it on the way, several in a pass of their own."""
-    query, key, value = (torch.randn(3, 2, n, 8) for n in (70, keys, keys))
-    sizes = {"rows": (3, 2, 1, keys), "heads": (3, 1, 70, keys), "keys": (3, 2, 70, 1), "batch": (2, 70, keys)}
-    mask, grad = torch.randn(sizes[shared]), torch.randn(query.shape)
-    grads = []
-    for count in (1, 2, 3) if backend.name == "cpu" else (1,):
-        with threads(count):
-            grads.append(run(attention, query, key, value, mask, grad_output=grad)[1][3])
-    truth = truth_of(reference, query, key, value, mask, grad_output=grad)[1][3]
-    torch.testing.assert_close(grads[0].double(), truth, rtol=1e-4, atol=1e-4)
-    for other in grads[1:]:
-        assert_bitwise(other, grads[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [9, 1100])
 def test_masked_is_masked(backend, dtype, keys):

@@ -211,6 +211,23 @@ def test_generated(data, dtype, batch, group, key_heads, queries, keys, dim, val
             torch.testing.assert_close(got.double(), expected, rtol=4 * tolerance, atol=8 * tolerance)
 
 
+@pytest.mark.parametrize("keys", [40, 1100])
+@pytest.mark.parametrize("shared", ["rows", "heads", "keys", "batch"])
+def test_mask_gradient_is_the_same_for_any_number_of_threads(backend, shared, keys):
+    """One thread sums it on the way, several in a pass of their own."""
+    query, key, value = (torch.randn(3, 2, n, 8) for n in (70, keys, keys))
+    sizes = {"rows": (3, 2, 1, keys), "heads": (3, 1, 70, keys), "keys": (3, 2, 70, 1), "batch": (2, 70, keys)}
+    mask, grad = torch.randn(sizes[shared]), torch.randn(query.shape)
+    grads = []
+    for count in (1, 2, 3) if backend.name == "cpu" else (1,):
+        with threads(count):
+            grads.append(run(attention, query, key, value, mask, grad_output=grad)[1][3])
+    truth = truth_of(lambda *x: reference(*x)[0], query, key, value, mask, grad_output=grad)[1][3]
+    torch.testing.assert_close(grads[0].double(), truth, rtol=1e-4, atol=1e-4)
+    for other in grads[1:]:
+        assert_bitwise(other, grads[0])
+
+
 @pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 9), (9, 5), (70, 130)])
 def test_alignment_is_that_of_torch(backend, queries, keys, alignment):
