@@ -1,15 +1,17 @@
 """Attention, backward. With P = exp(S - lse), A = P * keep / (1 - p), G = (dout V^T) * keep / (1 - p):
 
-  delta_i = dout_i . out_i - dlse_i    dS = P * (G - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = A^T dout
+  delta_i = dout_i . out_i - dlse_i    dS = P * (G - delta)    dQ = scale dX K    dK = scale dX^T Q    dV = A^T dout
   dsink = -sum_i exp(sink - lse_i) delta_i
+
+dX is dS, times the derivative of the soft cap where there is one.
 
 Every sum has one owner, so there are no atomics: a program of queries_kernel owns queries and streams keys (dQ), one of
 keys_kernel owns keys and streams the queries of all heads that share them (dK, dV). Either way a tile of scores is
 `first own` x `first streamed`, a tile of G is `second own` x `second streamed`:
 
   owner is    first own   second own   first streamed   second streamed   sums
-  queries     Q           dout         K                V                 dQ += dS K
-  keys        K           V            Q                dout              dK += dS^T Q, dV += A^T dout
+  queries     Q           dout         K                V                 dQ += dX K
+  keys        K           V            Q                dout              dK += dX^T Q, dV += A^T dout
 
 Before, statistics_kernel makes of each row of scores its (shift, norm, delta), P = exp(S - shift) * norm: shift is lse
 rounded to the precision of sums, norm the rest.
