@@ -1,8 +1,9 @@
-"""python -m bench.choose [--device cuda] [--out DIR]: which backend is the fastest for which shapes, on this machine.
+"""python -m bench.choose [--device cuda] [--part PART] [--out DIR]: which backend is the fastest for which shapes here.
 
 Every backend that can run an op is timed on a grid of shapes, interleaved, after its results were compared; the table
 goes to pynn/choices/<architecture>.csv, from where `auto` reads it. The default backend keeps a shape unless another
-one is more than three per cent faster.
+one is more than three per cent faster. With --part only that part of the grid is measured, and the rows of all other
+calls stay what they are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ WINDOWS = ((1, 1), (1, 2), (3, 1), (3, 2))
 DENSE = ((32, 32), (32, 64), (64, 64), (128, 64), (64, 128), (128, 128), (256, 256), (512, 512), (64, 256), (256, 64))
 WIDE = ((256, 1024), (1024, 256), (512, 2048), (2048, 512))  # for 1 x 1
 FEW = ((1, 32), (3, 32), (3, 64), (32, 1), (64, 3))
+NARROW = ((4, 32), (8, 32), (8, 64), (16, 16), (16, 32), (16, 64), (32, 8), (64, 4), (64, 8), (64, 16), (256, 8))
 MAPS = ((2, 7), (4, 14), (64, 8), (8, 28), (16, 56))  # batch, height and width of the output
 
 
@@ -51,13 +53,24 @@ class Point(NamedTuple):
         return 2.0 * self.batch * self.size**2 * self.outputs * self.channels / self.groups * self.kernel**2
 
 
-def points(device: str) -> Iterator[Point]:
-    """The grid; depthwise kernels of 3, 5 and 7, grouped ones of 4 to 32 channels a group, stems and heads included."""
-    shapes = [(c, o, 1, *window) for window in WINDOWS for c, o in DENSE]
-    shapes += [(c, o, 1, 1, 1) for c, o in WIDE]
-    shapes += [(c, o, 1, kernel, stride) for c, o in FEW for kernel, stride in ((3, 1), (5, 1), (7, 2))]
-    shapes += [(c, c, c, kernel, stride) for c in (64, 256) for kernel in (3, 5, 7) for stride in (1, 2)]
-    shapes += [(32 * width, 32 * width, 32, 3, stride) for width in (4, 8, 32) for stride in (1, 2)]
+def _shapes() -> dict[str, list[tuple[int, int, int, int, int]]]:
+    """Channels, outputs, groups, kernel and stride, by parts of the grid."""
+    stems = [(c, o, 1, kernel, stride) for c, o in FEW for kernel, stride in ((3, 1), (5, 1), (7, 2))]
+    return {
+        "dense": [(c, o, 1, *window) for window in WINDOWS for c, o in DENSE] + [(c, o, 1, 1, 1) for c, o in WIDE],
+        "few": stems,  # of an image's channels: stems and heads
+        "narrow": [(c, o, 1, *window) for window in WINDOWS for c, o in NARROW],
+        "depthwise": [(c, c, c, kernel, stride) for c in (64, 256) for kernel in (3, 5, 7) for stride in (1, 2)],
+        "grouped": [(32 * width, 32 * width, 32, 3, stride) for width in (4, 8, 32) for stride in (1, 2)],
+    }
+
+
+PARTS = tuple(_shapes())
+
+
+def points(device: str, parts: Iterable[str] = PARTS) -> Iterator[Point]:
+    """The grid, or parts of it."""
+    shapes = [shape for part in parts for shape in _shapes()[part]]
     for shape, (batch, size), last in itertools.product(shapes, MAPS, (False, True)):
         point = Point(*shape, batch, size, last)
         if point.flops <= MOST_FLOPS[device]:
@@ -126,22 +139,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=choices.DIRECTORY)
     parser.add_argument("--budget", type=float, default=0.06, metavar="S", help="seconds of timing per call")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="measure every N-th point only")
+    parser.add_argument("--part", choices=PARTS, action="append", help="repeatable; the whole grid without")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: dict[tuple, choices.Row] = {}
     for dtype in DTYPES[options.device]:
-        for point in itertools.islice(points(options.device), None, None, options.every):
+        for point in itertools.islice(points(options.device, options.part or PARTS), None, None, options.every):
             for name, operands in calls(point, dtype, options.device).items():
                 row = measure(name, operands, dtype, options.device, options.budget)
                 if row is not None:
                     rows.setdefault(row[:4], row)
     architecture = pynn.backends.cpu_isa if options.device == "cpu" else _gpu.architecture()
+    measured = len(rows)
+    for row in choices.rows(architecture, options.out) if options.part else ():
+        rows.setdefault(row[:4], row)
     # A category in which the default always wins needs no rows.
     others = [row for row in rows.values() if row.backend != CONTENDERS[options.device][0]]
     telling = {row[:3] for row in others}
     options.out.mkdir(parents=True, exist_ok=True)
     path = choices.write([row for row in rows.values() if row[:3] in telling], architecture, options.out)
-    print(f"{len(rows)} calls measured, {len(others)} are faster on another backend than the default: {path}")
+    print(f"{measured} calls measured; {len(others)} rows with a backend faster than the default: {path}")
     return 0
 
 

@@ -207,7 +207,7 @@ def test_without_a_measurement_the_default_runs(monkeypatch):
 
 def test_choose_measures_and_writes(tmp_path, monkeypatch, capsys):
     small = [bench.choose.Point(8, 8, 1, 3, 1, 2, 5, False), bench.choose.Point(8, 8, 8, 3, 2, 2, 4, True)]
-    monkeypatch.setattr(bench.choose, "points", lambda device: iter(small))
+    monkeypatch.setattr(bench.choose, "points", lambda device, parts: iter(small))
     monkeypatch.setattr(bench.choose, "WORTH_IT", 0.0)  # whatever is faster, rows are written
     assert bench.choose.main(["--out", str(tmp_path), "--budget", "0.001"]) == 0
     assert "12 calls measured" in capsys.readouterr().out
@@ -216,6 +216,11 @@ def test_choose_measures_and_writes(tmp_path, monkeypatch, capsys):
         assert dtype in ("float32", "bfloat16")
         assert category in ("dense k3x3 s1x1 d1x1 NCHW", "depthwise k3x3 s2x2 d1x1 NHWC")
         assert {backend for _, backend in rows} <= {"cpu", "library"}
+    whole = choices.rows(pynn.backends.cpu_isa, tmp_path)
+    small[:] = [bench.choose.Point(8, 8, 1, 3, 1, 2, 9, False)]  # beside the rows of other calls
+    assert bench.choose.main(["--part", "dense", "--out", str(tmp_path), "--budget", "0.001"]) == 0
+    assert "6 calls measured" in capsys.readouterr().out
+    assert set(whole) <= set(choices.rows(pynn.backends.cpu_isa, tmp_path))
     monkeypatch.setattr(bench.choose, "_run", lambda backend, name, operands: lambda: torch.randn(3, 3))
     with pytest.raises(AssertionError, match="the backends' results differ"):
         bench.choose.main(["--out", str(tmp_path)])

@@ -20,6 +20,7 @@ from .scaled_dot_product_attention_tile import (
     rows_of,
     score,
     span,
+    split_lse,
     weight_of,
 )
 
@@ -79,13 +80,7 @@ def weights_kernel(
             if BASE2:
                 slope *= LOG2_E
         log_sums = tl.load(lse + (head.to(tl.int64) * queries + i), mask=in_queries, other=0.0)
-        norm = tl.full([ROWS, 1], 1.0, COMPUTE)  # exp(S - lse) = exp(S - shift) * norm: lse has more digits
-        if BASE2:
-            shift = log_sums * LOG2_E
-        else:
-            shift = log_sums.to(COMPUTE)
-            rest = tl.exp(shift.to(tl.float64) - log_sums).to(COMPUTE)
-            norm = tl.where(tl.abs(shift) != INFINITY, rest, 1.0)
+        shift, norm = split_lse(log_sums, COMPUTE, BASE2)
         b_q, b_k = 0.0, 0.0
         if STEP == 0:
             b_q, b_k = load_rows(p_q, in_queries, 0, DIM, BLOCK_D), load_rows(p_k, in_keys, 0, DIM, BLOCK_D)

@@ -36,6 +36,7 @@ from .scaled_dot_product_attention_tile import (
     score,
     seen_of,
     span,
+    split_lse,
     tiles_of,
     weight_of,
     without_nonfinite,
@@ -119,14 +120,7 @@ def statistics_kernel(
             slope *= LOG2_E
     first_element = head.to(tl.int64) * queries * keys
     place = head.to(tl.int64) * queries + i
-    sums = tl.load(lse + place, mask=in_queries, other=0.0)
-    norm = tl.full([ROWS, 1], 1.0, COMPUTE)
-    if BASE2:
-        shift = sums * LOG2_E
-    else:
-        shift = sums.to(COMPUTE)
-        rest = tl.exp(shift.to(tl.float64) - sums).to(COMPUTE)
-        norm = tl.where(tl.abs(shift) != INFINITY, rest, 1.0)
+    shift, norm = split_lse(tl.load(lse + place, mask=in_queries, other=0.0), COMPUTE, BASE2)
 
     begin, middle, second, end = span(
         first_row, tl.minimum(first_row + ROWS, queries) - 1, key_ranges, lower, upper + 1, keys, WINDOW, 4, COLS, MASK

@@ -144,6 +144,17 @@ def weight_of(x, shift, BASE2: tl.constexpr):
 
 
 @triton.jit
+def split_lse(lse, COMPUTE: tl.constexpr, BASE2: tl.constexpr):
+    """(shift, norm) of rows: exp(S - lse) = weight_of(S, shift) * norm, where lse has more digits than sums."""
+    if BASE2:
+        return lse * LOG2_E, tl.full(lse.shape, 1.0, COMPUTE)
+    else:
+        shift = lse.to(COMPUTE)
+        norm = tl.exp(shift.to(tl.float64) - lse).to(COMPUTE)
+        return shift, tl.where(tl.abs(shift) != INFINITY, norm, 1.0)
+
+
+@triton.jit
 def span(
     first, last, ranges, low, high, length,
     WINDOW: tl.constexpr, RANGE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr,

@@ -31,15 +31,16 @@ __device__ float polynomial(float x, const float (&coefficients)[count]) {
   return sum;
 }
 
-// tanh: its continued fraction near 0, exponentials elsewhere.
+// tanh, to less than 1.4 units in the last place. Near 0 it is x and a small rest, whose roundings hardly count: the
+// rest is x^3 times a polynomial of least relative error in x^2; exponentials elsewhere.
 template <class T>
 __device__ accumulate_t<T> hyperbolic_tangent(accumulate_t<T> x) {
   if constexpr (sizeof(T) == 8) {
     return tanh(x);
   } else {
     const float a = fabsf(x), q = x * x;
-    if (a < 0.6f)
-      return x * polynomial(q, {21.0f, 1260.0f, 10395.0f}) / polynomial(q, {1.0f, 210.0f, 4725.0f, 10395.0f});
+    if (a < 0.625f)
+      return fmaf(x * q, polynomial(q, {-0.00570499f, 0.02063909f, -0.053739715f, 0.13331442f, -0.3333328f}), x);
     return copysignf(1.0f - 2.0f / (exp_of<T>(a + a) + 1.0f), x);
   }
 }

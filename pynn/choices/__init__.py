@@ -49,15 +49,21 @@ def write(rows: list[Row], architecture: str, directory: Path = DIRECTORY) -> Pa
     return path
 
 
+def rows(architecture: str, directory: Path = DIRECTORY) -> list[Row]:
+    """The table of an architecture as it is written; empty when nothing was measured."""
+    path = directory / f"{architecture}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [Row(ratio=float(row.pop("ratio")), **row) for row in csv.DictReader(file)]
+
+
 def read(architecture: str, directory: Path = DIRECTORY) -> Table:
     """(op, dtype, category) -> [(log2 of the sizes, backend)]; empty when nothing was measured."""
-    path = directory / f"{architecture}.csv"
     table: Table = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                sizes = _logarithms(int(size) for size in row["sizes"].split())
-                table.setdefault((row["op"], row["dtype"], row["category"]), []).append((sizes, row["backend"]))
+    for row in rows(architecture, directory):
+        sizes = _logarithms(int(size) for size in row.sizes.split())
+        table.setdefault((row.op, row.dtype, row.category), []).append((sizes, row.backend))
     return table
 
 

@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from ._function import autocast, call, check_devices, compute_dtype
+from ._attention_options import check_causal, per_head, scores_options
+from ._function import autocast, call, check_devices
 from ._multi_head_attention_functions import MultiHeadAttention
 from ._multi_head_attention_layout import composed
 from .random import make_key
 from .rotary_embedding import checked_tables
-from .scaled_dot_product_attention import checked_window
 
 _NAME = "multi_head_attention"
 
@@ -94,37 +94,20 @@ def multi_head_attention(
     batch, length, keys = query.shape[1 - length_dim], query.shape[length_dim], key.shape[length_dim]
     if key_mask is not None:
         attn_mask = _joined_masks(attn_mask, key_mask, batch, keys)
-    if is_causal and attn_mask is not None and key_mask is None:
-        raise RuntimeError(f"_{_NAME}: Explicit attn_mask should not be set when is_causal=True")
-    left, right = (-1, -1) if window is None else checked_window(window)
-    if alignment not in ("upper_left", "lower_right"):
-        raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{_NAME}: expected softcap to be above 0 and finite, got {softcap}")
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise RuntimeError(f"{_NAME}: alibi_slopes have no gradient, expected them not to require one")
+    else:
+        check_causal(_NAME, is_causal, attn_mask)
     width = out_proj_weight.shape[1] // heads
+    options = float(dropout_p), *scores_options(_NAME, window, alignment, is_causal, scale, softcap, width)
     cos, sin = (None, None)
     if rotary is not None:
         if length != keys:
             raise RuntimeError(f"{_NAME}: expected as many keys as queries with rotary, got {keys} and {length}")
         cos, sin = checked_tables(query, *rotary, (batch, heads, length, width))
-    numbers = {"alibi_slopes": alibi_slopes, "sinks": sinks}
-    per_head = (_per_head(name, t, query, (batch, heads)) for name, t in numbers.items())
+    numbers = per_head(_NAME, alibi_slopes, sinks, query, (batch, heads))
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
-    if scale is None:
-        scale = 1 / math.sqrt(max(width, 1))
-    inputs = (query, *others, attn_mask, dropout_key, *per_head, cos, sin)
+    inputs = (query, *others, attn_mask, dropout_key, *numbers, cos, sin)
     kind = 0 if not need_weights else 1 if average_attn_weights else 2
     layout = (heads, key_heads, batch_first, rotary_interleaved, kind)
-    options = (
-        float(dropout_p),
-        left,
-        0 if is_causal else right,
-        alignment == "lower_right",
-        float(scale),
-        float(softcap or 0),
-    )
     # Under torch.func the parts are mapped and differentiated as the Functions they are, and so are compiled calls that
     # return weights, whose gradient runs autograd a second time.
     by_parts = torch._C._are_functorch_transforms_active() or (need_weights and torch.compiler.is_compiling())
@@ -175,14 +158,3 @@ def _joined_masks(attn_mask, key_mask, batch, keys):
     if attn_mask.dtype == torch.bool:
         attn_mask, key_mask = key_mask, attn_mask
     return attn_mask.masked_fill(~key_mask, -math.inf) if key_mask.dtype == torch.bool else attn_mask + key_mask
-
-
-def _per_head(name, numbers, query, shape):
-    """Numbers of the heads as the op takes them."""
-    if numbers is None:
-        return None
-    try:
-        return numbers.to(compute_dtype(query)).expand(shape)
-    except RuntimeError:
-        shapes = f"{shape} of query, got {tuple(numbers.shape)}"
-        raise RuntimeError(f"{_NAME}: expected {name} that broadcast to the heads {shapes}") from None

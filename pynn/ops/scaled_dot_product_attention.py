@@ -6,7 +6,6 @@ The ops and their Functions are in _attention_functions.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from . import _attention_packed as _packed
 from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttention
+from ._attention_options import check_causal, per_head, scores_options
 from ._attention_weights import AttentionWeights
 from ._function import autocast, call, compute_dtype
 from .random import make_key
@@ -126,30 +126,18 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     query, key, value = autocast(query, key, value)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
-    if is_causal and attn_mask is not None:
-        raise RuntimeError(f"_{_NAME}: Explicit attn_mask should not be set when is_causal=True")
-    left, right = (-1, -1) if window is None else checked_window(window)
-    right = 0 if is_causal else right
-    if alignment not in ("upper_left", "lower_right"):
-        raise ValueError(f'{_NAME}: expected alignment to be "upper_left" or "lower_right", got {alignment!r}')
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{_NAME}: expected softcap to be above 0 and finite, got {softcap}")
-    if alibi_slopes is not None:
-        if alibi_slopes.requires_grad:
-            raise RuntimeError(f"{_NAME}: alibi_slopes have no gradient, expected them not to require one")
-        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query)
-    if sinks is not None:
-        sinks = _per_head("sinks", sinks, query)
-    if scale is None:
-        scale = 1 / math.sqrt(max(query.shape[-1], 1)) if query.dim() else 1.0
+    check_causal(_NAME, is_causal, attn_mask)
+    width = query.shape[-1] if query.dim() else 1
+    left, right, lower_right, *rest = scores_options(_NAME, window, alignment, is_causal, scale, softcap, width)
+    numbers = per_head(_NAME, alibi_slopes, sinks, query, query.shape[:-2])
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
-    diagonals = (left, right, alignment == "lower_right")
     ranges = (None, None)
     if cu_seqlens is not None and min(query.dim(), key.dim()) >= 2:
         starts = _packed.checked(cu_seqlens, query, key)
-        ranges, diagonals = _packed.ranges(starts, query, key, *diagonals), (-1, -1, False)
-    inputs = (query, key, value, attn_mask, dropout_key, alibi_slopes, sinks, *ranges)
-    options = (float(dropout_p), *diagonals, float(scale), float(softcap or 0))
+        ranges = _packed.ranges(starts, query, key, left, right, lower_right)
+        left, right, lower_right = -1, -1, False
+    inputs = (query, key, value, attn_mask, dropout_key, *numbers, *ranges)
+    options = (float(dropout_p), left, right, lower_right, *rest)
     out, lse = call(ScaledDotProductAttention, *inputs, *options)
     if not return_lse and not return_weights:
         return out
@@ -157,19 +145,3 @@ def scaled_dot_product_attention(  # type: ignore[misc]  # the overloads leave t
     if not return_weights:
         return (out, *sums)
     return (out, *sums, call(AttentionWeights, query, key, *inputs[3:], lse.detach(), *options, False))
-
-
-def checked_window(window):
-    if len(window) != 2 or not all(isinstance(n, int) and n >= -1 for n in window):
-        raise ValueError(f"{_NAME}: expected window to be two integers from -1 on, got {window!r}")
-    return window
-
-
-def _per_head(name, numbers, query):
-    """Numbers of the heads as the op takes them."""
-    shape = query.shape[:-2]
-    try:
-        return numbers.to(compute_dtype(query)).expand(shape)
-    except RuntimeError:
-        shapes = f"{tuple(shape)} of query, got {tuple(numbers.shape)}"
-        raise RuntimeError(f"{_NAME}: expected {name} that broadcast to the heads {shapes}") from None
