@@ -1,7 +1,7 @@
 """make packaging: what a user gets from the release wheels in dist/, checked in fresh environments.
 
 1. Contents: the top level is `pynn` and its dist-info; exactly this tree's modules and the kernel libraries that the
-   version promises (+cpu, +cu13); the CUDA library holds every architecture.
+   version promises (+cpu, +cu13); the CUDA library holds every architecture (or those of PYNN_CUDA_ARCHS).
 2. The libraries need torch's C shims and system libraries only: undefined symbols and needed libraries.
 3. Each wheel imports and computes on this environment's torch, and on every `--torch VERSION` asked for, from PyPI: on
    Linux these are CUDA builds (gigabytes each; 2.11.0 is the oldest supported). Without a GPU the CUDA kernels must
@@ -25,7 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CPU_ISAS = ("baseline", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("baseline",)
-CUDA_CODE = {"sm_80", "sm_90a", "sm_100", "sm_120", "ptx sm_100"}
+CUDA_ARCHS = os.environ.get("PYNN_CUDA_ARCHS", "80 90a 100 120").split()  # as setup.py builds
+CUDA_CODE = {*(f"sm_{arch}" for arch in CUDA_ARCHS), f"ptx sm_{'100' if '100' in CUDA_ARCHS else CUDA_ARCHS[-1]}"}
 ALLOWED_SYMBOL = re.compile(
     r"^(aoti_torch_\w+|torch_\w+)$"  # the stable C shims of libtorch
     r"|@(GLIBC|GLIBCXX|CXXABI|GCC)_"  # versioned symbols of the system's C and C++ libraries

@@ -246,7 +246,18 @@ def test_parts_equal_the_whole(backend, dtype, cell):
     """A sequence in chunks, passing the states on, is the whole bit for bit; so are slices of the batch."""
     # The CUDA kernels leave weight_ih x to the library's product, whose rows depend on how many there are.
     p = make(cell, 7, 5, 6, 11, dtype=dtype, projected_input=backend.name in ("sim", "cuda")).to(backend.device)
-    if cell == "lstm":
+    assert_parts_equal_the_whole(p, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("size", [33, 34], ids=["floats", "pairs"])
+def test_parts_of_a_wide_layer_equal_the_whole(cpu_kernels, size, cell):
+    """In bfloat16, with weights of more than a block: packed for many rows, and where they lie for one or two."""
+    assert_parts_equal_the_whole(make(cell, 7, 5, size, 560, dtype=torch.bfloat16), torch.bfloat16)
+
+
+def assert_parts_equal_the_whole(p, dtype):
+    if "cx" in p.tensors:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         p.tensors["cx"] = p.tensors["cx"].to(wide)
     whole = ours(p)

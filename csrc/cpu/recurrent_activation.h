@@ -2,6 +2,9 @@
 //
 // NaN stays NaN, infinities give the limits. tanh keeps its relative accuracy around 0: it is -m / (m + 2) with
 // m = e^(-2|x|) - 1 = 2^n p + (2^n - 1), where p = e^r - 1 is the polynomial of exp() without its leading 1.
+//
+// Of values that become 16 bits wide, sigmoid_of and tanh_of take shorter ways, within 1.5e-6 of the value: a hundredth
+// of what the rounding to float16 takes.
 #pragma once
 #include "vec_activation.h"
 
@@ -53,5 +56,61 @@ PYNN_HD VecDouble tanh(VecDouble x) {
 PYNN_HD VecDouble sigmoid(VecDouble x) { return 1 / (exp(VecDouble(-x)) + 1); }
 PYNN_HD VecFloat sigmoid(VecFloat x) { return logistic(x); }
 PYNN_HD VecFloat tanh(VecFloat x) { return hyperbolic_tangent(x); }
+
+// e^x - 1 = power * p + (power - 1), for x within -80 .. 80.
+struct ShortExponential {
+  VecFloat power, p;
+  explicit PYNN_HD ShortExponential(VecFloat x) {
+    const float magic = 0x1.8p23f;
+    const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic));
+    const VecFloat r = fma(shifted - magic, broadcast(-0x1.62e43p-1f), x);
+    const VecFloat series = polynomial(r, {0.00833807234f, 0.0418725759f, 0.166668311f, 0.49999404f});
+    p = fma(series, r * r, r);
+    power = bit_cast<VecFloat>((bit_cast<VecInt>(shifted) + (127 - bit_cast<int32_t>(magic))) << 23);
+  }
+};
+PYNN_HD VecFloat short_quotient(VecFloat a, VecFloat b) {
+#if defined(__AVX512F__)
+  const VecFloat estimate = _mm512_maskz_rcp14_ps(__mmask16(-1), b);
+  return a * (estimate * fma(-b, estimate, broadcast(2.0f)));
+#else
+  return a / b;
+#endif
+}
+PYNN_HD VecFloat between(VecFloat x, float low, float high) {  // NaN for NaN
+#if defined(__AVX512F__)
+  constexpr __mmask16 all = __mmask16(-1);
+  return _mm512_maskz_min_ps(all, broadcast(high), _mm512_maskz_max_ps(all, broadcast(low), x));
+#else
+  x = x < low ? broadcast(low) : x;
+  return x > high ? broadcast(high) : x;
+#endif
+}
+PYNN_HD VecFloat short_sigmoid(VecFloat x) {
+  const ShortExponential e(between(-x, -80.0f, 80.0f));
+  const VecFloat value = short_quotient(broadcast(1.0f), fma(e.power, e.p, e.power + 1.0f));
+  return (VecFloat)((VecInt)value & ~(x < -80.0f));
+}
+PYNN_HD VecFloat short_tanh(VecFloat x) {
+  const VecInt sign = (VecInt)x & INT32_MIN;
+  const ShortExponential e(between(absolute(x) * -2.0f, -80.0f, 0.0f));
+  const VecFloat m = fma(e.power, e.p, e.power - 1.0f);
+  return (VecFloat)((VecInt)absolute(short_quotient(m, m + 2.0f)) | sign);
+}
+
+template <class T, class V = Vec<accumulate_t<T>>>
+PYNN_HD V sigmoid_of(V x) {
+  if constexpr (sizeof(T) == 2)
+    return short_sigmoid(x);
+  else
+    return sigmoid(x);
+}
+template <class T, class V = Vec<accumulate_t<T>>>
+PYNN_HD V tanh_of(V x) {
+  if constexpr (sizeof(T) == 2)
+    return short_tanh(x);
+  else
+    return tanh(x);
+}
 
 }  // namespace pynn::cpu

@@ -27,8 +27,8 @@ struct Units {
 template <class T, class V = Vec<accumulate_t<T>>>
 PYNN_HD V lstm_forward(const accumulate_t<T>* pre, accumulate_t<T>* cell, const Units<T>& units) {
   constexpr int L = kComputeLanes<T>;
-  const V i = sigmoid(load(pre)), f = sigmoid(load(pre + L)), g = tanh(load(pre + 2 * L));
-  const V o = sigmoid(load(pre + 3 * L)), c = fma(f, load(cell), i * g);
+  const V i = sigmoid_of<T>(load(pre)), f = sigmoid_of<T>(load(pre + L)), g = tanh_of<T>(load(pre + 2 * L));
+  const V o = sigmoid_of<T>(load(pre + 3 * L)), c = fma(f, load(cell), i * g);
   store(cell, c);
   if (units.gates) {
     store_some(units.gates, units.count, i);
@@ -37,15 +37,15 @@ PYNN_HD V lstm_forward(const accumulate_t<T>* pre, accumulate_t<T>* cell, const 
     store_some(units.gates + 3 * units.hidden, units.count, o);
   }
   if (units.cells) store_some(units.cells, units.count, c);
-  return o * tanh(c);
+  return o * tanh_of<T>(c);
 }
 
 // pre: n r z and the hidden share of n.
 template <class T, class V = Vec<accumulate_t<T>>>
 PYNN_HD V gru_forward(const accumulate_t<T>* pre, V previous, const Units<T>& units) {
   constexpr int L = kComputeLanes<T>;
-  const V r = sigmoid(load(pre + L)), z = sigmoid(load(pre + 2 * L)), share = load(pre + 3 * L);
-  const V n = tanh(fma(r, share, load(pre)));
+  const V r = sigmoid_of<T>(load(pre + L)), z = sigmoid_of<T>(load(pre + 2 * L)), share = load(pre + 3 * L);
+  const V n = tanh_of<T>(fma(r, share, load(pre)));
   if (units.gates) {
     store_some(units.gates, units.count, r);
     store_some(units.gates + units.hidden, units.count, z);
@@ -55,9 +55,9 @@ PYNN_HD V gru_forward(const accumulate_t<T>* pre, V previous, const Units<T>& un
   return fma(z, previous - n, n);
 }
 
-template <class V>
+template <class T, class V = Vec<accumulate_t<T>>>
 PYNN_HD V rnn_forward(V pre, bool relu) {
-  return relu ? (pre < 0 ? V{} : pre) : tanh(pre);
+  return relu ? (pre < 0 ? V{} : pre) : tanh_of<T>(pre);
 }
 
 // Vectors of a row of the saved gates.
@@ -75,7 +75,7 @@ template <class T, class V = Vec<accumulate_t<T>>>
 PYNN_HD V lstm_backward(V grad, const SavedGates<T>& gates, V cell, V previous, accumulate_t<T>* grad_cell,
                         accumulate_t<T>* to) {
   constexpr int L = kComputeLanes<T>;
-  const V i = gates.value[0], f = gates.value[1], g = gates.value[2], o = gates.value[3], activated = tanh(cell);
+  const V i = gates.value[0], f = gates.value[1], g = gates.value[2], o = gates.value[3], activated = tanh_of<T>(cell);
   const V d = fma(grad * o, fma(-activated, activated, V{} + 1), load(grad_cell));
   store(grad_cell, V(d * f));
   store(to, V(d * g * fma(-i, i, i)));

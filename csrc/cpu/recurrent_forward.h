@@ -4,6 +4,9 @@
 // as many steps at once as give kForwardRows rows: the pre-activations' share of the input comes from one product for
 // all of them, then every step adds the share of the state and finishes the units of a panel while its sums are in the
 // first-level cache. Where there are too few rows to share out, the threads take panels of each product.
+//
+// With Op = MultiplyAddPairs (bfloat16; sizes of input and state are even) the products take pairs of elements, as they
+// lie in memory, in the place of floats: weights, and the rows of the input and of the state.
 #pragma once
 #include "recurrent_cells.h"
 #include "recurrent_rows.h"
@@ -14,11 +17,13 @@ namespace pynn::cpu::recurrent {
 inline constexpr int64_t kForwardRows = 192;  // rows of a chunk
 inline constexpr int64_t kPieceRows = 8;      // rows of a piece that are worth a thread
 
-template <Cell kCell, class T>
+template <Cell kCell, class T, class Op>
 class ForwardPass {
   using A = accumulate_t<T>;
   using P = Panels<kCell, A>;
   static constexpr int64_t L = kLanes<A>;
+  static constexpr bool kPairs = !std::is_same_v<Op, MultiplyAdd>;
+  using Weight = std::conditional_t<kPairs, A, T>;  // an element of a product's right operand
 
  public:
   ForwardPass(const RecurrentForward<T>& call, const RecurrentShape& shape, void* scratch)
@@ -26,6 +31,9 @@ class ForwardPass {
         shape_(shape),
         panels_(P::count(shape.hidden)),
         state_panels_(shape.projected ? ceil_div(shape.state, kPanelWidth<A>) : 0),
+        input_depth_(kPairs ? shape.input / 2 : shape.input),
+        state_depth_(kPairs ? shape.state / 2 : shape.state),
+        state_stride_(padded<A>(state_depth_)),
         rows_(std::min(shape.batch, kForwardRows)),
         capacity_(std::min(std::max<int64_t>(shape.rows(), 1), kForwardRows)) {
     const int64_t threads = torch::stable::get_num_threads(), batch = shape.batch;
@@ -42,8 +50,8 @@ class ForwardPass {
     ready_ih_ = pieces_ > 1 || shape.rows() > capacity_;
     ready_hh_ = pieces_ > 1 || shape.steps > 2 || (shape.steps == 2 && batch > 2);
     bias_ = arena.take<A>(panels_ * P::kWidth);
-    packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * packed_depth<A>(shape.input) * P::kProduct : 0);
-    packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * packed_depth<A>(shape.state) * P::kProduct : 0);
+    packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * packed_depth<A>(input_depth_) * P::kProduct : 0);
+    packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * packed_depth<A>(state_depth_) * P::kProduct : 0);
     packed_hr_ = arena.take<A>(state_panels_ * packed_depth<A>(shape.hidden) * kPanelWidth<A>);
     slot_ = arena.used;
     take(arena);
@@ -70,9 +78,9 @@ class ForwardPass {
   };
   Buffers take(Arena& arena) const {
     Buffers b;
-    b.x = arena.take<A>(call_.products ? 0 : capacity_ * padded<A>(shape_.input));
+    b.x = arena.take<A>(call_.products ? 0 : capacity_ * padded<A>(input_depth_));
     b.pre = arena.take<A>(panels_ * capacity_ * P::kWidth);
-    for (A*& h : b.h) h = arena.take<A>(rows_ * padded<A>(shape_.state));
+    for (A*& h : b.h) h = arena.take<A>(rows_ * state_stride_);
     b.c = arena.take<A>(kCell == Cell::lstm ? rows_ * panels_ * L : 0);
     b.hidden = arena.take<A>(shape_.projected ? rows_ * padded<A>(shape_.hidden) : 0);
     b.projected = arena.take<A>(state_panels_ * rows_ * kPanelWidth<A>);
@@ -90,18 +98,26 @@ class ForwardPass {
     each_panels(true, panels_, (shape_.input + shape_.state) * P::kProduct * 4, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         set_bias(p);
-        if (ready_ih_ && !call_.products) pack_panel<P::kVectors>(call_.weights.ih, shape_.input, p, false, packed_ih_);
-        if (ready_hh_) pack_panel<P::kVectors>(call_.weights.hh, shape_.state, p, true, packed_hh_);
+        if (ready_ih_ && !call_.products) pack_panel(call_.weights.ih, input_depth_, p, false, packed_ih_);
+        if (ready_hh_) pack_panel(call_.weights.hh, state_depth_, p, true, packed_hh_);
       }
     });
     for (int64_t p = 0; p < state_panels_; ++p)
       pack_rows<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state),
                    packed_hr_ + p * packed_depth<A>(shape_.hidden) * kPanelWidth<A>);
   }
-  template <int NV>
   void pack_panel(const T* weight, int64_t depth, int64_t panel, bool of_hidden, A* packed) const {
-    pack_rows<NV>(weight, depth, P::rows(panel, shape_.hidden, of_hidden),
-                  packed + panel * packed_depth<A>(depth) * P::kProduct);
+    pack_rows<P::kVectors>(reinterpret_cast<const Weight*>(weight), depth, P::rows(panel, shape_.hidden, of_hidden),
+                           packed + panel * packed_depth<A>(depth) * P::kProduct);
+  }
+  // A row of a product's left operand, filled with 0 up to whole vectors.
+  static void set_row(const T* from, int64_t count, A* to) {
+    if constexpr (kPairs) {
+      memcpy(to, from, size_t(count) * sizeof(T));
+      std::fill(to + count / 2, to + round_up(count / 2, L), A(0));
+    } else {
+      convert(from, count, to);
+    }
   }
   void set_bias(int64_t panel) {
     A* const to = bias_ + panel * P::kWidth;
@@ -118,28 +134,32 @@ class ForwardPass {
   }
 
   // c[r] += weight a[r] for one panel.
-  void product(const T* weight, bool of_hidden, const A* packed, bool ready, int64_t panel, const A* a,
-               int64_t a_stride, int64_t rows, A* c) const {
-    const int64_t depth = of_hidden ? shape_.state : shape_.input;
+  void product(const T* weight, bool of_hidden, const A* packed, bool ready, int64_t panel, const A* a, int64_t rows,
+               A* c) const {
+    constexpr int kVectors = P::kVectors;
+    const int64_t depth = of_hidden ? state_depth_ : input_depth_, a_stride = padded<A>(depth);
     const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
+    const Weight* const w = reinterpret_cast<const Weight*>(weight);
     if (ready)
-      multiply_packed<P::kVectors>(a, a_stride, depth, packed + panel * packed_depth<A>(depth) * P::kProduct, rows, c,
-                                   P::kWidth);
+      multiply_packed<kVectors, Op>(a, a_stride, depth, packed + panel * packed_depth<A>(depth) * P::kProduct, rows, c,
+                                    P::kWidth);
     else if (rows == 1)
-      multiply_in_place<P::kVectors, 1>(a, a_stride, depth, weight, columns, c, P::kWidth);
+      multiply_in_place<kVectors, 1, Op>(a, a_stride, depth, w, columns, c, P::kWidth);
     else if (rows == 2)
-      multiply_in_place<P::kVectors, 2>(a, a_stride, depth, weight, columns, c, P::kWidth);
+      multiply_in_place<kVectors, 2, Op>(a, a_stride, depth, w, columns, c, P::kWidth);
     else
-      multiply_and_pack<P::kVectors>(a, a_stride, depth, weight, columns, rows, c, P::kWidth);
+      multiply_and_pack<kVectors, Op>(a, a_stride, depth, w, columns, rows, c, P::kWidth);
   }
 
   // All steps of the rows at places first to last.
   void piece(int64_t first, int64_t last, int64_t slot, bool threads) {
     Arena arena{scratch_ + slot_ + slot * slot_bytes_};
     Buffers b = take(arena);
+    for (A* h : b.h)
+      if (kPairs) std::fill_n(h, (last - first) * state_stride_, A(0));  // rows are filled in parts
     for (int64_t j = first; j < last; ++j) {
       const int64_t row = schedule_.order[j];
-      convert(call_.h0 + row * shape_.state, shape_.state, b.h[0] + (j - first) * padded<A>(shape_.state));
+      set_row(call_.h0 + row * shape_.state, shape_.state, b.h[0] + (j - first) * state_stride_);
       if constexpr (kCell == Cell::lstm)
         convert(call_.c0 + row * shape_.hidden, shape_.hidden, b.c + (j - first) * panels_ * L);
     }
@@ -172,10 +192,10 @@ class ForwardPass {
       for (int64_t s = begin; s < end; ++s)
         for (int64_t j = 0; j < schedule_.count(s, first, last); ++j) body(r++, schedule_.row(s, first + j));
     };
-    const int64_t stride = padded<A>(shape_.input), width = gates_of(kCell) * shape_.hidden;
+    const int64_t stride = padded<A>(input_depth_), width = gates_of(kCell) * shape_.hidden;
     if (!call_.products)
       each_row(
-          [&](int64_t r, int64_t row) { convert(call_.input + row * shape_.input, shape_.input, b.x + r * stride); });
+          [&](int64_t r, int64_t row) { set_row(call_.input + row * shape_.input, shape_.input, b.x + r * stride); });
     each_panels(threads, panels_, rows * shape_.input * P::kProduct, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
         A* const pre = b.pre + p * capacity_ * P::kWidth;
@@ -191,7 +211,7 @@ class ForwardPass {
             }
           });
         } else {
-          product(call_.weights.ih, false, packed_ih_, ready_ih_, p, b.x, stride, rows, pre);
+          product(call_.weights.ih, false, packed_ih_, ready_ih_, p, b.x, rows, pre);
         }
       }
     });
@@ -199,11 +219,10 @@ class ForwardPass {
 
   // h[1] from h[0], for the first `alive` rows.
   void step(const Buffers& b, int64_t s, int64_t first, int64_t alive, int64_t offset, bool threads) {
-    const int64_t stride = padded<A>(shape_.state);
     each_panels(threads, panels_, alive * shape_.state * P::kProduct, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
         A* const pre = b.pre + (p * capacity_ + offset) * P::kWidth;
-        product(call_.weights.hh, true, packed_hh_, ready_hh_, p, b.h[0], stride, alive, pre + P::kHiddenOffset);
+        product(call_.weights.hh, true, packed_hh_, ready_hh_, p, b.h[0], alive, pre + P::kHiddenOffset);
         for (int64_t j = 0; j < alive; ++j) finish(b, p, j, schedule_.row(s, first + j), pre + j * P::kWidth);
       }
     });
@@ -222,10 +241,26 @@ class ForwardPass {
     });
   }
 
+  Vec<A> state_of(const Buffers& b, int64_t j, int64_t unit) const {
+    const A* const from = b.h[0] + j * state_stride_;
+    if constexpr (kPairs)
+      return load_some(reinterpret_cast<const T*>(from) + unit, shape_.state - unit);
+    else
+      return load(from + unit);
+  }
   void put_state(const Buffers& b, int64_t j, int64_t row, int64_t unit, Vec<A> h) const {
-    h = rounded<T>(h);
-    store_or_zero(b.h[1] + j * padded<A>(shape_.state) + unit, shape_.state - unit, h);
-    store_some(call_.output + row * shape_.state + unit, shape_.state - unit, h);
+    A* const to = b.h[1] + j * state_stride_;
+    T* const output = call_.output + row * shape_.state + unit;
+    const int64_t count = shape_.state - unit;
+    if constexpr (kPairs) {
+      T* const state = reinterpret_cast<T*>(to) + unit;
+      store_some(state, count, h);
+      memcpy(static_cast<void*>(output), state, size_t(std::min(count, L)) * sizeof(T));
+    } else {
+      h = rounded<T>(h);
+      store_or_zero(to + unit, count, h);
+      store_some(output, count, h);
+    }
   }
 
   void finish(const Buffers& b, int64_t panel, int64_t j, int64_t row, const A* pre) const {
@@ -240,16 +275,18 @@ class ForwardPass {
       else
         put_state(b, j, row, unit, h);
     } else if constexpr (kCell == Cell::gru) {
-      put_state(b, j, row, unit, gru_forward<T>(pre, load(b.h[0] + j * padded<A>(hidden) + unit), units));
+      put_state(b, j, row, unit, gru_forward<T>(pre, state_of(b, j, unit), units));
     } else {
       for (int64_t v = 0; v < kPanelVectors && unit + v * L < hidden; ++v)
-        put_state(b, j, row, unit + v * L, rnn_forward(load(pre + v * L), shape_.cell == Cell::rnn_relu));
+        put_state(b, j, row, unit + v * L, rnn_forward<T>(load(pre + v * L), shape_.cell == Cell::rnn_relu));
     }
   }
 
   const RecurrentForward<T>& call_;
   const RecurrentShape& shape_;
-  const int64_t panels_, state_panels_, rows_, capacity_;
+  const int64_t panels_, state_panels_;
+  const int64_t input_depth_, state_depth_, state_stride_;  // elements that a product takes, floats or pairs
+  const int64_t rows_, capacity_;
   int64_t pieces_, slots_, slot_, slot_bytes_;
   Schedule schedule_;
   A *bias_, *packed_ih_, *packed_hh_, *packed_hr_;

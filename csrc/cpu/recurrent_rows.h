@@ -107,7 +107,7 @@ void pack_rows(const T* w, int64_t depth, const PanelRows& rows, accumulate_t<T>
 
 // c[r * c_stride + :] += sum over k < depth of a[r * a_stride + k] * the panel's row k, for `rows` rows of a that are
 // filled with 0 up to whole vectors; block(k, count) gives the packed rows k to k + count.
-template <int NV, class A, class Block>
+template <int NV, class Op, class A, class Block>
 void multiply_packed_blocks(const A* a, int64_t a_stride, int64_t depth, const Block& block, int64_t rows, A* c,
                             int64_t c_stride) {
   constexpr int S = kResidues<A>, width = NV * kLanes<A>;
@@ -118,18 +118,18 @@ void multiply_packed_blocks(const A* a, int64_t a_stride, int64_t depth, const B
       each_tile<NV>(rows, [&](int64_t first, int64_t height) {
         const A* const left = a + first * a_stride + k + r;
         A* const to = c + first * c_stride;
-        kTiles<NV, true, A>[height - 1](left, a_stride, S, 1, length, 0, b, width, to, c_stride);
+        kTiles<NV, true, A, Op>[height - 1](left, a_stride, S, 1, length, 0, b, width, to, c_stride);
       });
   }
 }
-template <int NV, class A>
+template <int NV, class Op = MultiplyAdd, class A>
 void multiply_packed(const A* a, int64_t a_stride, int64_t depth, const A* packed, int64_t rows, A* c,
                      int64_t c_stride) {
   const auto block = [&](int64_t k, int64_t) { return packed + k * NV * kLanes<A>; };
-  multiply_packed_blocks<NV>(a, a_stride, depth, block, rows, c, c_stride);
+  multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride);
 }
 // With a panel that is packed block by block, as it is used.
-template <int NV, class T, class A = accumulate_t<T>>
+template <int NV, class Op, class T, class A = accumulate_t<T>>
 [[gnu::noinline]] void multiply_and_pack(const A* a, int64_t a_stride, int64_t depth, const T* w,
                                          const PanelRows& columns, int64_t rows, A* c, int64_t c_stride) {
   alignas(64) A packed[kBlock<A> * NV * kLanes<A>];
@@ -137,7 +137,7 @@ template <int NV, class T, class A = accumulate_t<T>>
     pack_block<NV>(w, depth, columns, k, count, packed);
     return packed;
   };
-  multiply_packed_blocks<NV>(a, a_stride, depth, block, rows, c, c_stride);
+  multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride);
 }
 
 // Vectors of kResidues columns of some rows: lane i * kResidues + r of x[q] is column q * kResidues + r of row i; 0
@@ -212,7 +212,7 @@ PYNN_HD void add_residues(const Vec<A> (&sum)[kResidues<A>], A* c) {
 }
 
 // With weights where they lie, for MR rows: faster than packing what is used once.
-template <int NV, int MR, class T, class A = accumulate_t<T>>
+template <int NV, int MR, class Op, class T, class A = accumulate_t<T>>
 [[gnu::noinline]] void multiply_in_place(const A* a, int64_t a_stride, int64_t depth, const T* w, const PanelRows& rows,
                                          A* c, int64_t c_stride) {
   constexpr int L = kLanes<A>, S = kResidues<A>, kRows = L / S;
@@ -233,7 +233,7 @@ template <int NV, int MR, class T, class A = accumulate_t<T>>
 #pragma GCC unroll 4
           for (int q = 0; q < kRows; ++q)
 #pragma GCC unroll 2
-            for (int i = 0; i < MR; ++i) sum[i][g] = fma(left[i][q], x[q], sum[i][g]);
+            for (int i = 0; i < MR; ++i) sum[i][g] = Op::add(left[i][q], x[q], sum[i][g]);
         }
       }
       for (int i = 0; i < MR; ++i) add_residues<A>(sum[i], c + i * c_stride);

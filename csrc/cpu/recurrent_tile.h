@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "divide.h"
+#include "multiply_add.h"
 #include "vec_load.h"
 
 namespace pynn::cpu::recurrent {
@@ -31,7 +32,7 @@ struct LeftRows {
 
 // c[i * c_stride + :] (+)= sum over runs r, k < length of a[r * run_stride + i * a_row + k * a_step] * b[k * b_step +
 // :] for MR rows of NV vectors; b goes on from run to run.
-template <int MR, int NV, bool kAdd, class A>
+template <int MR, int NV, bool kAdd, class Op, class A>
 [[gnu::noinline]] void multiply_tile(const A* a, int64_t a_row, int64_t a_step, int64_t runs, int64_t length,
                                      int64_t run_stride, const A* b, int64_t b_step, A* c, int64_t c_stride) {
   constexpr int L = kLanes<A>;
@@ -46,9 +47,9 @@ template <int MR, int NV, bool kAdd, class A>
       __builtin_prefetch(b + 17 * NV * L - L);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
-        const Vec<A> value = broadcast(from[i * a_row]);
+        const Vec<A> value = Op::element(from + i * a_row);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[i][v] = fma(value, column[v], sum[i][v]);
+        for (int v = 0; v < NV; ++v) sum[i][v] = Op::add(value, column[v], sum[i][v]);
       }
     }
   }
@@ -62,13 +63,13 @@ template <int MR, int NV, bool kAdd, class A>
   }
 }
 
-template <int NV, bool kAdd, class A, int... I>
+template <int NV, bool kAdd, class Op, class A, int... I>
 inline constexpr auto make_tiles(std::integer_sequence<int, I...>) {
-  return std::array<decltype(&multiply_tile<1, NV, kAdd, A>), sizeof...(I)>{&multiply_tile<I + 1, NV, kAdd, A>...};
+  return std::array{&multiply_tile<I + 1, NV, kAdd, Op, A>...};
 }
 // The tiles of 1, 2, ... rows.
-template <int NV, bool kAdd, class A>
-inline constexpr auto kTiles = make_tiles<NV, kAdd, A>(std::make_integer_sequence<int, kTileHeight<NV>>{});
+template <int NV, bool kAdd, class A, class Op = MultiplyAdd>
+inline constexpr auto kTiles = make_tiles<NV, kAdd, Op, A>(std::make_integer_sequence<int, kTileHeight<NV>>{});
 
 // Calls body(first, height) for tiles of about the same height.
 template <int NV, class Body>

@@ -1,33 +1,9 @@
 // Products of rows with rows - queries with keys, gradients with values - packed for register tiles.
-//
-// CPUs with AVX512-BF16 multiply pairs of bfloat16 and add both products to a float in one instruction, twice as many
-// as with float: rows of bfloat16 are then packed as they are, two elements in the place of one.
+// Where the CPU multiplies pairs of bfloat16 (multiply_add.h), their rows are packed as they are.
 #pragma once
 #include "scaled_dot_product_attention_tile.h"
 
 namespace pynn::cpu::attention {
-
-#if defined(__AVX512F__)
-inline bool has_pair_products() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-}
-// In assembly, since the files of an instruction set are not compiled for this extension of it.
-struct MultiplyAddPairs {
-  static PYNN_HD VecFloat element(const float* from) {
-    int32_t bits;
-    memcpy(&bits, from, sizeof(bits));
-    return (VecFloat)(bits - VecInt{});
-  }
-  static PYNN_HD VecFloat add(VecFloat element, VecFloat row, VecFloat sum) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(element), "v"(row));
-    return sum;
-  }
-};
-#else
-constexpr bool has_pair_products() { return false; }
-using MultiplyAddPairs = MultiplyAdd;
-#endif
 
 // Rows of bfloat16 as pairs in the place of floats, whole vectors of them: in place, or a copy in `buffer` with zeros.
 inline Matrix<float> pairs_of(Read<BFloat16> from, int64_t rows, int64_t width, float* buffer) {

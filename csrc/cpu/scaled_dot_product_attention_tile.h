@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "multiply_add.h"
 #include "scaled_dot_product_attention.h"
-#include "vec.h"
 
 namespace pynn::cpu::attention {
 
@@ -221,18 +221,6 @@ PYNN_HD void keep_in_register(V& v) {
   asm("" : "+x"(v));
 #endif
 }
-
-// What a register tile does with an element of A and a vector of B.
-struct MultiplyAdd {
-  template <class F>
-  static PYNN_HD Vec<F> element(const F* from) {
-    return broadcast(*from);
-  }
-  template <class V>
-  static PYNN_HD V add(V element, V row, V sum) {
-    return fma(element, row, sum);
-  }
-};
 
 // One register tile: M rows, N vectors.
 template <int64_t kRow, int M, int N, class Product, class F>

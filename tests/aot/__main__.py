@@ -24,6 +24,8 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     if arguments.accept and arguments.every != 1:
         parser.error("--accept wants all cases, not one in several")
+    if arguments.accept and built_cuda.ARCHITECTURES != built_cuda.ALL_ARCHITECTURES:
+        parser.error(f"--accept wants all architectures: {' '.join(built_cuda.ALL_ARCHITECTURES)}")
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/aot"))
 
     nvcc = built_cuda.find_nvcc()
@@ -36,6 +38,9 @@ def main() -> int:
         known = ratchet.part(accepted, half)
         if half == "triton" and arguments.every != 1:
             known = {name: row for name, row in known.items() if name in rows}
+        if half == "cuda":
+            built = tuple(f" | cuda sm_{architecture}" for architecture in built_cuda.ARCHITECTURES)
+            known = {name: row for name, row in known.items() if name.endswith(built)}
         verdict += ratchet.compare(rows, known, promises, versions, accepted_versions)
     return report(verdict, halves, arguments.accept)
 

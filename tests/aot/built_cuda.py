@@ -14,7 +14,8 @@ from .cases import cuda_promise
 from .ratchet import Result
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = ("80", "90a", "100", "120")
+ALL_ARCHITECTURES = ("80", "90a", "100", "120")
+ARCHITECTURES = tuple(os.environ.get("PYNN_CUDA_ARCHS", " ".join(ALL_ARCHITECTURES)).split())  # as setup.py builds
 
 
 def sources() -> list[Path]:
@@ -51,7 +52,8 @@ def find_build(source: Path, architecture: str) -> tuple[Path, Path]:
     kept = ROOT / f"build/ninja/cuda/cuda_{source.stem}.o.kept"
     cubins = [*kept.glob(f"*.sm_{architecture}.cubin"), *kept.glob(f"{source.stem}.compute_{architecture}.cubin")]
     if len(cubins) != 1:
-        raise RuntimeError(f"{source.name} was not built for sm_{architecture}: make build (without PYNN_CUDA_ARCHS)")
+        missing = f"{source.name} was not built for sm_{architecture}"
+        raise RuntimeError(f"{missing}: make build, with the same PYNN_CUDA_ARCHS")
     virtual = re.findall(r"\.(compute_\w+)\.", cubins[0].name)[0]
     return cubins[0], kept / f"{source.stem}.{virtual}.ptx"
 
