@@ -25,8 +25,8 @@ DECODE = tuple((1, 1, hidden, hidden) for hidden in (256, 512, 1024))
 SHORT = ((1, 1, 512, 512), (1, 16, 512, 512), *((steps, 16, 512, 512) for steps in (4, 8, 16)))  # trained step by step
 GPU_SHAPES = tuple((256, b, h, h) for h in (128, 192, 256, 512, 768, 1024, 2048) for b in (1, 16, 64, 256))
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# With gains of 1 the gradients through 200 norms explode, and roundings with them: errors of 1e-3 to 5e-2 of either side
-# from draw to draw. Small gains are where recurrent norms are started (Cooijmans et al., arXiv 1603.09025: 0.1).
+# With gains of 1 the gradients through 200 norms explode, and roundings with them: errors of 1e-3 to 5e-2, of either
+# side, from draw to draw. Small gains are where recurrent norms are started (Cooijmans et al., arXiv 1603.09025: 0.1).
 NORM_GAIN = 0.1
 KERNELS = {"LSTM": "lstm_fwd", "GRU": "gru_fwd", "RNN": "rnn_fwd", "LayerNormLSTM": "layer_norm_lstm_fwd"}
 BOTH = ("forward", "forward+backward")
