@@ -249,7 +249,8 @@ struct Call {
     }
     const auto out = output(c.heads, c.queries, c.value_dim);
     Lse* lse = run.output<Lse>(size_t(shape.heads * c.queries));
-    Launcher::fwd(out, lse, query, key, value, mask, per_head, shape, nullptr);
+    void* parts = run.scratch<double>(size_t(Launcher::fwd_scratch(shape) / 8 + 1));
+    Launcher::fwd(out, lse, query, key, value, mask, per_head, shape, parts, nullptr);
     check(query, key, value, out, keep);
     for (bool average : {false, true}) check_weights(query, key, lse, average, keep);
 
