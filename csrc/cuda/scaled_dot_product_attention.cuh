@@ -28,7 +28,7 @@ struct Engines<float, wide> {
   using Split = std::conditional_t<wide, FmaEngine<float, 128, 1, 2>, FmaEngine<float, 64, 1, 4>>;
   using Backward = FmaEngine<float, 64, 4, 4>;
   using KeyBackward = Backward;
-  static constexpr int kForwardBlocks = 1, kSplitBlocks = 4, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
+  static constexpr int kForwardBlocks = 1, kSplitBlocks = 2, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
 };
 template <bool wide>
 struct Engines<double, wide> {
