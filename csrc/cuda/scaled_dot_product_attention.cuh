@@ -25,7 +25,7 @@ struct Engines {
 template <bool wide>
 struct Engines<float, wide> {
   using Forward = std::conditional_t<wide, FmaEngine<float, 128, 4, 2>, FmaEngine<float, 64, 4, 4>>;
-  using Split = std::conditional_t<wide, FmaEngine<float, 128, 1, 2>, FmaEngine<float, 64, 1, 4>>;
+  using Split = FmaEngine<float, wide ? 128 : 64, 1, 2>;
   using Backward = FmaEngine<float, 64, 4, 4>;
   using KeyBackward = Backward;
   static constexpr int kForwardBlocks = 1, kSplitBlocks = 2, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
