@@ -116,14 +116,15 @@ def test_bitwise_of_parts(backend, dtype, kind):
             assert_bitwise(got, whole[1:2], "again")
 
 
+@pytest.mark.parametrize("keys", [1281, 33000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exact_parts(backend, dtype):
+def test_exact_parts(backend, dtype, keys):
     """P4: with zero queries every key weighs 1 / keys, so integer values give correctly rounded means."""
-    value = integers((2, 2, 1281, 24), dtype)
-    output = attention(
-        torch.zeros(2, 6, 2, 8, dtype=dtype), torch.ones(2, 2, 1281, 8, dtype=dtype), value, enable_gqa=True
-    )
-    expected = (value.double().sum(-2, keepdim=True) / 1281).to(dtype)
+    batch, key_heads = (2, 2) if keys < 10000 else (1, 1)
+    query = torch.zeros(batch, 3 * key_heads, 2, 8, dtype=dtype)
+    key, value = torch.ones(batch, key_heads, keys, 8, dtype=dtype), integers((batch, key_heads, keys, 24), dtype)
+    output = attention(query, key, value, enable_gqa=True)
+    expected = (value.double().sum(-2, keepdim=True) / keys).to(dtype)
     assert_bitwise(output, expected.repeat_interleave(3, 1).expand_as(output))
 
 

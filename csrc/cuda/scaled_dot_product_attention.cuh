@@ -162,10 +162,11 @@ void forward(const Problem<T>& p, const ForwardOutputs<T>& to, void* scratch, vo
     using Split = typename Engines::Split;
     if (is_split(s)) {
       const PartialOutputs<T> parts = partial_outputs<T>(s, scratch);
+      const dim3 rows = grid_of(s.heads, s.queries, 1, 1, 1);
       LAUNCH((part_kernel<Split, Engines::kSplitBlocks>),
              grid_of(s.heads / s.group * parts.parts, s.queries * s.group, Split::kRows, s.value_dim, Split::kWidth),
              Split::kThreads, kForwardShared<Split>, stream, p, parts);
-      LAUNCH(merge_kernel<T>, grid_of(s.heads, s.queries, 1, 1, 1), kMergeThreads, 0, stream, p, parts, to);
+      LAUNCH(merge_kernel<T>, rows, kMergeThreads, 0, stream, p, parts, to);
       return;
     }
     LAUNCH((forward_kernel<E, Engines::kForwardBlocks>), grid_of(s.heads, s.queries, E::kRows, s.value_dim, E::kWidth),

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     Sum sum = 0;
 #pragma unroll 4
     for (int part = 0; part < parts; ++part)
-      if (totals[part] != F(0)) sum += Sum(sums[part * from.width + column]) * Sum(factors[part]);
+      if (totals[part] != F(0)) sum += Sum(sums[int64_t(part) * from.width + column]) * Sum(factors[part]);
     out_row[column * out.column] = from_float<T>(F(sum / total));
   }
 }
