@@ -37,16 +37,18 @@ def cases(quick: bool = False) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         yield _case(2, 8, 1024, 64, dtype, "forward", queries=1)
         yield _case(1, 8, 4096, 128, dtype, "forward", queries=1)
+        yield _case(1, 16, 4096, 128, dtype, "forward", queries=1, key_heads=4)
     for need_weights in (False, True):
         for dropout in (0.0, 0.1):
             yield _multihead_case(4, 256, 256, 8, need_weights, dropout)
 
 
-def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None) -> Case:
+def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None, key_heads=None) -> Case:
     """query, key and value are slices of one (B, L, 3, H, D) projection, as a layer makes them."""
     packed = torch.randn(batch, tokens, 3, heads, dim).to(dtype)
     query, key, value = (t.transpose(1, 2).detach() for t in packed.unbind(2))
     query = query[:, :, :queries] if queries else query
+    key, value = (t[:, :key_heads] for t in (key, value))
     mask = None
     if option == "padding":
         mask = (torch.arange(tokens) < tokens // 2).expand(batch, 1, 1, tokens)
@@ -55,6 +57,7 @@ def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None) -> Ca
     elif option == "window":
         mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - WINDOW)
     arguments = {"attn_mask": mask, "is_causal": option == "causal", "dropout_p": 0.1 if option == "dropout" else 0.0}
+    arguments["enable_gqa"] = key_heads is not None
     own = {"window": (WINDOW - 1, 0), "attn_mask": None} if option == "window" else {}
     backward = mode == "forward+backward"
     leaves = [t.requires_grad_(backward) for t in (query, key, value)] + ([mask] if option.endswith("bias") else [])
@@ -79,7 +82,9 @@ def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None) -> Ca
     scores = batch * heads * query.shape[2] * (WINDOW if option == "window" else tokens)
     return Case(
         "scaled_dot_product_attention",
-        f"{batch}x{heads}x{queries or tokens}x{tokens}x{dim}" + (f" {option}" if option else ""),
+        f"{batch}x{heads}x{queries or tokens}x{tokens}x{dim}"
+        + (f" {key_heads} key heads" if key_heads else "")
+        + (f" {option}" if option else ""),
         str(dtype).removeprefix("torch."),
         mode,
         {"pynn": ours, "torch": theirs},

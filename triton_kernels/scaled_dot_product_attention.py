@@ -18,7 +18,7 @@ from .scaled_dot_product_attention_backward import (
     sink_gradient_kernel,
     statistics_kernel,
 )
-from .scaled_dot_product_attention_forward import forward_kernel
+from .scaled_dot_product_attention_forward import forward_kernel, merge_kernel
 from .scaled_dot_product_attention_launch import Problem, bits, new_heads, operand, pack_of, readable
 from .scaled_dot_product_attention_mask_gradient import mask_gradient_kernel, sum_mask_gradient_kernel
 
@@ -34,11 +34,23 @@ def scaled_dot_product_attention_fwd(*arguments):
     lse = p.query.new_empty(p.query.shape[:-1], dtype=launches.lse_dtype(p.query.dtype))
     if p.is_empty:
         return out.zero_(), lse.fill_(-math.inf)
-    tile, pack = p.tile("plain" if p.is_plain else "forward"), pack_of(out)
-    more = {"lse": lse, "sinks": None if p.sinks is None else p.sinks.contiguous(), "OUT_PACK": pack}
-    more |= {"EVEN": p.keys % tile.columns == 0} | _renamed(operand("o", out, pack), o="out")
-    programs = p.heads * triton.cdiv(p.queries, tile.rows)
-    p.launch(forward_kernel, programs, (0, p.value.shape[-1]), tile, p.arguments() | more)
+    pack, parts, width = pack_of(out), triton.cdiv(p.keys, p.part_keys), p.value.shape[-1]
+    tile = p.tile("split" if p.is_split else "plain" if p.is_plain else "forward")
+    arguments = p.arguments() | _renamed(operand("o", out, pack), o="out")
+    arguments |= {
+        "lse": lse, "sinks": None if p.sinks is None else p.sinks.contiguous(), "OUT_PACK": pack,
+        "EVEN": p.keys % tile.columns == 0, "tops": None, "totals": None, "sums": None, "parts": parts,
+        "part_keys": p.part_keys,
+    }  # fmt: skip
+    if not p.is_split:
+        p.launch(forward_kernel, p.heads * triton.cdiv(p.queries, tile.rows), (0, width), tile, arguments)
+        return out, lse
+    arguments["tops"] = p.query.new_empty((*lse.shape, parts), dtype=p.compute)
+    arguments["totals"] = lse.new_empty((*lse.shape, parts))
+    arguments["sums"] = p.query.new_empty((*lse.shape, parts, width), dtype=p.compute)
+    programs = p.heads // p.group * parts * triton.cdiv(p.group * p.queries, tile.rows)
+    p.launch(forward_kernel, programs, (0, width), tile, arguments | {"sinks": None})
+    p.launch(merge_kernel, p.heads * p.queries, (0, width), tile, arguments)
     return out, lse
 
 

@@ -42,13 +42,14 @@ _FP32 = {
     "queries": (Tile(32, 16, 4, step=16), Tile(32, 16, 8, step=16)),
     "keys": (Tile(32, 16, 8, step=16), Tile(32, 16, 8, step=16, width=64)),
     "mask": (Tile(32, 16, 4, step=16),),
+    "split": (Tile(16, 32, 4, step=16),),
 }
 _FP64 = {
     **dict.fromkeys(("forward", "queries", "mask"), (Tile(16, 16, 4, step=16, width=64),)),
     "keys": (Tile(16, 16, 4, step=16, width=32),),
 }
 # architecture -> kind -> pass -> tiles of head dimensions up to 64, 128 and 256. plain: a forward without options but
-# causality, which take registers.
+# causality, which take registers. split: a forward over parts of the keys, of few rows.
 _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
     "sm_80": {
         "half": {
@@ -57,6 +58,7 @@ _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
             "queries": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "keys": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "mask": (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
+            "split": (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 32, 4)),
         },
         "fp32": _FP32,
         "fp64": _FP64,
@@ -68,6 +70,7 @@ _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
             "queries": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "keys": (Tile(32, 32, 4), Tile(32, 32, 8), Tile(16, 32, 8)),
             "mask": (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
+            "split": (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 32, 4)),
         },
         "fp32": _FP32,
         "fp64": _FP64,
@@ -109,7 +112,7 @@ def tile_of(kind: str, name: str, width: int, owned: int, streamed: int) -> Tile
 
     Args:
         kind: half, fp32 or fp64.
-        name: plain, forward, queries, keys or mask. The statistics take the tile of queries.
+        name: plain, forward, split, queries, keys or mask. The statistics take the tile of queries.
         owned, streamed: rows of the matrix that programs own, and of the one that they stream.
     """
     passes = _TILES[architecture()][kind]

@@ -16,6 +16,9 @@ from .products import compute_dtype
 from .scaled_dot_product_attention_tile import BOOL_MASK, FLOAT_MASK
 
 _MOST = 2**31 - 1024
+# Up to so many queries of a head: keys are split into parts of so many, or more where there were too many parts. They
+# follow from one sample's shape alone, so that its result does not depend on its batch.
+_FEW_QUERIES, _PART_KEYS, _MOST_PARTS = 16, 256, 128
 
 
 def new_heads(like: torch.Tensor, width: int) -> torch.Tensor:
@@ -126,6 +129,14 @@ class Problem:
         return self.key.shape[-2]
 
     @property
+    def is_split(self) -> bool:
+        return self.queries <= _FEW_QUERIES and self.keys > _PART_KEYS
+
+    @property
+    def part_keys(self) -> int:
+        return _PART_KEYS * max(1, triton.cdiv(self.keys, _PART_KEYS * _MOST_PARTS))
+
+    @property
     def is_empty(self) -> bool:
         return self.heads == 0 or self.queries == 0 or self.keys == 0
 
@@ -145,6 +156,7 @@ class Problem:
 
     def tile(self, name: str) -> configs.Tile:
         owned, streamed = (self.keys, self.queries) if name == "keys" else (self.queries, self.keys)
+        owned *= self.group if name == "split" else 1
         return configs.tile_of(self.kind, name, max(self.query.shape[-1], self.value.shape[-1]), owned, streamed)
 
     @functools.cached_property

@@ -29,6 +29,7 @@ _STRIDES = [
 SIZES = [
     *_STRIDES, "m_column", "queries", "keys", "dim", "value_dim", "group", "lower", "upper", "diagonal", "factor",
     "softcap", "threshold", "kept", "scale", "rows_of_all", "sharing", "row_parts", "column_parts",
+    "parts", "part_keys",
 ]  # fmt: skip
 
 

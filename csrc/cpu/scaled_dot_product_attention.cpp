@@ -144,8 +144,13 @@ class Forward {
 }  // namespace
 
 template <class T>
+int64_t Attention<T>::fwd_scratch(const AttentionShape&) {
+  return 0;  // every thread allocates its own
+}
+
+template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
-                       PerHead per_head, AttentionShape shape, void*) {
+                       PerHead per_head, AttentionShape shape, void*, void*) {
   if (Decode<T>::serves(key, value, shape)) return Decode<T>(out, lse, query, key, value, mask, per_head, shape).run();
   const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height);
   const int64_t cost = height * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
@@ -181,8 +186,9 @@ void attention_keep(bool* keep, AttentionShape shape, void*) {
 }
 
 #define PYNN_INSTANTIATE(T)                                                                                         \
+  template int64_t Attention<T>::fwd_scratch(const AttentionShape&);                                                \
   template bool Attention<T>::fwd(Output, Lse*, Input, Input, Input, AttentionMaskOperand, PerHead, AttentionShape, \
-                                  void*);
+                                  void*, void*);
 PYNN_INSTANTIATE(double)
 PYNN_INSTANTIATE(float)
 PYNN_INSTANTIATE(Half)

@@ -1,35 +1,42 @@
 // scaled_dot_product_attention on GPUs: which engines run, and the launches. See
-// scaled_dot_product_attention_forward.cuh and scaled_dot_product_attention_backward.cuh.
+// scaled_dot_product_attention_forward.cuh, scaled_dot_product_attention_split.cuh and
+// scaled_dot_product_attention_backward.cuh.
 #pragma once
 #include "attention_weights.cuh"
 #include "scaled_dot_product_attention_mask_gradient.cuh"
+#include "scaled_dot_product_attention_split.cuh"
 
 namespace pynn::cuda {
 namespace {
 namespace attention {
 
 // Engines by type and by the larger head dimension: of the forward, of the backward by queries and of that by keys,
-// where a block holds two sums: two warps share the rows of wide heads, and each of them half of the columns.
+// where a block holds two sums: two warps share the rows of wide heads, and each of them half of the columns. Split is
+// the forward's for few queries: one strip of rows, four warps for a quarter of the columns each.
 template <class T, bool wide>
 struct Engines {
   using Forward = MmaEngine<T, wide ? 128 : 64, 1, 4, 64>;
+  using Split = MmaEngine<T, wide ? 128 : 64, 1, 4, 64, 4>;
   using Backward = MmaEngine<T, wide ? 128 : 64, 1, 4, wide ? 32 : 64>;
   using KeyBackward = MmaEngine<T, wide ? 128 : 64, 1, wide ? 8 : 4, wide ? 32 : 64, wide ? 2 : 1>;
-  static constexpr int kForwardBlocks = 2, kBackwardBlocks = 2, kKeyBackwardBlocks = wide ? 1 : 2, kStages = 2;
+  static constexpr int kForwardBlocks = 2, kSplitBlocks = 4, kBackwardBlocks = 2, kKeyBackwardBlocks = wide ? 1 : 2,
+                       kStages = 2;
 };
 template <bool wide>
 struct Engines<float, wide> {
   using Forward = std::conditional_t<wide, FmaEngine<float, 128, 4, 2>, FmaEngine<float, 64, 4, 4>>;
+  using Split = FmaEngine<float, wide ? 128 : 64, 1, 2>;
   using Backward = FmaEngine<float, 64, 4, 4>;
   using KeyBackward = Backward;
-  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
+  static constexpr int kForwardBlocks = 1, kSplitBlocks = 2, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
 };
 template <bool wide>
 struct Engines<double, wide> {
   using Forward = FmaEngine<double, 64, 2, 2>;
+  using Split = FmaEngine<double, 64, 1, 2>;
   using Backward = Forward;
   using KeyBackward = Forward;
-  static constexpr int kForwardBlocks = 1, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
+  static constexpr int kForwardBlocks = 1, kSplitBlocks = 2, kBackwardBlocks = 1, kKeyBackwardBlocks = 1, kStages = 1;
 };
 
 // Calls body with the Engines for a head dimension.
@@ -148,10 +155,20 @@ int64_t backward_scratch(const AttentionMaskOperand& mask, const AttentionShape&
 }
 
 template <class T>
-void forward(const Problem<T>& p, const ForwardOutputs<T>& to, void* stream) {
+void forward(const Problem<T>& p, const ForwardOutputs<T>& to, void* scratch, void* stream) {
   const AttentionShape& s = p.shape;
   with_engines<T>(s, [&]<class Engines>(Engines) {
     using E = typename Engines::Forward;
+    using Split = typename Engines::Split;
+    if (is_split(s)) {
+      const PartialOutputs<T> parts = partial_outputs<T>(s, scratch);
+      const dim3 rows = grid_of(s.heads, s.queries, 1, 1, 1);
+      LAUNCH((part_kernel<Split, Engines::kSplitBlocks>),
+             grid_of(s.heads / s.group * parts.parts, s.queries * s.group, Split::kRows, s.value_dim, Split::kWidth),
+             Split::kThreads, kForwardShared<Split>, stream, p, parts);
+      LAUNCH(merge_kernel<T>, rows, kMergeThreads, 0, stream, p, parts, to);
+      return;
+    }
     LAUNCH((forward_kernel<E, Engines::kForwardBlocks>), grid_of(s.heads, s.queries, E::kRows, s.value_dim, E::kWidth),
            E::kThreads, kForwardShared<E>, stream, p, to);
   });
@@ -204,11 +221,16 @@ int64_t Attention<T>::bwd_scratch(const AttentionMaskOperand& mask, const Attent
 }
 
 template <class T>
+int64_t Attention<T>::fwd_scratch(const AttentionShape& shape) {
+  return attention::split_scratch<T>(shape);
+}
+
+template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
-                       PerHead per_head, AttentionShape shape, void* stream) {
+                       PerHead per_head, AttentionShape shape, void* scratch, void* stream) {
   using namespace attention;
   forward<T>(problem_of<T>(query, key, value, mask, per_head, shape), {operand_of(out, shape, shape.queries, 1), lse},
-             stream);
+             scratch, stream);
   return true;
 }
 

@@ -224,8 +224,8 @@ __device__ __forceinline__ void clear_output(typename E::Output& out) {
 
 // After a product with zeros in place of what is not finite: those elements for themselves. A weight that takes part is
 // positive, so each of them adds itself. Rare, hence slow: reads the matrix again.
-template <bool kKeyRows, class E, class T>
-__device__ __forceinline__ void add_nonfinite(typename E::Output& out, const E& e, const Scores<T>& scores,
+template <bool kKeyRows, class E, class S, class T>
+__device__ __forceinline__ void add_nonfinite(typename E::Output& out, const E& e, const S& scores,
                                               const Matrix<const T>& m, int first_row, int first_streamed,
                                               int first_column) {
   const int end = min(first_streamed + E::kColumns, m.rows);
@@ -241,6 +241,36 @@ __device__ __forceinline__ void add_nonfinite(typename E::Output& out, const E& 
         const int column = first_column + e.output_column(n);
         const accumulate_t<T> v = column < m.width ? to_float(from[column * m.column]) : accumulate_t<T>(0);
         if (!is_finite(v)) E::at(out, i, n) += v;
+      }
+    }
+  }
+}
+
+// Writes the thread's part of an output tile, times `factor` per row.
+template <class E, class T, class Value>
+__device__ __forceinline__ void store_tile(const Matrix<T>& to, const E& e, int first_row, int first_column,
+                                           const Value& value) {
+  constexpr int kRun = E::kRun;
+  struct alignas(kRun * sizeof(T)) Run {
+    T element[kRun];
+  };
+#pragma unroll
+  for (int i = 0; i < E::kThreadRows; ++i) {
+    const int row = first_row + e.row(i);
+    if (row >= to.rows) continue;
+    T* const start = to.at(row);
+#pragma unroll
+    for (int n = 0; n < E::kOutputColumns; n += kRun) {
+      const int column = first_column + e.output_column(n);
+      Run run;
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) run.element[k] = from_float<T>(value(i, n + k));
+      if (to.packs && column + kRun <= to.width) {
+        *reinterpret_cast<Run*>(start + column) = run;
+      } else {
+#pragma unroll
+        for (int k = 0; k < kRun; ++k)
+          if (column + k < to.width) start[(column + k) * to.column] = run.element[k];
       }
     }
   }

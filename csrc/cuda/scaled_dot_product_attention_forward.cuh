@@ -22,9 +22,9 @@ constexpr size_t kForwardShared = E::kOwnBytes + 2 * E::kStreamedBytes + E::kExc
 
 // The next tile from `tile` on that holds a score of this block; `bits` become those of its scores that take part.
 // Every thread calls it. kKeyRows as in Scores.
-template <bool kKeyRows, class E, class T>
+template <bool kKeyRows, class E, class S>
 __device__ __forceinline__ int next_tile(int tile, int end, unsigned (&bits)[E::kThreadRows], const E& e,
-                                         const Scores<T>& scores, int first_row) {
+                                         const S& scores, int first_row) {
   for (; tile < end; ++tile) {
     const int first_column = tile * E::kColumns;
     if (scores.template is_whole<kKeyRows>(first_row, E::kRows, first_column, E::kColumns)) break;
@@ -38,43 +38,36 @@ __device__ __forceinline__ int next_tile(int tile, int end, unsigned (&bits)[E::
   return tile;
 }
 
-template <class E, int blocks>
-__global__ void __launch_bounds__(E::kThreads, blocks)
-    forward_kernel(const __grid_constant__ Problem<typename E::Element> p,
-                   const __grid_constant__ ForwardOutputs<typename E::Element> to) {
-  using T = typename E::Element;
-  using F = accumulate_t<T>;
-  using Lse = attention_lse_t<T>;
-  DYNAMIC_SHARED(unsigned char, own);
-  unsigned char *const key_tile = own + E::kOwnBytes, *const value_tile = key_tile + E::kStreamedBytes,
-                       *const exchange = value_tile + E::kStreamedBytes;
-
-  const AttentionShape& shape = p.shape;
-  const unsigned tiles = unsigned((shape.queries + E::kRows - 1) / E::kRows);
-  const int64_t head = blockIdx.x / tiles;
-  // The last queries see the most keys of a causal head: their blocks begin first.
-  const int first_row = int(tiles - 1 - blockIdx.x % tiles) * E::kRows, out_column = int(blockIdx.y) * E::kWidth;
-  const E e;
-  const Scores<T> scores(p, head);
-  const auto queries = matrix_of(p.query, shape, head, 1, shape.queries, shape.dim);
-  const auto keys = matrix_of(p.key, shape, head, shape.group, shape.keys, shape.dim);
-  const auto values = matrix_of(p.value, shape, head, shape.group, shape.keys, shape.value_dim);
-  const int chunks = (queries.width + E::kWidth - 1) / E::kWidth;
-  const int begin = scores.template first_tile<false>(first_row, E::kColumns),
-            end = scores.template end_tile<false>(first_row, E::kRows, E::kColumns);
-  const int value_width = padded_width(values.width, out_column, E::kWidth);
-
-  typename E::Output out;
-  clear_output<E>(out);
-  F top[E::kThreadRows], total[E::kThreadRows];
+// Rows of queries after all keys they have seen so far.
+template <class E>
+struct Attended {
+  using F = accumulate_t<typename E::Element>;
+  typename E::Output out;  // sums of weighted values
+  F top[E::kThreadRows],
+      total[E::kThreadRows];  // largest score, and the thread's part of the sum of weights against it
+  __device__ __forceinline__ Attended() {
+    clear_output<E>(out);
 #pragma unroll
-  for (int i = 0; i < E::kThreadRows; ++i) {
-    top[i] = p.per_head.sinks ? p.per_head.sinks[head] * kLogUnit<T> : minus_infinity<F>();
-    total[i] = p.per_head.sinks && threadIdx.x % E::kRowLanes == 0 ? F(1) : F(0);
+    for (int i = 0; i < E::kThreadRows; ++i) top[i] = minus_infinity<F>(), total[i] = 0;
   }
+};
+
+// The rows of `queries` from first_row on, and columns of the values from out_column on, over the tiles of keys from
+// `tile` to `end`. `shared` has kForwardShared<E> bytes.
+template <class E, class S, class Q, class T>
+__device__ __forceinline__ void attend(Attended<E>& to, const E& e, unsigned char* shared, const S& scores,
+                                       const Q& queries, const Matrix<const T>& keys, const Matrix<const T>& values,
+                                       int first_row, int out_column, int tile, int end) {
+  using F = accumulate_t<T>;
+  unsigned char *const own = shared, *const key_tile = own + E::kOwnBytes,
+                       *const value_tile = key_tile + E::kStreamedBytes,
+                       *const exchange = value_tile + E::kStreamedBytes;
+  const int chunks = (queries.width + E::kWidth - 1) / E::kWidth;
+  const int value_width = padded_width(values.width, out_column, E::kWidth);
+  auto& [out, top, total] = to;
 
   unsigned bits[E::kThreadRows] = {};
-  int tile = next_tile<false>(begin, end, bits, e, scores, first_row);
+  tile = next_tile<false>(tile, end, bits, e, scores, first_row);
   load_tile<E, E::kRows>(own, queries, first_row, 0);
   if (tile < end) load_tile<E, E::kColumns>(key_tile, keys, tile * E::kColumns, 0);
   cp_async_commit();
@@ -147,24 +140,59 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
     if (nonfinite) add_nonfinite<false>(out, e, scores, values, first_row, first_column, out_column);
   }
   cp_async_wait<0>();
+#pragma unroll
+  for (int i = 0; i < E::kThreadRows; ++i) total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
+}
 
-  Lse* const lse = to.lse + head * shape.queries;
+// log of a sum of weights against `top`, which is in units of kLogUnit.
+template <class T>
+__device__ __forceinline__ attention_lse_t<T> log_sum(accumulate_t<T> top, attention_lse_t<T> total) {
+  using Lse = attention_lse_t<T>;
+  if (total == Lse(0)) return minus_infinity<Lse>();
+  if constexpr (kBase2<T>)
+    return (top + log2f(total)) / kLogUnit<T>;
+  else
+    return Lse(top) + log(total);
+}
+
+template <class E, int blocks>
+__global__ void __launch_bounds__(E::kThreads, blocks)
+    forward_kernel(const __grid_constant__ Problem<typename E::Element> p,
+                   const __grid_constant__ ForwardOutputs<typename E::Element> to) {
+  using T = typename E::Element;
+  using F = accumulate_t<T>;
+  DYNAMIC_SHARED(unsigned char, shared);
+  const AttentionShape& shape = p.shape;
+  const unsigned tiles = unsigned((shape.queries + E::kRows - 1) / E::kRows);
+  const int64_t head = blockIdx.x / tiles;
+  // The last queries see the most keys of a causal head: their blocks begin first.
+  const int first_row = int(tiles - 1 - blockIdx.x % tiles) * E::kRows, out_column = int(blockIdx.y) * E::kWidth;
+  const E e;
+  const Scores<T> scores(p, head);
+  Attended<E> rows;
+  if (p.per_head.sinks) {
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i) {
+      rows.top[i] = p.per_head.sinks[head] * kLogUnit<T>;
+      rows.total[i] = threadIdx.x % E::kRowLanes == 0 ? F(1) : F(0);
+    }
+  }
+  attend(rows, e, shared, scores, matrix_of(p.query, shape, head, 1, shape.queries, shape.dim),
+         matrix_of(p.key, shape, head, shape.group, shape.keys, shape.dim),
+         matrix_of(p.value, shape, head, shape.group, shape.keys, shape.value_dim), first_row, out_column,
+         scores.template first_tile<false>(first_row, E::kColumns),
+         scores.template end_tile<false>(first_row, E::kRows, E::kColumns));
+
 #pragma unroll
   for (int i = 0; i < E::kThreadRows; ++i) {
-    total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
     const int row = first_row + e.row(i);
-    if (blockIdx.y == 0 && threadIdx.x % E::kRowLanes == 0 && row < scores.queries) {
-      Lse sum;
-      if constexpr (kBase2<T>)
-        sum = (top[i] + log2f(total[i])) / kLogUnit<T>;
-      else
-        sum = Lse(top[i]) + log(Lse(total[i]));
-      lse[row] = total[i] == F(0) ? minus_infinity<Lse>() : sum;
-    }
-    if (total[i] == F(0)) total[i] = 1;
+    F& total = rows.total[i];
+    if (blockIdx.y == 0 && threadIdx.x % E::kRowLanes == 0 && row < scores.queries)
+      to.lse[head * shape.queries + row] = log_sum<T>(rows.top[i], total);
+    if (total == F(0)) total = 1;
   }
   store_tile(matrix_of(to.out, shape, head, 1, shape.queries, shape.value_dim), e, first_row, out_column,
-             [&](int i, int n) { return E::at(out, i, n) / total[i]; });
+             [&](int i, int n) { return E::at(rows.out, i, n) / rows.total[i]; });
 }
 
 }  // namespace attention

@@ -32,6 +32,17 @@ struct Matrix {
   int64_t row, column;
   int rows, width;
   bool packs;
+  __device__ __forceinline__ T* at(int r) const { return data + r * row; }
+};
+
+// The rows of the `rows / length` heads that share a key head, one head after the other.
+template <class T>
+struct GroupedMatrix {
+  T* data;
+  int64_t head, row, column;
+  int length, rows, width;
+  bool packs;
+  __device__ __forceinline__ T* at(int r) const { return data + r / length * head + r % length * row; }
 };
 
 struct Dropout {
@@ -75,6 +86,20 @@ __device__ __forceinline__ Matrix<T> matrix_of(const Operand<T>& operand, const 
           operand.packs};
 }
 
+// From head `head` on, the first of its group.
+template <class T>
+__device__ __forceinline__ GroupedMatrix<T> grouped_matrix_of(const Operand<T>& operand, const AttentionShape& shape,
+                                                              int64_t head, int64_t rows, int64_t width) {
+  return {operand.at.data + head_offset(shape, operand.at.batch, head, 1),
+          operand.at.batch[shape.batch_dims - 1],
+          operand.at.row,
+          operand.at.column,
+          int(rows),
+          int(rows * shape.group),
+          int(width),
+          operand.packs};
+}
+
 // ---- Tiles ----
 
 // Columns of a tile that hold data, in whole steps of a product.
@@ -86,9 +111,8 @@ __host__ __device__ __forceinline__ int padded_width(int width, int first_column
 
 // Starts copying `rows` rows and up to E::kWidth columns; what lies outside of the matrix becomes 0. A thread copies
 // the packs that the loops of remove_nonfinite give it.
-template <class E, int rows>
-__device__ __forceinline__ void load_tile(unsigned char* tile, const Matrix<const typename E::Element>& m,
-                                          int first_row, int first_column) {
+template <class E, int rows, class M>
+__device__ __forceinline__ void load_tile(unsigned char* tile, const M& m, int first_row, int first_column) {
   using T = typename E::Element;
   constexpr int kPack = 16 / sizeof(T), kPacks = E::kWidth / kPack;
   const int padded = padded_width(m.width, first_column, E::kWidth);
@@ -98,7 +122,7 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const Matrix<cons
       const int row = at / kPacks, pack = at % kPacks, column = first_column + pack * kPack;
       if (pack * kPack >= padded) continue;
       const int valid = first_row + row < m.rows ? max(min(m.width - column, kPack), 0) : 0;
-      const T* from = m.data + int64_t(first_row + row) * m.row + column;
+      const T* from = m.at(first_row + row) + column;
       cp_async<16>(tile + E::offset(row, pack), valid > 0 ? from : m.data, valid * int(sizeof(T)));
     }
   } else {
@@ -107,7 +131,7 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const Matrix<cons
       const int row = at / kPacks, pack = at % kPacks, column = first_column + pack * kPack;
       if (pack * kPack >= padded) continue;
       const int valid = first_row + row < m.rows ? m.width - column : 0;
-      const T* from = m.data + int64_t(first_row + row) * m.row + column * m.column;
+      const T* from = m.at(first_row + row) + column * m.column;
       T* to = reinterpret_cast<T*>(tile + E::offset(row, pack));
 #pragma unroll 1
       for (int k = 0; k < kPack; ++k, from += m.column) to[k] = k < valid ? *from : T{};
@@ -136,32 +160,37 @@ __device__ __forceinline__ bool remove_nonfinite(unsigned char* tile, int width,
 
 // ---- Scores of one head ----
 
-template <class T>
+// With kGrouped, of all heads that share a key head: the rows of scores of one head come after those of the other.
+template <class T, bool kGrouped = false>
 struct Scores {
   using F = accumulate_t<T>;
-  int queries, keys;
+  int length, queries, keys;   // queries of one head, and of all of them
   int lower, upper, diagonal;  // as in AttentionShape, and so are these two
   const AttentionKeyRange* key_ranges;
   const AttentionQueryRange* query_ranges;
-  F slope;  // of alibi, in units of kLogUnit
+  F slope;          // of alibi, in units of kLogUnit
+  const F* slopes;  // of the heads with kGrouped, or nullptr
   AttentionMask kind;
   const void* mask;  // of the head
-  int64_t mask_row, mask_column;
+  int64_t mask_head, mask_row, mask_column;
   Dropout dropout;
   uint64_t first_element;  // of the head, as dropout counts
   F factor, cap;           // as in Problem
 
   __device__ __forceinline__ Scores(const Problem<T>& p, int64_t head)
-      : queries(int(p.shape.queries)),
+      : length(int(p.shape.queries)),
+        queries(kGrouped ? length * int(p.shape.group) : length),
         keys(int(p.shape.keys)),
         lower(int(p.shape.lower)),
         upper(int(p.shape.upper)),
         diagonal(int(p.shape.diagonal)),
         key_ranges(p.shape.key_ranges),
         query_ranges(p.shape.query_ranges),
-        slope(p.per_head.alibi_slopes ? p.per_head.alibi_slopes[head] * kLogUnit<T> : F(0)),
+        slope(!kGrouped && p.per_head.alibi_slopes ? p.per_head.alibi_slopes[head] * kLogUnit<T> : F(0)),
+        slopes(p.per_head.alibi_slopes ? p.per_head.alibi_slopes + head : nullptr),
         kind(p.mask.kind),
         mask(nullptr),
+        mask_head(p.mask.operand.batch[p.shape.batch_dims - 1]),
         mask_row(p.mask.operand.row),
         mask_column(p.mask.operand.column),
         dropout(p.dropout),
@@ -188,14 +217,22 @@ struct Scores {
     body(static_cast<const float*>(data));
   }
 
-  __device__ __forceinline__ int64_t mask_at(int query, int key) const { return query * mask_row + key * mask_column; }
+  // The place of a query in its head.
+  __device__ __forceinline__ int place_of(int query) const { return kGrouped ? query % length : query; }
+
+  __device__ __forceinline__ int64_t mask_at(int query, int key) const {
+    const int64_t in_head = place_of(query) * mask_row + key * mask_column;
+    return kGrouped ? query / length * mask_head + in_head : in_head;
+  }
 
   // Whether all queries of a tile see all keys of it, as far as their places say.
   template <bool kKeyRows>
   __device__ __forceinline__ bool is_inside(int first_row, int rows, int first_column, int columns) const {
-    const int query = kKeyRows ? first_column : first_row,
-              query_end = min(query + (kKeyRows ? columns : rows), queries), key = kKeyRows ? first_row : first_column,
-              key_end = min(key + (kKeyRows ? rows : columns), keys);
+    const int query = kGrouped   ? 0
+                      : kKeyRows ? first_column
+                                 : first_row,
+              query_end = kGrouped ? length : min(query + (kKeyRows ? columns : rows), length),
+              key = kKeyRows ? first_row : first_column, key_end = min(key + (kKeyRows ? rows : columns), keys);
     if (key_ranges)
       return query < query_end && key_end <= key_ranges[query].end && key >= key_ranges[query_end - 1].begin;
     return key_end <= query + upper + 1 && key >= query_end - 1 + lower;
@@ -212,7 +249,8 @@ struct Scores {
     return kind != AttentionMask::kNone || !is_inside<kKeyRows>(first_row, rows, first_column, columns);
   }
 
-  // The tiles of `columns` that queries (keys, with kKeyRows) of [first_row, first_row + rows) may see (be seen by).
+  // The tiles of `columns` that places of queries (keys, with kKeyRows) of [first_row, first_row + rows) may see (be
+  // seen by).
   template <bool kKeyRows>
   __device__ __forceinline__ int first_tile(int first_row, int columns) const {
     if (key_ranges) return max(kKeyRows ? query_ranges[first_row].begin : key_ranges[first_row].begin, 0) / columns;
@@ -220,23 +258,25 @@ struct Scores {
   }
   template <bool kKeyRows>
   __device__ __forceinline__ int end_tile(int first_row, int rows, int columns) const {
-    const int last = min(first_row + rows, kKeyRows ? keys : queries) - 1;
+    const int last = min(first_row + rows, kKeyRows ? keys : length) - 1;
     const int limit = !key_ranges ? last + 1 + (kKeyRows ? -lower : upper)
                       : kKeyRows  ? query_ranges[last].end
                                   : key_ranges[last].end;
-    const int end = min(limit, kKeyRows ? queries : keys);
+    const int end = min(limit, kKeyRows ? length : keys);
     return end <= 0 ? 0 : (end + columns - 1) / columns;
   }
 
   // The key from which alibi counts distances.
   __device__ __forceinline__ int on_diagonal(int query) const {
-    return key_ranges ? key_ranges[min(query, queries - 1)].diagonal : query + diagonal;
+    const int place = place_of(query);
+    return key_ranges ? key_ranges[min(place, length - 1)].diagonal : place + diagonal;
   }
 
   __device__ __forceinline__ bool takes_part(int query, int key) const {
     if (query >= queries || key >= keys) return false;
-    if (key_ranges ? key < key_ranges[query].begin || key >= key_ranges[query].end
-                   : key > query + upper || key < query + lower)
+    const int place = place_of(query);
+    if (key_ranges ? key < key_ranges[place].begin || key >= key_ranges[place].end
+                   : key > place + upper || key < place + lower)
       return false;
     bool visible = true;
     if (kind == AttentionMask::kBool) visible = static_cast<const uint8_t*>(mask)[mask_at(query, key)] != 0;
@@ -274,19 +314,21 @@ struct Scores {
 #pragma unroll
         for (int j = 0; j < E::kThreadColumns; ++j) E::at(s, i, j) = cap * tangent<T>(E::at(s, i, j));
     }
-    if (slope != F(0)) {
+    if (kGrouped ? slopes != nullptr : slope != F(0)) {
       int row_place[E::kThreadRows];  // of keys their own, of queries that of the key on the diagonal
+      F row_slope[E::kThreadRows];
 #pragma unroll
       for (int i = 0; i < E::kThreadRows; ++i) {
         const int row = first_row + e.row(i);
         row_place[i] = kKeyRows ? row : on_diagonal(row);
+        row_slope[i] = kGrouped ? slopes[min(row, queries - 1) / length] * kLogUnit<T> : slope;
       }
 #pragma unroll
       for (int j = 0; j < E::kThreadColumns; ++j) {
         const int column = first_column + e.column(j), column_place = kKeyRows ? on_diagonal(column) : column;
 #pragma unroll
         for (int i = 0; i < E::kThreadRows; ++i)
-          E::at(s, i, j) = multiply_add(-slope, F(abs(column_place - row_place[i])), E::at(s, i, j));
+          E::at(s, i, j) = multiply_add(-row_slope[i], F(abs(column_place - row_place[i])), E::at(s, i, j));
       }
     }
     if (whole) return;
@@ -334,39 +376,6 @@ struct Scores {
     }
   }
 };
-
-// ---- Results ----
-
-// Writes the thread's part of an output tile, times `factor` per row.
-template <class E, class Value>
-__device__ __forceinline__ void store_tile(const Matrix<typename E::Element>& to, const E& e, int first_row,
-                                           int first_column, const Value& value) {
-  using T = typename E::Element;
-  constexpr int kRun = E::kRun;
-  struct alignas(kRun * sizeof(T)) Run {
-    T element[kRun];
-  };
-#pragma unroll
-  for (int i = 0; i < E::kThreadRows; ++i) {
-    const int row = first_row + e.row(i);
-    if (row >= to.rows) continue;
-    T* const start = to.data + row * to.row;
-#pragma unroll
-    for (int n = 0; n < E::kOutputColumns; n += kRun) {
-      const int column = first_column + e.output_column(n);
-      Run run;
-#pragma unroll
-      for (int k = 0; k < kRun; ++k) run.element[k] = from_float<T>(value(i, n + k));
-      if (to.packs && column + kRun <= to.width) {
-        *reinterpret_cast<Run*>(start + column) = run;
-      } else {
-#pragma unroll
-        for (int k = 0; k < kRun; ++k)
-          if (column + k < to.width) start[(column + k) * to.column] = run.element[k];
-      }
-    }
-  }
-}
 
 }  // namespace attention
 }  // namespace

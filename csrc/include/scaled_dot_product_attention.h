@@ -86,9 +86,12 @@ struct Attention {
   using Output = AttentionOperand<T*>;
   using PerHead = AttentionPerHead<F>;
 
+  // Bytes of scratch that fwd wants.
+  static int64_t fwd_scratch(const AttentionShape& shape);
+
   // lse: (heads, queries). Returns false when there is no memory for what the CPU kernels allocate themselves.
   static bool fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
-                  PerHead per_head, AttentionShape shape, void* stream);
+                  PerHead per_head, AttentionShape shape, void* scratch, void* stream);
 
   // Bytes of scratch that bwd wants.
   static int64_t bwd_scratch(const AttentionMaskOperand& mask, const AttentionShape& shape, bool mask_gradient);

@@ -262,9 +262,10 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& key, const Ten
   }
   dispatch_floating(kOp, query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool done = launch::Attention<T>::fwd(writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse),
-                                                reading<T>(query), reading<T>(key), reading<T>(value), mask,
-                                                per_head.pointers<accumulate_t<T>>(), shape, current_stream(query));
+    Scratch scratch(query, launch::Attention<T>::fwd_scratch(shape));
+    const bool done = launch::Attention<T>::fwd(
+        writing<T>(out), mutable_pointer<attention_lse_t<T>>(lse), reading<T>(query), reading<T>(key),
+        reading<T>(value), mask, per_head.pointers<accumulate_t<T>>(), shape, scratch.get(), current_stream(query));
     PYNN_CHECK(done, kOp, ": out of memory");
   });
   return {out, lse};

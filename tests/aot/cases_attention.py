@@ -80,6 +80,20 @@ def attention() -> Iterator[Case]:
     for label, call in calls.items():
         yield Case(label, call.forward(), Promise())
         yield Case(f"{label}, backward", call.backward(), Promise())
+    few = {"queries": 2, "keys": 1024}
+    split = {
+        "bf16 64": _Call(_BF16, 64, **few),
+        "bf16 128, everything": _Call(_BF16, 128, mask=torch.empty(1024, dtype=_BF16), **few, **everything),
+        "fp16 128, bool mask": _Call(_FP16, 128, mask=torch.empty(2, 8, 1, 1024, dtype=torch.bool), **few),
+        "bf16 256, window": _Call(_BF16, 256, left=500, right=0, **few),
+        "bf16 80, 320 values, ranges": _Call(_BF16, 80, 320, ranges=True, **few),
+        "fp32 64": _Call(_FP32, 64, **few),
+        "fp32 128, everything": _Call(_FP32, 128, mask=torch.empty(8, 2, 1024), **few, **everything),
+        "fp32 256": _Call(_FP32, 256, **few),
+        "fp64 128, everything": _Call(_FP64, 128, mask=torch.empty(8, 2, 1024).double(), **few, **everything),
+    }
+    for label, call in split.items():
+        yield Case(f"split {label}", call.forward(), Promise())
     for label in ("bf16 64, causal", "bf16 128, row mask, everything", "fp32 128, everything", "fp64 128, everything"):
         yield Case(f"weights {label}", calls[label].weights(label.startswith("bf16")), Promise())
     key = torch.zeros(2, dtype=torch.int64)

@@ -48,7 +48,7 @@ RECURRENT = (
 )
 # ((batch, heads, key heads, queries, keys, dim, value dim), shape of a float mask or None, options): both widths of
 # tiles and beyond them, tails, shared heads, the diagonal, dropout, masks of every score, shared by rows, by heads; a
-# window with a soft cap, ALiBi and sinks, whose gradients are taken too.
+# window with a soft cap, ALiBi and sinks, whose gradients are taken too; few queries over parts of the keys.
 ATTENTION = (
     ((2, 4, 2, 70, 66, 64, 64), None, {}),
     ((1, 2, 1, 65, 65, 128, 80), None, {"is_causal": True}),
@@ -56,6 +56,8 @@ ATTENTION = (
     ((1, 2, 2, 33, 41, 256, 136), (1, 41), {"dropout_p": 0.25, "seed": 5}),
     ((2, 2, 1, 19, 23, 16, 8), (2, 1, 1, 23), {}),
     ((1, 4, 2, 70, 130, 64, 64), None, {"window": (40, 5), "alignment": "lower_right", "softcap": 2, "per_head": True}),
+    ((2, 20, 2, 2, 1030, 64, 64), None, {}),
+    ((1, 4, 2, 3, 700, 128, 136), (1, 4, 3, 700), {"window": (500, 0), "alignment": "lower_right", "per_head": True}),
 )
 # (parents, input, hidden): a chain, a star, a forest of two.
 TREES = (((1, 2, 3, -1), 5, 19), ((8,) * 8 + (-1,), 33, 64), ((2, 2, 6, 5, 5, 6, -1, 8, -1), 7, 130))

@@ -1,6 +1,6 @@
 // Every launcher of csrc/include/scaled_dot_product_attention.h: both widths of engine and head dimensions beyond them,
-// every kind of mask, windows, alibi, sinks, dropout, shared heads, packs and single elements, NaN behind a mask;
-// forward results are compared with the formula in float64.
+// every kind of mask, windows, alibi, sinks, dropout, shared heads, parts of the keys, packs and single elements, NaN
+// behind a mask; forward results are compared with the formula in float64.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -48,6 +48,9 @@ constexpr Case kWide[] = {
     {1, 1, 1, 5, 9, 136, 72, Kind::kBool, false, true, false, 1, 0, 0},
     {1, 1, 1, 3, 600, 8, 8},
     {1, 2, 1, 600, 600, 8, 8, Kind::kWindow},
+    {1, 4, 2, 3, 530, 8, 8, Kind::kWindow, true},
+    {1, 4, 2, 5, 300, 16, 5, Kind::kFloat, false, true, false, 0, 0, 0},
+    {2, 20, 10, 2, 257, 72, 136, Kind::kBool, false, false, false, 0, 0, 0},
 };
 
 [[noreturn]] void fail(const char* result, double got, double expected, int64_t head, int64_t row, int64_t column) {
@@ -249,7 +252,8 @@ struct Call {
     }
     const auto out = output(c.heads, c.queries, c.value_dim);
     Lse* lse = run.output<Lse>(size_t(shape.heads * c.queries));
-    Launcher::fwd(out, lse, query, key, value, mask, per_head, shape, nullptr);
+    void* parts = run.scratch<double>(size_t(Launcher::fwd_scratch(shape) / 8 + 1));
+    Launcher::fwd(out, lse, query, key, value, mask, per_head, shape, parts, nullptr);
     check(query, key, value, out, keep);
     for (bool average : {false, true}) check_weights(query, key, lse, average, keep);
 
