@@ -16,6 +16,12 @@ Barriers come in pairs, full and free, per tile of shared memory. Use number n o
 `full` (what was to come has come), and of n - 1 in `free` (who read use n - 1 is done; the first passes at once).
 """
 
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,9 +31,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import scaled_dot_product_attention_configs as configs
+from .scaled_dot_product_attention_launch import MOST, Problem
 
 INFINITY: gl.constexpr = gl.constexpr(float("inf"))
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634074)
+HALF = 64  # rows of a consumer: those of a product of a warpgroup
+_REGISTERS = 240  # of a thread of a consumer; the producer's have what remains, 24
 # Renamed in Triton 3.8; 3.9 has no longer the first names.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -72,7 +84,7 @@ def produce(
     heads = sizes[2]
     for turn in range(0, turns_of(sizes, 2 * HALF)):
         number = turn * gl.num_programs(0) + gl.program_id(0)
-        head, row, whole, end = place_of(number, sizes, 2 * HALF, COLS)
+        head, row, _whole, end = place_of(number, sizes, 2 * HALF, COLS)
         batch = head // heads
         key_head = head % heads // group
         for c in gl.static_range(2):
@@ -95,17 +107,17 @@ def produce(
 @gluon.jit
 def weights_of(
     s, top, total, row, key, sizes, factor,
-    CHECKED: gl.constexpr, CAUSAL: gl.constexpr, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr,
+    CHECKED: gl.constexpr, CAUSAL: gl.constexpr, DTYPE: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Scores become weights, as a sum of two numbers; the rows' maxima and totals, and what scales sums so far.
 
     CHECKED: some scores may take no part.
     """
     if CHECKED:
-        j = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+        j = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, SCORES))[None, :]
         seen = j < sizes[1]
         if CAUSAL:
-            i = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))[:, None]
+            i = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, SCORES))[:, None]
             seen = seen & (j <= i + sizes[5])
         s = gl.where(seen, s, -INFINITY)
     most = gl.maximum(top, gl.max(s, 1) * factor)
@@ -143,7 +155,7 @@ def consume_tile(
     s = warpgroup_mma_wait(1 if CHECKED else 2, deps=(s,))
     mbarrier.arrive(k_free.index(stage), count=1)
     new_large, new_small, top, total, correction = weights_of(
-        s, top, total, row, key, sizes, factor, CHECKED, CAUSAL, k_tiles.dtype, WEIGHTS
+        s, top, total, row, key, sizes, factor, CHECKED, CAUSAL, k_tiles.dtype, SCORES, WEIGHTS
     )
     acc, new_large, new_small = warpgroup_mma_wait(0, deps=(acc, new_large, new_small))
     mbarrier.arrive(v_free.index(last), count=1)
@@ -184,8 +196,8 @@ def consume(
             s = warpgroup_mma(q_tile, b_k, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_free.index(stage), count=1)
-            large, small, top, total, correction = weights_of(
-                s, top, total, row, (end - 1) * COLS, sizes, factor, True, CAUSAL, k_tiles.dtype, WEIGHTS
+            large, small, top, total, _correction = weights_of(
+                s, top, total, row, (end - 1) * COLS, sizes, factor, True, CAUSAL, k_tiles.dtype, SCORES, WEIGHTS
             )
             checked = gl.maximum(end - whole, 1)
             if CAUSAL:
@@ -211,12 +223,13 @@ def consume(
 
         i = row + gl.arange(0, HALF, ROW)
         sums = gl.where(total == 0.0, -INFINITY, (top + gl.log2(total)) / LOG2_E)
-        gl.store(lse + head.to(gl.int64) * queries + i, sums, mask=i < queries)
+        gl.store(lse + gl.cast(head, gl.int64) * queries + i, sums, mask=i < queries)
         divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, RESULT))[:, None]
         result = gl.div_rn(acc, divisor + gl.zeros_like(acc))
         if CAUSAL:  # NaN where a value that is not seen was none: weights of 0 do not hide it
             finite = gl.sum(gl.sum(result * 0.0, 1), 0) == 0.0
-            gl.store(spoiled + number * 2 + CONSUMER, (finite == 0).to(gl.int32))
+            halves = (queries + 2 * HALF - 1) // (2 * HALF) * 2
+            gl.store(spoiled + head * halves + row // HALF, (finite == 0).to(gl.int32))
         tma.store_wait(0)
         o_tile.reshape([HALF, DIM]).store(result.to(o_tile.dtype))
         fence_async_shared()
@@ -224,14 +237,14 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def forward_kernel(
+@gluon.jit(do_not_specialize=["queries", "keys", "heads", "all_heads", "section", "upper", "group", "factor"])
+def gluon_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, spoiled, queries, keys, heads, all_heads, section, upper, group, factor,
     CAUSAL: gl.constexpr, HALF: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """out (batch, heads, queries, DIM), lse (batch, heads, queries) contiguous, spoiled: a number per consumer's tile.
-    """
+    """out (batch, heads, queries, DIM), lse (batch * heads, queries) contiguous; spoiled (batch * heads, tiles of HALF
+    queries), where causal: whether a result is not finite."""
     DTYPE: gl.constexpr = q_desc.dtype
     q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, DIM], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, COLS, DIM], k_desc.layout)
@@ -264,3 +277,52 @@ def forward_kernel(
         [4, 4],
         [REGISTERS, 504 - 2 * REGISTERS],
     )
+
+
+def covers(p: Problem) -> bool:
+    """Whether this kernel can take the call; strides do not count, so that the same numbers give the same bits."""
+    dims = (p.query.shape[-1], p.value.shape[-1])
+    plain = p.is_plain and p.sinks is None and p.kind == "half" and dims[0] == dims[1] and dims[0] in configs.GLUON_TILES
+    return plain and 1e-30 < p.scale < 1e30  # the largest score is that of the largest product
+
+
+def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | None:
+    """Writes out and lse of a problem that it covers, which is not empty.
+
+    Returns:
+        None, or for causal scores (heads, tiles of HALF queries) int32: where a result is not finite. A value that is
+        NaN or infinite and not seen has spoiled those; they are to be computed by another kernel.
+    """
+    if p.queries + p.keys >= MOST:
+        raise RuntimeError("scaled_dot_product_attention: too large for one launch")
+    arguments = p.arguments()
+    dim, causal, keys = p.query.shape[-1], arguments["RIGHT"], p.keys
+    tile = configs.GLUON_TILES[dim]
+    heads = p.query.shape[-3] if p.query.dim() > 2 else 1
+    tiles = triton.cdiv(p.queries, 2 * HALF)
+    spoiled = p.query.new_empty((p.heads, 2 * tiles), dtype=torch.int32) if causal else None
+    section = max(1, configs.SECTION_BYTES // (4 * keys * dim)) * p.group
+    with torch.cuda.device_of(p.query):
+        gluon_forward_kernel[(min(p.heads * tiles, configs.processors(p.query.device)),)](
+            q_desc=_descriptor(p.query, HALF), k_desc=_descriptor(p.key, tile.columns),
+            v_desc=_descriptor(p.value, tile.columns), o_desc=_descriptor(out, HALF), lse=lse, spoiled=spoiled,
+            queries=p.queries, keys=keys, heads=heads, all_heads=p.heads, section=min(section, p.heads),
+            upper=arguments["upper"], group=p.group, factor=p.scale * math.log2(math.e),
+            CAUSAL=causal, HALF=HALF, COLS=tile.columns, DIM=dim, STAGES=tile.num_stages, REGISTERS=_REGISTERS,
+            num_warps=4,
+        )  # fmt: skip
+    return spoiled
+
+
+def _descriptor(t: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of `rows` rows of a head. Of t (..., H, L, D), or of a copy where the copy engine cannot read t: it wants
+    rows that begin at multiples of 16 bytes."""
+    t = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t.flatten(0, -4)
+    apart = [t.stride(d) for d in range(3) if t.shape[d] > 1]
+    if t.stride(-1) != 1 or t.data_ptr() % 16 or any(stride <= 0 or stride * t.element_size() % 16 for stride in apart):
+        t = t.clone(memory_format=torch.contiguous_format)
+    strides = [t.stride(d) if t.shape[d] > 1 else t.shape[-1] for d in range(3)]
+    block = [1, 1, rows, t.shape[-1]]
+    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[t.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], block, layout)

@@ -15,7 +15,7 @@ from . import scaled_dot_product_attention_configs as configs
 from .products import compute_dtype
 from .scaled_dot_product_attention_tile import BOOL_MASK, FLOAT_MASK
 
-_MOST = 2**31 - 1024
+MOST = 2**31 - 1024  # queries and keys together
 
 
 def new_heads(like: torch.Tensor, width: int) -> torch.Tensor:
@@ -219,7 +219,7 @@ class Problem:
         """Runs a kernel in programs x parts; the parts cut results of the given head dimensions."""
         sizes = self.blocks(tile)
         parts = max(1, triton.cdiv(widths[0], sizes["BLOCK_D"]), triton.cdiv(widths[1], sizes["BLOCK_V"]))
-        if programs >= 2**31 or self.queries + self.keys >= _MOST:
+        if programs >= 2**31 or self.queries + self.keys >= MOST:
             raise RuntimeError("scaled_dot_product_attention: too large for one launch")
         known = set(kernel.arg_names)
         with torch.cuda.device_of(self.query):
