@@ -49,10 +49,10 @@ class Program:
 
     def stop_where_nothing_moves(self) -> None:
         """With the lock held: fails when every partition waits, and none for what has come."""
-        if self.running and set(self.waiting) >= self.running:
-            if not any(barrier.has_passed(parity) for barrier, parity in self.waiting.values()):
-                lines = [f"{p.name} waits for parity {n} of {b}" for p, (b, n) in self.waiting.items()]
-                self.failure = self.failure or EmulationError("deadlock: " + "; ".join(sorted(lines)))
+        moving = any(barrier.has_passed(parity) for barrier, parity in self.waiting.values())
+        if self.running and set(self.waiting) >= self.running and not moving:
+            lines = [f"{p.name} waits for parity {n} of {b}" for p, (b, n) in self.waiting.items()]
+            self.failure = self.failure or EmulationError("deadlock: " + "; ".join(sorted(lines)))
         self.lock.notify_all()
 
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import scaled_dot_product_attention_configs as configs
+from . import scaled_dot_product_attention_gluon as gluon
 from . import scaled_dot_product_attention_launch as launches
 from .philox import philox4x32
 from .scaled_dot_product_attention_backward import (
@@ -34,9 +36,15 @@ def scaled_dot_product_attention_fwd(*arguments):
     lse = p.query.new_empty(p.query.shape[:-1], dtype=launches.lse_dtype(p.query.dtype))
     if p.is_empty:
         return out.zero_(), lse.fill_(-math.inf)
+    wanted = None
+    if configs.runs_gluon() and gluon.covers(p):
+        wanted = gluon.forward(p, out, lse)
+        if wanted is None:
+            return out, lse
     tile, pack = p.tile("plain" if p.is_plain else "forward"), pack_of(out)
     more = {"lse": lse, "sinks": None if p.sinks is None else p.sinks.contiguous(), "OUT_PACK": pack}
-    more |= {"EVEN": p.keys % tile.columns == 0} | _renamed(operand("o", out, pack), o="out")
+    more |= {"wanted": wanted, "WANTED_ROWS": gluon.HALF, "EVEN": p.keys % tile.columns == 0}
+    more |= _renamed(operand("o", out, pack), o="out")
     programs = p.heads * triton.cdiv(p.queries, tile.rows)
     p.launch(forward_kernel, programs, (0, p.value.shape[-1]), tile, p.arguments() | more)
     return out, lse

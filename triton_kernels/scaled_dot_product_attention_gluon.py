@@ -282,7 +282,9 @@ def gluon_forward_kernel(
 def covers(p: Problem) -> bool:
     """Whether this kernel can take the call; strides do not count, so that the same numbers give the same bits."""
     dims = (p.query.shape[-1], p.value.shape[-1])
-    plain = p.is_plain and p.sinks is None and p.kind == "half" and dims[0] == dims[1] and dims[0] in configs.GLUON_TILES
+    plain = (
+        p.is_plain and p.sinks is None and p.kind == "half" and dims[0] == dims[1] and dims[0] in configs.GLUON_TILES
+    )
     return plain and 1e-30 < p.scale < 1e30  # the largest score is that of the largest product
 
 
