@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import gluon_emulation as emulation
 import pytest
 import torch
 from policy import LOW_PRECISION, assert_bitwise, assert_elementwise, assert_relative, integers
@@ -14,15 +13,15 @@ from test_scaled_dot_product_attention import magnitude
 
 import pynn
 
-KERNEL = "scaled_dot_product_attention_fwd"
-if pynn.backends.unavailable["triton"] and pynn.backends.unavailable["interpret"]:
-    pytest.skip("no Triton", allow_module_level=True)
+pytest.importorskip("triton")
+import gluon_emulation as emulation
+from pynn.triton_kernels.scaled_dot_product_attention_launch import Problem, new_heads
 
 from pynn.triton_kernels import scaled_dot_product_attention as triton_attention
 from pynn.triton_kernels import scaled_dot_product_attention_configs as configs
 from pynn.triton_kernels import scaled_dot_product_attention_gluon as gluon
-from pynn.triton_kernels.scaled_dot_product_attention_launch import Problem, new_heads
 
+KERNEL = "scaled_dot_product_attention_fwd"
 PROGRAMS = 3  # fewer than the tiles of most tests: each stays for several of them
 
 
