@@ -41,8 +41,9 @@ class _Call:
         return lambda: scaled_dot_product_attention_fwd(*self.tensors, *self.options)
 
     def gluon(self) -> Callable:
-        from pynn.triton_kernels import scaled_dot_product_attention_gluon as gluon
         from pynn.triton_kernels.scaled_dot_product_attention_launch import Problem, new_heads
+
+        from pynn.triton_kernels import scaled_dot_product_attention_gluon as gluon
 
         p = Problem(*self.tensors, *self.options)
         lse = self.q.new_empty(self.q.shape[:-1], dtype=torch.float32)
@@ -55,8 +56,8 @@ class _Call:
         def run():
             wanted = torch.zeros(16, 4, dtype=torch.int32)
             with (
-                mock.patch.object(attention.configs, "runs_gluon", lambda: True),
-                mock.patch.object(attention.gluon, "forward", lambda p, out, lse: wanted),
+                mock.patch.object(attention.configs, "runs_gluon", return_value=True),
+                mock.patch.object(attention.gluon, "forward", return_value=wanted),
             ):
                 self.forward()()
 
