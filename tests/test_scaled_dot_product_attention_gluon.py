@@ -38,6 +38,11 @@ def problem(query, key, value, right=-1, lower_right=False, scale=None) -> Probl
     return Problem(query, key, value, *[None] * 6, 0.0, -1, right, lower_right, scale, 0.0)
 
 
+def arguments_of(p: Problem) -> list:
+    """Of scaled_dot_product_attention_fwd."""
+    return [getattr(p, field.name) for field in dataclasses.fields(p)]
+
+
 def emulated(*arguments, module=gluon):
     """out and lse, and which tiles of 64 queries are spoiled; results start as NaN."""
     p = problem(*arguments)
@@ -57,13 +62,12 @@ def place(request, monkeypatch):
         pytest.skip(f"triton: {reason}")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Gluon kernel is for sm_90")
-    monkeypatch.setattr(configs, "gluon_on_sm_90", True)
 
     def forward(*arguments):
         p = problem(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments))
         assert gluon.covers(p)
-        operands = [getattr(p, field.name) for field in dataclasses.fields(p)]
-        return tuple(t.cpu() for t in triton_attention.scaled_dot_product_attention_fwd(*operands))
+        with configs.with_gluon():
+            return tuple(t.cpu() for t in triton_attention.scaled_dot_product_attention_fwd(*arguments_of(p)))
 
     return Place("cuda", forward)
 
@@ -195,11 +199,10 @@ def test_wanted_tiles(backend, monkeypatch):
         return wanted
 
     p = problem(query, key, value, 0)
-    arguments = [getattr(p, field.name) for field in dataclasses.fields(p)]
-    expected = triton_attention.scaled_dot_product_attention_fwd(*arguments)
+    expected = triton_attention.scaled_dot_product_attention_fwd(*arguments_of(p))
     monkeypatch.setattr(configs, "runs_gluon", lambda: True)
     monkeypatch.setattr(gluon, "forward", forward)
-    got = triton_attention.scaled_dot_product_attention_fwd(*arguments)
+    got = triton_attention.scaled_dot_product_attention_fwd(*arguments_of(p))
     for a, b in zip(got, expected, strict=True):
         assert (a[:, 0] == 7).all()
         assert (a[:, 1, :128] == 7).all()

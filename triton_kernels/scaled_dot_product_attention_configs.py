@@ -6,8 +6,10 @@ tile depends on the head dimensions and the dtype, never on the batch: the order
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -137,6 +139,17 @@ def tile_of(kind: str, name: str, width: int, owned: int, streamed: int) -> Tile
     if architecture() == "interpret":
         return dataclasses.replace(tile, rows=_fitting(tile.rows, owned), columns=_fitting(tile.columns, streamed))
     return tile
+
+
+@contextlib.contextmanager
+def with_gluon() -> Iterator[None]:
+    """Switches the Gluon kernel on inside the block, whatever has been measured."""
+    global gluon_on_sm_90
+    before, gluon_on_sm_90 = gluon_on_sm_90, True
+    try:
+        yield
+    finally:
+        gluon_on_sm_90 = before
 
 
 def runs_gluon() -> bool:
