@@ -1,6 +1,7 @@
 """The Gluon kernel of attention for sm_90: emulated on the CPU (gluon_emulation.py), and the same on such a GPU."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -139,9 +140,10 @@ def test_bitwise(place):
     """P5: the same bits in every layout, and for every slice of the batch."""
     tensors = operands(2, 2, 1, 140, 270, 64, torch.bfloat16)
     expected = place.forward(*tensors, 0)
-    apart = [torch.randn(2, 300, 2, 3 * 64).to(t.dtype)[:, 3 : 3 + t.shape[2], : t.shape[1], 64:128] for t in tensors]
-    odd = [torch.randn(t.numel() + 1).to(t.dtype)[1:].view(t.shape) for t in tensors]  # not at multiples of 16 bytes
-    columns = [t.mT.contiguous().mT for t in tensors]
+    new = functools.partial(torch.zeros, dtype=torch.bfloat16, device=place.device)
+    apart = [new(2, 300, 2, 3 * 64)[:, 3 : 3 + t.shape[2], : t.shape[1], 64:128] for t in tensors]
+    odd = [new(t.numel() + 1)[1:].view(t.shape) for t in tensors]  # not at multiples of 16 bytes
+    columns = [new(t.mT.shape).mT for t in tensors]
     views = [t.transpose(1, 2) for t in apart]
     for layout in (views, odd, columns):
         for view, t in zip(layout, tensors, strict=True):

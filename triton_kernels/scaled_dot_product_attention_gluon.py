@@ -281,11 +281,10 @@ def gluon_forward_kernel(
 
 def covers(p: Problem) -> bool:
     """Whether this kernel can take the call; strides do not count, so that the same numbers give the same bits."""
-    dims = (p.query.shape[-1], p.value.shape[-1])
-    plain = (
-        p.is_plain and p.sinks is None and p.kind == "half" and dims[0] == dims[1] and dims[0] in configs.GLUON_TILES
-    )
-    return plain and 1e-30 < p.scale < 1e30  # the largest score is that of the largest product
+    dim = p.query.shape[-1]
+    if not p.is_plain or p.sinks is not None or p.kind != "half" or dim != p.value.shape[-1]:
+        return False
+    return dim in configs.GLUON_TILES and 1e-30 < p.scale < 1e30  # so that the largest product makes the largest score
 
 
 def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | None:
@@ -295,13 +294,12 @@ def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | 
         None, or for causal scores (heads, tiles of HALF queries) int32: where a result is not finite. A value that is
         NaN or infinite and not seen has spoiled those; they are to be computed by another kernel.
     """
-    if p.queries + p.keys >= MOST:
-        raise RuntimeError("scaled_dot_product_attention: too large for one launch")
-    arguments = p.arguments()
-    dim, causal, keys = p.query.shape[-1], arguments["RIGHT"], p.keys
-    tile = configs.GLUON_TILES[dim]
-    heads = p.query.shape[-3] if p.query.dim() > 2 else 1
     tiles = triton.cdiv(p.queries, 2 * HALF)
+    if p.queries + p.keys >= MOST or 2 * p.heads * tiles >= 2**31:
+        raise RuntimeError("scaled_dot_product_attention: too large for one launch")
+    dim, keys, (_, upper, _) = p.query.shape[-1], p.keys, p.window
+    causal, tile = upper < keys - 1, configs.GLUON_TILES[dim]
+    heads = p.query.shape[-3] if p.query.dim() > 2 else 1
     spoiled = p.query.new_empty((p.heads, 2 * tiles), dtype=torch.int32) if causal else None
     section = max(1, configs.SECTION_BYTES // (4 * keys * dim)) * p.group
     with torch.cuda.device_of(p.query):
@@ -309,7 +307,7 @@ def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | 
             q_desc=_descriptor(p.query, HALF), k_desc=_descriptor(p.key, tile.columns),
             v_desc=_descriptor(p.value, tile.columns), o_desc=_descriptor(out, HALF), lse=lse, spoiled=spoiled,
             queries=p.queries, keys=keys, heads=heads, all_heads=p.heads, section=min(section, p.heads),
-            upper=arguments["upper"], group=p.group, factor=p.scale * math.log2(math.e),
+            upper=upper, group=p.group, factor=p.scale * math.log2(math.e),
             CAUSAL=causal, HALF=HALF, COLS=tile.columns, DIM=dim, STAGES=tile.num_stages, REGISTERS=_REGISTERS,
             num_warps=4,
         )  # fmt: skip

@@ -152,7 +152,7 @@ class Problem:
         return tuple(readable(t) for t in (self.query, self.key, self.value))
 
     @functools.cached_property
-    def _window(self) -> tuple[int, int, int]:
+    def window(self) -> tuple[int, int, int]:
         """lower, upper and diagonal: query i sees the keys i + lower .. i + upper. As in AttentionShape of C++."""
         queries, keys = self.queries, self.keys
         diagonal = keys - queries if self.lower_right else 0
@@ -175,7 +175,7 @@ class Problem:
         q, k, v = self._rows
         wide = self._rows if grad_out is None else (*self._rows, grad_out)
         pack = pack_of(*wide)
-        ranged, (lower, upper, diagonal) = self.key_ranges is not None, self._window
+        ranged, (lower, upper, diagonal) = self.key_ranges is not None, self.window
         dropped = self.dropout_key is not None and self.dropout_p > 0
         log_unit = math.log2(math.e) if self.kind == "half" else 1.0
         capped = self.softcap > 0
