@@ -1,5 +1,5 @@
-"""scaled_dot_product_attention in Triton: forward, backward and the dropout mask. Kernels: _forward.py, _backward.py,
-_mask_gradient.py; csrc/include/scaled_dot_product_attention.h has the formulas.
+"""scaled_dot_product_attention in Triton: forward, backward and the dropout mask. Kernels: _forward.py, _gluon.py (a
+forward for sm_90), _backward.py, _mask_gradient.py; csrc/include/scaled_dot_product_attention.h has the formulas.
 """
 
 from __future__ import annotations

@@ -292,7 +292,8 @@ def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | 
 
     Returns:
         None, or for causal scores (heads, tiles of HALF queries) int32: where a result is not finite. A value that is
-        NaN or infinite and not seen has spoiled those; they are to be computed by another kernel.
+        NaN or infinite and not seen has spoiled those; they are to be computed by another kernel, which rounds
+        otherwise.
     """
     tiles = triton.cdiv(p.queries, 2 * HALF)
     if p.queries + p.keys >= MOST or 2 * p.heads * tiles >= 2**31:
