@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
+from bench._attention_gpu import cases as gpu_cases  # noqa: F401  python -m bench --device cuda
 from bench.harness import Case, assert_agrees
 from pynn.nn import MultiheadAttention
 from pynn.ops import scaled_dot_product_attention

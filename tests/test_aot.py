@@ -78,6 +78,13 @@ def test_what_is_never_accepted(change, message, tmp_path, monkeypatch, capsys):
     assert not judge(GOOD | {"fusable": 1}, promise=Promise(), accepted=None).broken  # only promises are held
 
 
+def test_instructions_that_a_kernel_must_contain():
+    promise = Promise(contains=("wgmma", "tma"))
+    assert not judge(GOOD, promise=promise).broken
+    gone = {key: n for key, n in GOOD.items() if key != "wgmma"}
+    assert judge(gone, promise=promise, accepted=None).broken == [f"{NAME}: contains no wgmma, expected some"]
+
+
 def test_a_missing_kernel_fails():
     assert judge(None).worse == [f"{NAME}: is gone"]
 

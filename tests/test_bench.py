@@ -9,10 +9,13 @@ import statistics
 import pytest
 import torch
 
+import bench._attention_gpu
 import bench._conv2d_gpu
 import bench.conv2d
 import bench.diffusion
 import bench.group_norm
+import bench.scaled_dot_product_attention
+import pynn
 from bench import __main__ as command
 from bench import _gpu, harness
 
@@ -230,6 +233,37 @@ def test_gpu_cases_of_conv2d(monkeypatch):
         *(f"{op} | forward+backward | {plain}" for op in (*fused, "conv2d")),
     ]
     torch.compiler.reset()
+
+
+def test_gpu_cases_of_attention(monkeypatch):
+    """As above; the Gluon kernel is switched on for its provider alone."""
+    configs = pytest.importorskip("pynn.triton_kernels.scaled_dot_product_attention_configs")
+    switched = []
+
+    def on(backend, fn, *args):
+        switched.append((backend, configs.gluon_on_sm_90))
+        with pynn.backend("cpu"):
+            return fn(*args)
+
+    monkeypatch.setattr(_gpu, "on", on)
+    monkeypatch.setattr(_gpu, "backends_with", lambda kernel: ["cuda", "triton"])
+    monkeypatch.setattr(_gpu, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(bench._attention_gpu, "GPU", "cpu")
+    small = bench._attention_gpu.Problem(2, 4, 2, 40, 64, True)
+    monkeypatch.setattr(bench._attention_gpu, "PROBLEMS", [small, small, small._replace(causal=False, key_heads=4)])
+    names = []
+    for made in bench.scaled_dot_product_attention.gpu_cases():
+        names.append(f"{made.shape} | {made.mode}")
+        assert list(made.providers) == ["pynn cuda", "pynn triton", "pynn gluon", "torch"]
+        made.check()
+        assert switched == [("cuda", False), ("triton", False), ("triton", True)]
+        switched.clear()
+    assert names == [
+        *["2x4x40x64 kv2 causal | forward"] * 2,
+        "2x4x40x64 | forward",
+        "2x4x40x64 | forward+backward",
+    ]
+    assert not configs.gluon_on_sm_90
 
 
 def test_the_checks_see_a_wrong_kernel(monkeypatch):

@@ -1,5 +1,5 @@
-"""scaled_dot_product_attention in Triton: forward, backward and the dropout mask. Kernels: _forward.py, _backward.py,
-_mask_gradient.py; csrc/include/scaled_dot_product_attention.h has the formulas.
+"""scaled_dot_product_attention in Triton: forward, backward and the dropout mask. Kernels: _forward.py, _gluon.py (a
+forward for sm_90), _backward.py, _mask_gradient.py; csrc/include/scaled_dot_product_attention.h has the formulas.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import scaled_dot_product_attention_configs as configs
+from . import scaled_dot_product_attention_gluon as gluon
 from . import scaled_dot_product_attention_launch as launches
 from .philox import philox4x32
 from .scaled_dot_product_attention_backward import (
@@ -34,13 +36,18 @@ def scaled_dot_product_attention_fwd(*arguments):
     lse = p.query.new_empty(p.query.shape[:-1], dtype=launches.lse_dtype(p.query.dtype))
     if p.is_empty:
         return out.zero_(), lse.fill_(-math.inf)
+    wanted = None
+    if not p.is_split and configs.runs_gluon() and gluon.covers(p):
+        wanted = gluon.forward(p, out, lse)
+        if wanted is None:
+            return out, lse
     pack, parts, width = pack_of(out), triton.cdiv(p.keys, p.part_keys), p.value.shape[-1]
     tile = p.tile("split" if p.is_split else "plain" if p.is_plain else "forward")
     arguments = p.arguments() | _renamed(operand("o", out, pack), o="out")
     arguments |= {
         "lse": lse, "sinks": None if p.sinks is None else p.sinks.contiguous(), "OUT_PACK": pack,
         "EVEN": p.keys % tile.columns == 0, "tops": None, "totals": None, "sums": None, "parts": parts,
-        "part_keys": p.part_keys,
+        "part_keys": p.part_keys, "wanted": wanted, "WANTED_ROWS": gluon.HALF,
     }  # fmt: skip
     if not p.is_split:
         p.launch(forward_kernel, p.heads * triton.cdiv(p.queries, tile.rows), (0, width), tile, arguments)

@@ -6,8 +6,12 @@ tile depends on the head dimensions and the dtype, never on the batch: the order
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Iterator
 
+import torch
 import triton
 
 from .conv2d_configs import architecture
@@ -102,6 +106,21 @@ _TILES: dict[str, dict[str, dict[str, tuple[Tile, ...]]]] = {
 }
 _TILES["sm_120"] = _TILES["sm_80"]
 
+
+@dataclasses.dataclass(frozen=True)
+class GluonTile:
+    """Keys of a tile, and tiles of keys and of values that have room in shared memory."""
+
+    columns: int
+    num_stages: int
+
+
+# Whether the Gluon kernel serves the forwards that it covers on sm_90. No GPU has run it yet: make gpu tests it there,
+# and the benchmark times it beside the Triton kernel. To be True where it has been seen to be right and faster.
+gluon_on_sm_90 = False
+GLUON_TILES = {64: GluonTile(128, 4), 128: GluonTile(128, 2)}  # head dimension -> tile
+SECTION_BYTES = 32 << 20  # of keys and values that are read again and again, of 50 MB of L2 cache
+
 _WIDTHS = (64, 128, 256)
 # Wider heads: products in pieces, the result in columns of several programs.
 _WIDE = {"nvidia": Tile(32, 32, 8, step=64, width=64), "amd": Tile(16, 16, 4, step=64, width=64)}
@@ -123,6 +142,31 @@ def tile_of(kind: str, name: str, width: int, owned: int, streamed: int) -> Tile
     if architecture() == "interpret":
         return dataclasses.replace(tile, rows=_fitting(tile.rows, owned), columns=_fitting(tile.columns, streamed))
     return tile
+
+
+@contextlib.contextmanager
+def with_gluon() -> Iterator[None]:
+    """Switches the Gluon kernel on inside the block, whatever has been measured."""
+    global gluon_on_sm_90
+    before, gluon_on_sm_90 = gluon_on_sm_90, True
+    try:
+        yield
+    finally:
+        gluon_on_sm_90 = before
+
+
+def runs_gluon() -> bool:
+    """Whether the Gluon kernel is switched on, and the target is the one that it is for."""
+    if not gluon_on_sm_90 or triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch == 90
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; without one, of an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _fitting(most: int, length: int) -> int:

@@ -95,7 +95,7 @@ def log_sum(top, total, BASE2: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    out, lse, q, k, v, mask, dropout_key, slopes, sinks, key_ranges, tops, totals, sums,
+    out, lse, q, k, v, mask, dropout_key, slopes, sinks, key_ranges, tops, totals, sums, wanted,
     o_table, q_table, k_table, v_table, m_table,
     o_inner, o_outer, o_step, o_row, q_inner, q_outer, q_step, q_row,
     k_inner, k_outer, k_step, k_row, v_inner, v_outer, v_step, v_row, m_inner, m_outer, m_step, m_row, m_column,
@@ -103,12 +103,13 @@ def forward_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, OUT_PACK: tl.constexpr, COMPUTE: tl.constexpr,
     BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr,
+    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, WANTED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """out (heads, queries, VALUE_DIM), lse (heads, queries) contiguous. See scaled_dot_product_attention_launch.py.
 
     With sums, (heads, queries, parts, VALUE_DIM), the keys are split: the other results are tops and totals, (heads,
     queries, parts), in place of out and lse. Where a total is 0 there may be no sums.
+    wanted (heads, an even number of tiles of WANTED_ROWS queries), or None for all: which tiles are to be computed.
     """
     SPLIT: tl.constexpr = sums is not None
     RANGED: tl.constexpr = key_ranges is not None
@@ -120,6 +121,11 @@ def forward_kernel(
     # The last queries see the most keys of a causal head: their programs begin first.
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * ROWS
     out_column = tl.program_id(1) * BLOCK_V
+    if wanted is not None:
+        halves = tl.cdiv(queries, 2 * WANTED_ROWS) * 2
+        half = first_row // WANTED_ROWS + tl.arange(0, tl.cdiv(ROWS, WANTED_ROWS))
+        if tl.sum(tl.load(wanted + block * halves + half, mask=half < halves, other=0), axis=0) == 0:
+            return
     factor, softcap, kept = number(factor).to(COMPUTE), number(softcap).to(COMPUTE), number(kept).to(COMPUTE)
     row = (first_row + tl.arange(0, ROWS))[:, None]
     in_rows = row < all_rows

@@ -15,7 +15,7 @@ from . import scaled_dot_product_attention_configs as configs
 from .products import compute_dtype
 from .scaled_dot_product_attention_tile import BOOL_MASK, FLOAT_MASK
 
-_MOST = 2**31 - 1024
+MOST = 2**31 - 1024  # queries and keys together
 # Up to so many queries of a head: keys are split into parts of so many, or more where there were too many parts. They
 # follow from one sample's shape alone, so that its result does not depend on its batch.
 _FEW_QUERIES, _PART_KEYS, _MOST_PARTS = 16, 256, 128
@@ -164,7 +164,7 @@ class Problem:
         return tuple(readable(t) for t in (self.query, self.key, self.value))
 
     @functools.cached_property
-    def _window(self) -> tuple[int, int, int]:
+    def window(self) -> tuple[int, int, int]:
         """lower, upper and diagonal: query i sees the keys i + lower .. i + upper. As in AttentionShape of C++."""
         queries, keys = self.queries, self.keys
         diagonal = keys - queries if self.lower_right else 0
@@ -187,7 +187,7 @@ class Problem:
         q, k, v = self._rows
         wide = self._rows if grad_out is None else (*self._rows, grad_out)
         pack = pack_of(*wide)
-        ranged, (lower, upper, diagonal) = self.key_ranges is not None, self._window
+        ranged, (lower, upper, diagonal) = self.key_ranges is not None, self.window
         dropped = self.dropout_key is not None and self.dropout_p > 0
         log_unit = math.log2(math.e) if self.kind == "half" else 1.0
         capped = self.softcap > 0
@@ -231,7 +231,7 @@ class Problem:
         """Runs a kernel in programs x parts; the parts cut results of the given head dimensions."""
         sizes = self.blocks(tile)
         parts = max(1, triton.cdiv(widths[0], sizes["BLOCK_D"]), triton.cdiv(widths[1], sizes["BLOCK_V"]))
-        if programs >= 2**31 or self.queries + self.keys >= _MOST:
+        if programs >= 2**31 or self.queries + self.keys >= MOST:
             raise RuntimeError("scaled_dot_product_attention: too large for one launch")
         known = set(kernel.arg_names)
         with torch.cuda.device_of(self.query):

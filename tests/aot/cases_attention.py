@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
@@ -38,6 +39,29 @@ class _Call:
         from pynn.triton_kernels.scaled_dot_product_attention import scaled_dot_product_attention_fwd
 
         return lambda: scaled_dot_product_attention_fwd(*self.tensors, *self.options)
+
+    def gluon(self) -> Callable:
+        from pynn.triton_kernels.scaled_dot_product_attention_launch import Problem, new_heads
+
+        from pynn.triton_kernels import scaled_dot_product_attention_gluon as gluon
+
+        p = Problem(*self.tensors, *self.options)
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=torch.float32)
+        return lambda: gluon.forward(p, new_heads(self.q, self.v.shape[-1]), lse)
+
+    def spoiled(self) -> Callable:
+        """The Triton kernel for the tiles of which the Gluon kernel says that values have spoiled them."""
+        from pynn.triton_kernels import scaled_dot_product_attention as attention
+
+        def run():
+            wanted = torch.zeros(16, 4, dtype=torch.int32)
+            with (
+                mock.patch.object(attention.configs, "runs_gluon", return_value=True),
+                mock.patch.object(attention.gluon, "forward", return_value=wanted),
+            ):
+                self.forward()()
+
+        return run
 
     def backward(self) -> Callable:
         from pynn.triton_kernels.scaled_dot_product_attention import scaled_dot_product_attention_bwd
@@ -96,6 +120,11 @@ def attention() -> Iterator[Case]:
         yield Case(f"split {label}", call.forward(), Promise())
     for label in ("bf16 64, causal", "bf16 128, row mask, everything", "fp32 128, everything", "fp64 128, everything"):
         yield Case(f"weights {label}", calls[label].weights(label.startswith("bf16")), Promise())
+    for label in ("bf16 64", "bf16 64, causal", "bf16 128, causal"):
+        yield Case(f"{label}, Gluon", calls[label].gluon(), Promise(contains=("wgmma", "tma")), only_for="sm_90")
+        if label.endswith("causal"):
+            yield Case(f"{label}, spoiled tiles", calls[label].spoiled(), Promise(), only_for="sm_90")
+    yield Case("fp16 128, Gluon", _Call(_FP16, 128).gluon(), Promise(contains=("wgmma", "tma")), only_for="sm_90")
     key = torch.zeros(2, dtype=torch.int64)
     q, k = calls["bf16 64"].q, calls["bf16 64"].k
     yield Case("mask", lambda: scaled_dot_product_attention_keep(q, k, key, 0.5), Promise())

@@ -30,6 +30,7 @@ class Promise:
     wide_loads: bool = False  # of 16 bytes
     wide_stores: bool = False
     exact: bool = False  # nothing that an assembler may fuse
+    contains: tuple[str, ...] = ()  # instructions, by the names that measure.py counts them under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Case:
     label: str
     run: Callable[[], object]
     promise: Promise
+    only_for: str = ""  # the target that the kernels are for; "" for all
 
 
 @dataclasses.dataclass
@@ -72,6 +74,7 @@ def broken_promises(name: str, row: Measurement, promise: Promise) -> list[str]:
     for what, promised in (("loads", promise.wide_loads), ("stores", promise.wide_stores)):
         if promised and not row[f"{what}128"]:
             found.append(f"{name}: none of its {row[what]} global {what} has 16 bytes, expected wide ones")
+    found += [f"{name}: contains no {what}, expected some" for what in promise.contains if not row.get(what, 0)]
     return found
 
 

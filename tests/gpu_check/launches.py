@@ -52,6 +52,7 @@ RECURRENT = (
 ATTENTION = (
     ((2, 4, 2, 70, 66, 64, 64), None, {}),
     ((1, 2, 1, 65, 65, 128, 80), None, {"is_causal": True}),
+    ((1, 2, 1, 150, 140, 128, 128), None, {"is_causal": True}),
     ((1, 2, 2, 37, 530, 40, 24), (1, 2, 37, 530), {}),
     ((1, 2, 2, 33, 41, 256, 136), (1, 41), {"dropout_p": 0.25, "seed": 5}),
     ((2, 2, 1, 19, 23, 16, 8), (2, 1, 1, 23), {}),
@@ -59,6 +60,7 @@ ATTENTION = (
     ((2, 20, 2, 2, 1030, 64, 64), None, {}),
     ((1, 4, 2, 3, 700, 128, 136), (1, 4, 3, 700), {"window": (500, 0), "alignment": "lower_right", "per_head": True}),
 )
+GLUON_ATTENTION = (0, 2)  # those of ATTENTION that the Gluon kernel covers
 # (parents, input, hidden): a chain, a star, a forest of two.
 TREES = (((1, 2, 3, -1), 5, 19), ((8,) * 8 + (-1,), 33, 64), ((2, 2, 6, 5, 5, 6, -1, 8, -1), 7, 130))
 # Where another order of summation or another libm is allowed: result -> difference relative to the largest element.
@@ -204,6 +206,14 @@ def attention(device: str, dtype: torch.dtype, number: int) -> Results:
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def gluon_attention(device: str, dtype: torch.dtype, number: int) -> Results:
+    """Where the Triton backend has the choice, with the Gluon kernel."""
+    from pynn.triton_kernels import scaled_dot_product_attention_configs as configs
+
+    with configs.with_gluon():
+        return attention(device, dtype, number)
+
+
 def tree(device: str, dtype: torch.dtype, number: int) -> Results:
     """A forest, and all its gradients."""
     parents, size, hidden = TREES[number]
@@ -245,6 +255,12 @@ CASES |= {
         "scaled_dot_product_attention_fwd", functools.partial(attention, number=number)
     )
     for number, (shape, _, _) in enumerate(ATTENTION)
+}
+CASES |= {
+    f"scaled_dot_product_attention {ATTENTION[number][0]} Gluon": Case(
+        "scaled_dot_product_attention_fwd", functools.partial(gluon_attention, number=number)
+    )
+    for number in GLUON_ATTENTION
 }
 
 
