@@ -98,7 +98,7 @@ def test_accuracy_of_parts(backend, dtype, shape, kind):
 @pytest.mark.parametrize("kind", ["window", "float"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_of_parts(backend, dtype, kind):
-    """P5: for any slice of the batch, for every layout of the queries of a group, and 50 times."""
+    """P5: for any slice of the batch, for every layout of the queries of a group, and run to run."""
     inputs, ours, _ = mixed(kind, 3, (4, 2, 3, 700, 16, 24), dtype)
     expected = ours(*inputs)
     for part in (slice(0, 1), slice(1, 3), slice(2, None)):
@@ -111,7 +111,7 @@ def test_bitwise_of_parts(backend, dtype, kind):
         moved = (t.permute(order).contiguous().permute(order) for t in inputs)
         for got, whole in zip(ours(*moved), expected, strict=True):
             assert_bitwise(got, whole, f"{order}")
-    for _ in range(50 if dtype is torch.float32 else 5):
+    for _ in range(3 if backend.name == "interpret" else 50):
         for got, whole in zip(ours(*inputs, part=slice(1, 2)), expected, strict=True):
             assert_bitwise(got, whole[1:2], "again")
 
