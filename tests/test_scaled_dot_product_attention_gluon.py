@@ -245,7 +245,7 @@ PLANTED = {
         "pass",
         "before it has waited",
     ),
-    "product not waited for": ("warpgroup_mma_wait(1 if CHECKED else 2,", "warpgroup_mma_wait(3,", "not waited for"),
+    "product not waited for": ("warpgroup_mma_wait(0 if CHECKED else 2,", "warpgroup_mma_wait(3,", "not waited for"),
     "no fence": ("fence_async_shared()\n        store_tile", "store_tile", "without a fence"),
     "no wait for the last copy": ("tma.store_wait(0)\n        o_tile", "o_tile", "may still be in use"),
     "wrong phase": ("free = ((used // STAGES) & 1) ^ 1", "free = (used // STAGES) & 1", "deadlock"),

@@ -152,7 +152,8 @@ def consume_tile(
     b_v = v_tiles.index(last).reshape([COLS, DIM])
     acc = warpgroup_mma(small, b_v, acc, is_async=True)
     acc = warpgroup_mma(large, b_v, acc, is_async=True)
-    s = warpgroup_mma_wait(1 if CHECKED else 2, deps=(s,))
+    # The few tiles that are checked need the registers of weights that are under way.
+    s = warpgroup_mma_wait(0 if CHECKED else 2, deps=(s,))
     mbarrier.arrive(k_free.index(stage), count=1)
     new_large, new_small, top, total, correction = weights_of(
         s, top, total, row, key, sizes, factor, CHECKED, CAUSAL, k_tiles.dtype, SCORES, WEIGHTS
