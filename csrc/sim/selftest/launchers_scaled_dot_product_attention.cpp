@@ -49,8 +49,8 @@ constexpr Case kWide[] = {
     {1, 1, 1, 3, 600, 8, 8},
     {1, 2, 1, 600, 600, 8, 8, Kind::kWindow},
     {1, 4, 2, 3, 530, 8, 8, Kind::kWindow, true},
-    {1, 4, 2, 5, 300, 16, 5, Kind::kFloat, false, true, false, 0, 0, 0},
-    {2, 20, 10, 2, 257, 72, 136, Kind::kBool, false, false, false, 0, 0, 0},
+    {1, 4, 2, 5, 300, 72, 136, Kind::kFloat, false, true, false, 0, 0, 0},
+    {1, 20, 10, 2, 257, 8, 5, Kind::kBool, false, false, false, 0, 0, 0},
 };
 
 [[noreturn]] void fail(const char* result, double got, double expected, int64_t head, int64_t row, int64_t column) {
