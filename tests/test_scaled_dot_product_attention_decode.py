@@ -104,10 +104,7 @@ def test_bitwise_of_parts(backend, dtype, kind):
     for part in (slice(0, 1), slice(1, 3), slice(2, None)):
         for got, whole in zip(ours(*inputs, part=part), expected, strict=True):
             assert_bitwise(got, whole[part], f"{part}")
-    orders = [(0, 2, 1, 3), (2, 1, 0, 3)]  # of the dimensions in memory; all are their own inverse
-    if backend.name != "cpu":  # which has a kernel of its own for rows in one piece
-        orders.append((3, 2, 1, 0))
-    for order in orders:
+    for order in ((0, 2, 1, 3), (2, 1, 0, 3), (3, 2, 1, 0)):  # of the dimensions in memory; all are their own inverse
         moved = (t.permute(order).contiguous().permute(order) for t in inputs)
         for got, whole in zip(ours(*moved), expected, strict=True):
             assert_bitwise(got, whole, f"{order}")

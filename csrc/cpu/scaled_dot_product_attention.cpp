@@ -151,7 +151,7 @@ int64_t Attention<T>::fwd_scratch(const AttentionShape&) {
 template <class T>
 bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value, AttentionMaskOperand mask,
                        PerHead per_head, AttentionShape shape, void*, void*) {
-  if (Decode<T>::serves(key, value, shape)) return Decode<T>(out, lse, query, key, value, mask, per_head, shape).run();
+  if (Decode<T>::serves(shape)) return Decode<T>(out, lse, query, key, value, mask, per_head, shape).run();
   const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height);
   const int64_t cost = height * (shape.keys + 1) * (shape.dim + shape.value_dim + kLanes<F>);
   std::atomic<bool> failed{false};

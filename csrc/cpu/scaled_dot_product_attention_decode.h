@@ -1,4 +1,5 @@
-// Attention of a few queries over many keys, as in decoding with a cache: every key and value is read once, in place.
+// Attention of a few queries over many keys, as in decoding with a cache: every key and value is read once, in place
+// (rows whose elements lie apart are copied, a few at a time).
 //
 // A task is a key head and a chunk of kChunkKeys of its keys, for all queries of the heads that share it. Scores are
 // dot products along the rows of the keys; softmax and values follow while the chunk is in cache. What the chunks of a
@@ -86,10 +87,7 @@ class Decode {
   using Launcher = launch::Attention<T>;
   using Lse = typename Launcher::Lse;
 
-  static bool serves(const typename Launcher::Input& key, const typename Launcher::Input& value,
-                     const AttentionShape& shape) {
-    return shape.queries * shape.group <= kFewQueries && key.column == 1 && value.column == 1;
-  }
+  static bool serves(const AttentionShape& shape) { return shape.queries * shape.group <= kFewQueries; }
 
   Decode(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
          typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionPerHead<F>& per_head,
@@ -118,13 +116,14 @@ class Decode {
       F* tile_mask = own.take<F>(kChunkStride);
       F* row_mask = own.take<F>(kChunkStride);
       F* factors = own.take<F>(kChunkStride);
+      T* rows = own.take<T>(is_dense() ? 0 : std::max(kLanes<F> * shape_.dim, kValueKeys * shape_.value_dim));
       if (own.failed) {
         failed = true;
         return;
       }
       for (int64_t j = 0; j < kChunkStride; ++j) tile_mask[j] = row_mask[j] = factors[j] = 0;
       for (int64_t task = begin; task < end; ++task)
-        chunk(task / chunks_, task % chunks_, queries, scores, tile_mask, row_mask, factors);
+        chunk(task / chunks_, task % chunks_, queries, scores, tile_mask, row_mask, factors, rows);
     });
     if (failed) return false;
     for (int64_t row = 0; row < shape_.heads * shape_.queries; ++row) combine(row);
@@ -137,7 +136,17 @@ class Decode {
     return partial_ + ((head * shape_.queries + query) * chunks_ + chunk) * stride_;
   }
 
-  void chunk(int64_t key_head, int64_t number, F* queries, F* scores, F* tile_mask, F* row_mask, F* factors) const {
+  bool is_dense() const { return key_.column == 1 && value_.column == 1; }
+  // `count` rows from `from` on, where they lie or in `buffer`.
+  Read<T> rows_at(const typename Launcher::Input& of, const T* from, int64_t count, int64_t width, T* buffer) const {
+    if (of.column == 1) return {from, of.row, 1};
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t d = 0; d < width; ++d) buffer[j * width + d] = from[j * of.row + d * of.column];
+    return {buffer, width, 1};
+  }
+
+  void chunk(int64_t key_head, int64_t number, F* queries, F* scores, F* tile_mask, F* row_mask, F* factors,
+             T* rows) const {
     const int64_t head = key_head * shape_.group, width = padded<F>(shape_.dim), chunk_begin = number * kChunkKeys;
     for (int64_t r = 0; r < rows_; ++r) start(head + r / shape_.queries, r % shape_.queries, number);
     const KeyRange seen = keys_of(shape_, 0, shape_.queries);
@@ -150,10 +159,12 @@ class Decode {
         queries[r * width + d] = d < shape_.dim ? to_float(from[d * query_.column]) : F(0);
     }
     const T* key = head_start(key_, shape_, head, shape_.group) + begin * key_.row;
-    for (int64_t j = 0; j < count; j += kLanes<F>)
+    for (int64_t j = 0; j < count; j += kLanes<F>) {
+      const int64_t some = std::min<int64_t>(kLanes<F>, count - j);
+      const Read<T> of = rows_at(key_, key + j * key_.row, some, shape_.dim, rows);
       for (int64_t r = 0; r < rows_; ++r)
-        score_keys(key + j * key_.row, key_.row, std::min<int64_t>(kLanes<F>, count - j), queries + r * width,
-                   shape_.dim, scores + r * kChunkStride + j);
+        score_keys(of.data, of.row, some, queries + r * width, shape_.dim, scores + r * kChunkStride + j);
+    }
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t own = head + r / shape_.queries;
       const HeadScores<F> of_head = scores_of(shape_, mask_, per_head_, own, tile_mask, row_mask);
@@ -161,30 +172,32 @@ class Decode {
       softmax(of_head, own, r % shape_.queries, number, begin, count, scores + r * kChunkStride, factors);
     }
     const T* value = head_start(value_, shape_, head, shape_.group) + begin * value_.row;
-    for (int64_t j = 0; j < count; j += kValueKeys)
+    for (int64_t j = 0; j < count; j += kValueKeys) {
+      const int64_t some = std::min(kValueKeys, count - j);
+      const Read<T> of = rows_at(value_, value + j * value_.row, some, shape_.value_dim, rows);
       for (int64_t r = 0; r < rows_;) {
         // The rows of one head are neighbours in partial_, chunks_ * stride_ apart, and so are those of the next head.
         const int64_t height = rows_ - r >= 4 ? 4 : rows_ - r >= 2 ? 2 : 1;
         const auto values = [&]<int M>(std::integral_constant<int, M>) {
-          add<M>(value + j * value_.row, std::min(kValueKeys, count - j), scores + r * kChunkStride + j,
-                 partial(head, r, number));
+          add<M>(of, some, scores + r * kChunkStride + j, partial(head, r, number));
         };
         height == 4   ? values(std::integral_constant<int, 4>())
         : height == 2 ? values(std::integral_constant<int, 2>())
                       : values(std::integral_constant<int, 1>());
         r += height;
       }
+    }
   }
 
   template <int M>
-  void add(const T* value, int64_t count, const F* weights, F* to) const {
+  void add(const Read<T>& value, int64_t count, const F* weights, F* to) const {
     const bool masked = shape_.windowed() || mask_.kind != AttentionMask::kNone;
     constexpr int kVectors = M < 4 && kVectorRegisters == 32 ? 8 : 4;  // of a row at once
     for (int64_t d = 0; d < shape_.value_dim; d += kVectors * kLanes<F>) {
       const int64_t width = shape_.value_dim - d, stride = chunks_ * stride_;
       const auto run = [&]<int N>(std::integral_constant<int, N>) {
-        masked ? add_values<M, N, true>(value + d, value_.row, count, width, weights, to + d, stride)
-               : add_values<M, N, false>(value + d, value_.row, count, width, weights, to + d, stride);
+        masked ? add_values<M, N, true>(value.data + d, value.row, count, width, weights, to + d, stride)
+               : add_values<M, N, false>(value.data + d, value.row, count, width, weights, to + d, stride);
       };
       [&]<int... I>(std::integer_sequence<int, I...>) {
         const int64_t vectors = std::min<int64_t>(kVectors, divide_up(width, kLanes<F>));
