@@ -60,14 +60,28 @@ def test_accuracy(backend, dtype):
 )
 @pytest.mark.parametrize("kind", ["none", "bool", "float", "row"])
 def test_formula(backend, options, kind):
-    tensors = operands()
+    assert_matches_formula(operands(), kind, options)
+
+
+@pytest.mark.parametrize("options", [{}, {"width": 2.5, "sigma": 0.7}, {"width": 9.25}], ids=str)
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "row"])
+def test_one_query_over_many_keys(backend, options, kind):
+    """It attends over a copy of its window, which may lie beside the keys or reach beyond them."""
+    query, key, value, center = operands(torch.float64, (2, 3), 1, 70, 8, 5)
+    center = (torch.tensor([-30.0, -1.0, 0.5, 33.0, 68.75, 300.0]).double().view(2, 3, 1)).requires_grad_()
+    assert_matches_formula((query, key, value, center), kind, options)
+
+
+def assert_matches_formula(tensors, kind, options):
+    queries, keys = tensors[0].shape[-2], tensors[1].shape[-2]
+    hidden = torch.rand(2, 1, queries, keys) < 0.3
     mask = {
         "none": None,
-        "bool": torch.rand(2, 3, 9, 20) < 0.6,
-        "float": torch.randn(2, 1, 9, 20).double().masked_fill(torch.rand(2, 1, 9, 20) < 0.3, -math.inf),
-        "row": torch.randn(20).double(),
+        "bool": torch.rand(2, 3, queries, keys) < 0.6,
+        "float": torch.randn(2, 1, queries, keys).double().masked_fill(hidden, -math.inf),
+        "row": torch.randn(keys).double(),
     }[kind]
-    grad = torch.randn(2, 3, 9, 5).double()
+    grad = torch.randn(2, 3, queries, 5).double()
     inputs = [*tensors] if kind in ("none", "bool") else [*tensors, mask]
 
     def call(fn):

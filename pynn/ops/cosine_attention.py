@@ -15,15 +15,17 @@ _SHORTEST = 1e-12  # of a vector that has a direction, as in torch.nn.functional
 
 
 def _direction(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
-    """x with this norm, in its dtype; NaN where x is not finite, and then without a gradient.
+    """x with this norm, in its dtype; NaN where its norm is not finite, and then without a gradient.
 
     The gradient of a norm would turn a 0 that comes back for a masked key into NaN.
     """
     wide = x.to(compute_dtype(x))
-    finite = wide.isfinite().all(-1, keepdim=True)
-    wide = wide.masked_fill(~finite, 0)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(_SHORTEST)
-    return (wide * (length / norm)).masked_fill(~finite, torch.nan).to(x.dtype)
+    norm = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
+    finite = norm.isfinite()
+    if wide.requires_grad or torch._C._are_functorch_transforms_active():
+        wide = wide.masked_fill(~finite, 0)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * (length / norm.clamp_min(_SHORTEST)).masked_fill(~finite, torch.nan)).to(x.dtype)
 
 
 def cosine_attention(
@@ -42,7 +44,7 @@ def cosine_attention(
     2111.09883). The scores are temperature at most: choose it well above 1, or learn it.
 
     query and key are normalised in float32 (float64), then all is scaled_dot_product_attention. A vector shorter than
-    1e-12 has no direction, its cosines are about 0; one that is not finite gives NaN where it is not masked.
+    1e-12 has no direction, its cosines are about 0; one whose norm is not finite gives NaN where it is not masked.
 
     Args:
         query: (..., H, Lq, D) float64, float32, float16 or bfloat16.

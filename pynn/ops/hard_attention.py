@@ -57,6 +57,9 @@ def _given_back(grad: Tensor, value: Tensor, index: Tensor) -> Tensor:
     rows = grad.masked_fill((index < 0)[..., None], 0).to(compute_dtype(value)).reshape(-1, grad.shape[-1])
     heads = torch.arange(math.prod(index.shape[:-1]), device=index.device) // group
     place = (heads[:, None] * value.shape[-2] + index.reshape(-1, index.shape[-1]).clamp_min(0)).flatten()
+    if value.device.type == "cpu":
+        sums = rows.new_zeros((math.prod(value.shape[:-1]), rows.shape[-1])).index_add_(0, place, rows)
+        return sums.to(value.dtype).view(value.shape)
     order = place.sort(stable=True).indices  # a segment per key: index_add would add in any order on a GPU
     lengths = torch.bincount(place, minlength=math.prod(value.shape[:-1]))
     sums = torch.segment_reduce(rows[order], "sum", lengths=lengths, unsafe=True, initial=0)

@@ -6,14 +6,14 @@ Shapes: query (..., H, Lq, D), key (..., H, Lk, D), value (..., H, Lk, Dv), cent
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._attention_composite import broadcast_leading
-from ._function import autocast, compute_dtype
-from .scaled_dot_product_attention import scaled_dot_product_attention
+from ._attention_functions import ScaledDotProductAttention
+from ._function import autocast, call, compute_dtype
+from .random import make_key
 
 _NAME = "local_attention"
 
@@ -44,10 +44,10 @@ def local_attention(
     center = torch.arange(Lq) and sigma = math.inf; scaled_dot_product_attention(window=(width, width)) is the same
     without a mask in memory.
 
-    One pass of scaled_dot_product_attention in which each key is there twice: with its value and the Gaussian, and with
-    the value 0 and what the Gaussian leaves of 1, so that the sum below the weights is that without a Gaussian. It has
-    a mask of 2 Lq Lk elements for each head that has centres of its own, and takes time for all keys, not for the
-    windows.
+    With S the scores and e the exponent that is out_i = O_i exp(L'_i - L_i): O and the log-sum-exp L' are those of
+    attention with S - e, L that of S. So it takes two passes over the scores, and for each head that has centres of its
+    own a mask of Lq Lk elements. A single query per head, as in a decoder, copies the keys of its window and costs no
+    more than those; otherwise the time is that of all keys.
 
     Args:
         query: (..., H, Lq, D) float64, float32, float16 or bfloat16; at least 2 dimensions.
@@ -73,7 +73,16 @@ def local_attention(
     query, key, value = autocast(query, key, value)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
-    distance = _distances(center, query, key)
+    center = _checked_center(center, query)
+    columns = torch.arange(key.shape[-2], device=query.device)
+    most = int(2 * width) + 1 if width < key.shape[-2] else key.shape[-2]  # keys of a window
+    if query.shape[-2] == 1 and query.shape[:-2] == key.shape[:-2] and 2 * most <= key.shape[-2]:
+        columns = _window(center.detach().expand(query.shape[:-1]), width, most, key.shape[-2])
+        rows = columns.squeeze(-2)[..., None]
+        key, value = key.take_along_dim(rows, -2), value.take_along_dim(rows, -2)
+        if attn_mask is not None and attn_mask.shape[-1] > 1:
+            attn_mask = attn_mask.expand(*query.shape[:-1], -1).take_along_dim(columns, -1)
+    distance = columns - center[..., None]
     seen = distance.detach().abs() <= width
     added = None  # to the scores
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -81,23 +90,32 @@ def local_attention(
     elif attn_mask is not None:
         hidden = attn_mask == -math.inf
         seen, added = seen & ~hidden, attn_mask.to(distance.dtype).masked_fill(hidden, 0)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-    options |= {"generator": generator, "seed": seed}
-    if sigma == math.inf:
-        mask = seen if added is None else added.masked_fill(~seen, -math.inf)
-        return scaled_dot_product_attention(query, key, value, mask, **options)
-    # With width 0 the window holds the centre itself or nothing: no Gaussian is needed, and none divides by 0.
-    exponent = distance.square() * (0.5 / sigma**2 if sigma > 0 else 0.0)
-    apart = exponent.detach() > 0
-    rest = exponent.masked_fill(~apart, 1).neg().expm1().neg().log()  # log(1 - exp(-exponent))
-    parts = [-exponent if added is None else added - exponent, rest if added is None else added + rest]
-    masks = [part.masked_fill(~shown, -math.inf) for part, shown in zip(parts, (seen, seen & apart), strict=True)]
-    keys, values = torch.cat((key, key), -2), torch.cat((value, torch.zeros_like(value)), -2)
-    return scaled_dot_product_attention(query, keys, values, torch.cat(masks, -1), **options)
+    mask = seen if added is None else added.masked_fill(~seen, -math.inf)
+    dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+    options = (-1, -1, False, scale, 0.0)
+
+    def attended(values, mask, dropout_key, p):
+        return call(ScaledDotProductAttention, query, key, values, mask, dropout_key, *(None,) * 4, float(p), *options)
+
+    if sigma == math.inf or width == 0:  # with width 0 the window holds the centre itself or nothing
+        return attended(value, mask, dropout_key, dropout_p)[0]
+    exponent = distance.square() * (0.5 / sigma**2)
+    weighted = (-exponent if added is None else added - exponent).masked_fill(~seen, -math.inf)
+    out, with_gaussian = attended(value, weighted, dropout_key, dropout_p)
+    plain = attended(value.detach()[..., :1], mask, None, 0.0)[1]
+    share = torch.where(plain == -math.inf, 0.0, with_gaussian - plain).exp()
+    return (out.to(compute_dtype(query)) * share[..., None].to(compute_dtype(query))).to(query.dtype)
 
 
-def _distances(center: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """j - center_i, (..., Lq, Lk), with no more leading dimensions than center has."""
+def _window(center: Tensor, width: float, most: int, keys: int) -> Tensor:
+    """The `most` keys from the first one of each window on, moved to where there are so many: (..., H, 1, most)."""
+    first = (center - width).ceil().nan_to_num().clamp(0, keys - most).long()
+    return first[..., None] + torch.arange(most, device=center.device)
+
+
+def _checked_center(center: Tensor, query: Tensor) -> Tensor:
+    """In the precision of sums, with no more leading dimensions than it has."""
     if query.dim() < 2:
         raise RuntimeError(f"{_NAME}: expected query with at least 2 dimensions, got {query.dim()}")
     expected = query.shape[:-1]
@@ -111,5 +129,4 @@ def _distances(center: Tensor, query: Tensor, key: Tensor) -> Tensor:
         raise RuntimeError(f"{_NAME}: expected center and query to be on the same device")
     if center.is_complex() or center.dtype == torch.bool:
         raise RuntimeError(f"{_NAME}: expected center to be floating or integer, got {center.dtype}")
-    columns = torch.arange(key.shape[-2], device=query.device, dtype=compute_dtype(query))
-    return columns - center.to(columns.dtype)[..., None]
+    return center.to(compute_dtype(query))
