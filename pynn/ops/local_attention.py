@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttention
-from ._function import autocast, call, compute_dtype
+from ._function import autocast, call, compute_dtype, recorded
 from .random import make_key
 
 _NAME = "local_attention"
@@ -45,9 +45,11 @@ def local_attention(
     without a mask in memory.
 
     With S the scores and e the exponent that is out_i = O_i exp(L'_i - L_i): O and the log-sum-exp L' are those of
-    attention with S - e, L that of S. So it takes two passes over the scores, and for each head that has centres of its
-    own a mask of Lq Lk elements. A single query per head, as in a decoder, copies the keys of its window and costs no
-    more than those; otherwise the time is that of all keys.
+    attention with S - e, L that of S. Gradients in float32, where the difference of two results would be seen, come
+    from one pass in which each key is there twice: with its value and the Gaussian, and with the value 0 and what the
+    Gaussian leaves of 1, so that the sum below the weights is that without a Gaussian. Either way there is a mask for
+    each head that has centres of its own. A single query per head, as in a decoder, copies the keys of its window and
+    costs no more than those; otherwise the time is that of all keys.
 
     Args:
         query: (..., H, Lq, D) float64, float32, float16 or bfloat16; at least 2 dimensions.
@@ -101,6 +103,14 @@ def local_attention(
     if sigma == math.inf or width == 0:  # with width 0 the window holds the centre itself or nothing
         return attended(value, mask, dropout_key, dropout_p)[0]
     exponent = distance.square() * (0.5 / sigma**2)
+    # With dropout always: what is dropped must not depend on whether gradients are wanted.
+    if query.dtype is torch.float32 and (dropout_key is not None or recorded((query, key, value, center))):
+        apart = exponent.detach() > 0
+        rest = exponent.masked_fill(~apart, 1).neg().expm1().neg().log()  # log(1 - exp(-exponent))
+        pairs = ((-exponent, seen), (rest, seen & apart))
+        masks = [(part if added is None else added + part).masked_fill(~shown, -math.inf) for part, shown in pairs]
+        key, value = torch.cat((key, key), -2), torch.cat((value, torch.zeros_like(value)), -2)
+        return attended(value, torch.cat(masks, -1), dropout_key, dropout_p)[0]
     weighted = (-exponent if added is None else added - exponent).masked_fill(~seen, -math.inf)
     out, with_gaussian = attended(value, weighted, dropout_key, dropout_p)
     plain = attended(value.detach()[..., :1], mask, None, 0.0)[1]
