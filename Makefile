@@ -69,7 +69,7 @@ build/primitives_check: $(PRIMITIVES)
 # The wheels for a release, into dist/: without CUDA kernels, and with them for CUDA 13 (docs/wheels.md).
 wheel: $(STAMP)
 	rm -f dist/*.whl
-	PYNN_WHEEL_VARIANT=cpu $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	PYNN_WHEEL_VARIANT=cpu PYNN_CUDA_ARCHS= $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
 	@if test -x "$(NVCC)"; then \
 	  PYNN_WHEEL_VARIANT=cu13 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .; \
 	else echo "no nvcc: the cu13 wheel is left out"; fi
