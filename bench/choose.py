@@ -53,24 +53,19 @@ class Point(NamedTuple):
         return 2.0 * self.batch * self.size**2 * self.outputs * self.channels / self.groups * self.kernel**2
 
 
-def _shapes() -> dict[str, list[tuple[int, int, int, int, int]]]:
-    """Channels, outputs, groups, kernel and stride, by parts of the grid."""
-    stems = [(c, o, 1, kernel, stride) for c, o in FEW for kernel, stride in ((3, 1), (5, 1), (7, 2))]
-    return {
-        "dense": [(c, o, 1, *window) for window in WINDOWS for c, o in DENSE] + [(c, o, 1, 1, 1) for c, o in WIDE],
-        "few": stems,  # of an image's channels: stems and heads
-        "narrow": [(c, o, 1, *window) for window in WINDOWS for c, o in NARROW],
-        "depthwise": [(c, c, c, kernel, stride) for c in (64, 256) for kernel in (3, 5, 7) for stride in (1, 2)],
-        "grouped": [(32 * width, 32 * width, 32, 3, stride) for width in (4, 8, 32) for stride in (1, 2)],
-    }
+# Parts of the grid: channels, outputs, groups, kernel and stride.
+SHAPES: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "dense": [(c, o, 1, *window) for window in WINDOWS for c, o in DENSE] + [(c, o, 1, 1, 1) for c, o in WIDE],
+    "few": [(c, o, 1, kernel, stride) for c, o in FEW for kernel, stride in ((3, 1), (5, 1), (7, 2))],  # stems, heads
+    "narrow": [(c, o, 1, *window) for window in WINDOWS for c, o in NARROW],
+    "depthwise": [(c, c, c, kernel, stride) for c in (64, 256) for kernel in (3, 5, 7) for stride in (1, 2)],
+    "grouped": [(32 * width, 32 * width, 32, 3, stride) for width in (4, 8, 32) for stride in (1, 2)],
+}
 
 
-PARTS = tuple(_shapes())
-
-
-def points(device: str, parts: Iterable[str] = PARTS) -> Iterator[Point]:
+def points(device: str, parts: Iterable[str] = tuple(SHAPES)) -> Iterator[Point]:
     """The grid, or parts of it."""
-    shapes = [shape for part in parts for shape in _shapes()[part]]
+    shapes = [shape for part in parts for shape in SHAPES[part]]
     for shape, (batch, size), last in itertools.product(shapes, MAPS, (False, True)):
         point = Point(*shape, batch, size, last)
         if point.flops <= MOST_FLOPS[device]:
@@ -139,12 +134,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=choices.DIRECTORY)
     parser.add_argument("--budget", type=float, default=0.06, metavar="S", help="seconds of timing per call")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="measure every N-th point only")
-    parser.add_argument("--part", choices=PARTS, action="append", help="repeatable; the whole grid without")
+    parser.add_argument("--part", choices=tuple(SHAPES), action="append", help="repeatable; the whole grid without")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: dict[tuple, choices.Row] = {}
     for dtype in DTYPES[options.device]:
-        for point in itertools.islice(points(options.device, options.part or PARTS), None, None, options.every):
+        for point in itertools.islice(points(options.device, options.part or SHAPES), None, None, options.every):
             for name, operands in calls(point, dtype, options.device).items():
                 row = measure(name, operands, dtype, options.device, options.budget)
                 if row is not None:

@@ -1,4 +1,4 @@
-"""The options that scaled_dot_product_attention and multi_head_attention share, checked, as their ops take them."""
+"""The options that the ops of attention share, checked, as the dispatcher ops take them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._function import autocast, compute_dtype
+from ._function import autocast, compute_dtype, recorded
 from .scaled_dot_product_attention import scaled_dot_product_attention
 
 _NAME = "cosine_attention"
@@ -22,7 +22,7 @@ def _direction(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
     wide = x.to(compute_dtype(x))
     norm = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
     finite = norm.isfinite()
-    if wide.requires_grad or torch._C._are_functorch_transforms_active():
+    if recorded((x,)):
         wide = wide.masked_fill(~finite, 0)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide * (length / norm.clamp_min(_SHORTEST)).masked_fill(~finite, torch.nan)).to(x.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttention
+from ._attention_options import scores_options
 from ._function import autocast, call, compute_dtype, recorded
 from .random import make_key
 
@@ -94,8 +95,7 @@ def local_attention(
         seen, added = seen & ~hidden, attn_mask.to(distance.dtype).masked_fill(hidden, 0)
     mask = seen if added is None else added.masked_fill(~seen, -math.inf)
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
-    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
-    options = (-1, -1, False, scale, 0.0)
+    options = scores_options(_NAME, None, "upper_left", False, scale, None, query.shape[-1])
 
     def attended(values, mask, dropout_key, p):
         return call(ScaledDotProductAttention, query, key, values, mask, dropout_key, *(None,) * 4, float(p), *options)
@@ -103,15 +103,14 @@ def local_attention(
     if sigma == math.inf or width == 0:  # with width 0 the window holds the centre itself or nothing
         return attended(value, mask, dropout_key, dropout_p)[0]
     exponent = distance.square() * (0.5 / sigma**2)
+    weighted = (-exponent if added is None else added - exponent).masked_fill(~seen, -math.inf)
     # With dropout always: what is dropped must not depend on whether gradients are wanted.
     if query.dtype is torch.float32 and (dropout_key is not None or recorded((query, key, value, center))):
         apart = exponent.detach() > 0
         rest = exponent.masked_fill(~apart, 1).neg().expm1().neg().log()  # log(1 - exp(-exponent))
-        pairs = ((-exponent, seen), (rest, seen & apart))
-        masks = [(part if added is None else added + part).masked_fill(~shown, -math.inf) for part, shown in pairs]
+        rest = (rest if added is None else added + rest).masked_fill(~(seen & apart), -math.inf)
         key, value = torch.cat((key, key), -2), torch.cat((value, torch.zeros_like(value)), -2)
-        return attended(value, torch.cat(masks, -1), dropout_key, dropout_p)[0]
-    weighted = (-exponent if added is None else added - exponent).masked_fill(~seen, -math.inf)
+        return attended(value, torch.cat((weighted, rest), -1), dropout_key, dropout_p)[0]
     out, with_gaussian = attended(value, weighted, dropout_key, dropout_p)
     plain = attended(value.detach()[..., :1], mask, None, 0.0)[1]
     share = torch.where(plain == -math.inf, 0.0, with_gaussian - plain).exp()
