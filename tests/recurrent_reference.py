@@ -81,8 +81,11 @@ def ours(p: Problem):
     return rnn(t["input"], t["hx"], *weights, nonlinearity="relu" if p.relu else "tanh", **options)
 
 
-def reference(p: Problem):
-    """(output, last states ...) row by row and step by step, from the formulas."""
+def reference(p: Problem, positive: torch.Tensor | None = None):
+    """(output, last states ...) row by row and step by step, from the formulas.
+
+    positive: where a relu passes its argument on, instead of deciding by its sign.
+    """
     t = {k: None if v is None else v.double() for k, v in p.tensors.items()}
     steps, batch = p.input.shape[:2]
     zero = 0.0
@@ -105,8 +108,10 @@ def reference(p: Problem):
                 (xr, xz, xn), (hr, hz, hn) = x.chunk(3), y.chunk(3)
                 z, n = (xz + hz).sigmoid(), (xn + (xr + hr).sigmoid() * hn).tanh()
                 h = (1 - z) * n + z * h
+            elif p.relu:
+                h = (x + y).relu() if positive is None else (x + y) * positive[at, b]
             else:
-                h = (x + y).relu() if p.relu else (x + y).tanh()
+                h = (x + y).tanh()
             outputs[at] = h
         rows.append(torch.stack(outputs))
         lasts.append((h,) if c is None else (h, c))
