@@ -277,7 +277,7 @@ void launch_all(Run& run) {
     for (const Case& c : kSmall) Call<T>(run, c)();
   });
   for (const Case& c : kWide) {
-    Call<double>(run, c)();
+    if (!run.once()) Call<double>(run, c)();  // the kernels of float, with smaller tiles: more barriers
     Call<float>(run, c)();
     Call<pynn::BFloat16>(run, c)();
   }
