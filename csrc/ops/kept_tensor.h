@@ -27,7 +27,7 @@ class __attribute__((visibility("hidden"))) KeptBlocks {
     // Without waiting: a child process may find the lock held by a thread that it does not have.
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock)
       for (size_t i = blocks_.size(); i-- > 0;)
-        if (blocks_[i].bytes >= bytes && blocks_[i].bytes < bytes + bytes / 4 + kSlack) {
+        if (blocks_[i].bytes == LargeMemory::size_of(bytes)) {
           LargeMemory block = std::move(blocks_[i]);
           blocks_.erase(blocks_.begin() + std::ptrdiff_t(i));
           bytes_ -= block.bytes;
@@ -47,8 +47,6 @@ class __attribute__((visibility("hidden"))) KeptBlocks {
   }
 
  private:
-  static constexpr int64_t kSlack = 2 << 20;  // blocks are whole huge pages
-
   std::mutex mutex_;
   std::vector<LargeMemory> blocks_;  // the latest last
   int64_t bytes_ = 0;
@@ -56,7 +54,7 @@ class __attribute__((visibility("hidden"))) KeptBlocks {
 
 // new_dense, in such a block if the tensor is large.
 inline Tensor new_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  constexpr int64_t kLarge = 1 << 19;
+  constexpr int64_t kLarge = 128 << 10;  // from where the system's allocator begins to ask the system
   int64_t strides[4], count = 1;
   PYNN_CHECK(shape.size() <= 4, "pynn: tensors of at most 4 dimensions");
   for (size_t d = shape.size(); d-- > 0; count *= shape.begin()[d]) strides[d] = count;

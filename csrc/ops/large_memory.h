@@ -19,11 +19,17 @@ inline constexpr int64_t kKeptBytes = 64 << 20;
 #endif
 
 struct __attribute__((visibility("hidden"))) LargeMemory {
+  static constexpr int64_t kHugePage = 2 << 20, kLine = 64;
+
+  static int64_t unit_of(int64_t needed) { return needed >= kHugePage && needed <= kKeptBytes ? kHugePage : kLine; }
+  static int64_t size_of(int64_t needed) {
+    const int64_t unit = unit_of(needed);
+    return (needed + unit - 1) / unit * unit;
+  }
+
   LargeMemory() = default;
-  explicit LargeMemory(int64_t needed) {
-    constexpr int64_t kHugePage = 2 << 20, kLine = 64;
-    const int64_t unit = needed >= kHugePage && needed <= kKeptBytes ? kHugePage : kLine;
-    bytes = (needed + unit - 1) / unit * unit;
+  explicit LargeMemory(int64_t needed) : bytes(size_of(needed)) {
+    const int64_t unit = unit_of(needed);
     memory.reset(std::aligned_alloc(size_t(unit), size_t(bytes)));
     PYNN_CHECK(memory, "pynn: no memory for ", needed, " bytes");
 #ifdef MADV_HUGEPAGE
