@@ -16,6 +16,7 @@ namespace pynn::cpu::recurrent {
 inline constexpr int64_t kBackwardRows = 256;
 inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
 inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
+inline constexpr int64_t kUnpackedSteps = 6;  // that take less to read weight_hh where it lies than to pack it
 
 template <Cell kCell, class T>
 class BackwardPass {
@@ -35,7 +36,7 @@ class BackwardPass {
         rows_(std::min(shape.batch, kBackwardRows)),
         capacity_(std::min(std::max(shape.rows(), shape.batch), kBackwardRows)),
         single_(shape.rows() <= capacity_),
-        ready_hh_(shape.steps > 1 || shape.batch > rows_ || threads_of(rows_) > 1) {
+        ready_hh_(shape.steps > kUnpackedSteps || shape.batch > rows_ || threads_of(rows_) > 1) {
     const int64_t batch = shape.batch;
     Arena arena{static_cast<char*>(scratch)};
     schedule_ = {shape.steps,
@@ -216,9 +217,22 @@ class BackwardPass {
     each_part([&](int64_t from, int64_t to, bool panels_on_threads) { initial(first, from, to, panels_on_threads); });
   }
 
-  // The gradients of the states of one step, or with s = -1 of h0, for a panel of units of the rows from .. from +
-  // rows; without the next step's share where weight_hh is not packed.
-  A* state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset, const A* next) {
+  // The gradients of the states of one step, or with s = -1 of h0, for the panels begin to end of units and the rows from
+  // .. from + rows.
+  void state_gradients(int64_t begin, int64_t end, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset,
+                       const A* next) {
+    const int64_t going_on = schedule_.count(s + 1, first + from, first + to);
+    const A* const gradients = next + from * kWidth + P::kHiddenOffset;
+    for (int64_t p = begin; p < end; ++p) {
+      start_state_gradient(p, s, first, from, to, offset);
+      if (going_on && ready_hh_) product(packed_hh_, p, gradients, going_on, state_sums(p, from, offset));
+    }
+    if (going_on && !ready_hh_)
+      multiply_once(call_.weights.hh, shape_.state, true, begin, end, gradients, going_on,
+                    state_sums(begin, from, offset), state_rows_ * kWidth);
+  }
+  // Without what comes through the gates of the step after it.
+  void start_state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset) {
     const int64_t rows = (s < 0 ? to - from : schedule_.count(s, first + from, first + to));
     const int64_t going_on = schedule_.count(s + 1, first + from, first + to), size = shape_.state;
     A* const sums = state_sums(panel, from, offset);
@@ -235,9 +249,6 @@ class BackwardPass {
         }
         store(sums + j * kWidth + v * L, sum);
       }
-    if (going_on && ready_hh_)
-      product(packed_hh_, panel, next + from * kWidth + P::kHiddenOffset, going_on, sums);
-    return sums;
   }
   A* state_sums(int64_t panel, int64_t from, int64_t offset) const {
     return states_ + (panel * state_rows_ + (shape_.projected ? offset : 0) + from) * kWidth;
@@ -247,10 +258,12 @@ class BackwardPass {
     const int64_t rows = schedule_.count(s, first + from, first + to);
     keep_left_rows(s, first, from, rows, offset);
     each_panels(threads, state_panels_, rows * depth_ * kWidth, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const A* const sums = state_gradient(p, s, first, from, to, offset, next);
-        for (int64_t j = 0; !shape_.projected && j < rows; ++j)
-          finish(p, s, first, from + j, offset, sums + j * kWidth);
+      const int64_t at_once = ready_hh_ ? 1 : end - begin;
+      for (int64_t p = begin; p < end; p += at_once) {
+        state_gradients(p, p + at_once, s, first, from, to, offset, next);
+        for (int64_t of_part = p; !shape_.projected && of_part < p + at_once; ++of_part)
+          for (int64_t j = 0; j < rows; ++j)
+            finish(of_part, s, first, from + j, offset, state_sums(of_part, from, offset) + j * kWidth);
       }
     });
     if (!shape_.projected) return;
@@ -383,11 +396,7 @@ class BackwardPass {
   void initial(int64_t first, int64_t from, int64_t to, bool threads) {
     const int64_t size = shape_.state, panels = call_.grad_h0 ? state_panels_ : 0;
     each_panels(threads, panels, (to - from) * depth_ * kWidth, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) state_gradient(p, -1, first, from, to, 0, gradients_[1]);
-      const int64_t going_on = schedule_.count(0, first + from, first + to);
-      if (going_on && !ready_hh_)
-        multiply_once(call_.weights.hh, size, true, begin, end, gradients_[1] + from * kWidth + P::kHiddenOffset,
-                      going_on, state_sums(begin, from, 0), state_rows_ * kWidth);
+      state_gradients(begin, end, -1, first, from, to, 0, gradients_[1]);
       for (int64_t p = begin; p < end; ++p) {
         const A* const sums = state_sums(p, from, 0);
         for (int64_t j = from; j < to; ++j)

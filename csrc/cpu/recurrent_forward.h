@@ -17,6 +17,8 @@ namespace pynn::cpu::recurrent {
 inline constexpr int64_t kForwardRows = 192;  // rows of a chunk
 inline constexpr int64_t kSingleRows = 256;   // rows that are one chunk: then weight_ih is used once
 inline constexpr int64_t kPieceRows = 8;      // rows of a piece that are worth a thread
+// Steps that take less to read weight_hh where it lies than to pack it: multiplying in place, and packing on the way.
+inline constexpr int64_t kInPlaceSteps = 16, kUnpackedForwardSteps = 3;
 
 template <Cell kCell, class T, class Op>
 class ForwardPass {
@@ -47,9 +49,9 @@ class ForwardPass {
                  arena.take<int64_t>(batch),
                  arena.take<int64_t>(batch),
                  arena.take<int64_t>(shape.steps + 1)};
-    // Weights that several products take are packed for all of them; the others as they are used.
+    // Weights that many products take are packed for all of them; the others as they are used.
     ready_ih_ = pieces_ > 1 || shape.rows() > capacity_;
-    ready_hh_ = pieces_ > 1 || shape.steps > 2 || (shape.steps == 2 && batch > 2);
+    ready_hh_ = pieces_ > 1 || shape.steps > (batch <= 2 ? kInPlaceSteps : kUnpackedForwardSteps);
     bias_ = arena.take<A>(panels_ * P::kWidth);
     packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * packed_depth<A>(input_depth_) * P::kProduct : 0);
     packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * packed_depth<A>(state_depth_) * P::kProduct : 0);
