@@ -14,8 +14,8 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kBackwardRows = 256;
-inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
-inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
+inline constexpr int64_t kThreadRows = 8;     // rows of the recurrence that are worth a thread
+inline constexpr int64_t kStripPanels = 16;   // whose sums stay in the first-level cache
 inline constexpr int64_t kUnpackedSteps = 6;  // that take less to read weight_hh where it lies than to pack it
 
 template <Cell kCell, class T>
@@ -217,7 +217,8 @@ class BackwardPass {
     each_part([&](int64_t from, int64_t to, bool panels_on_threads) { initial(first, from, to, panels_on_threads); });
   }
 
-  // The gradients of the states of one step, or with s = -1 of h0, for the panels begin to end of units and the rows from
+  // The gradients of the states of one step, or with s = -1 of h0, for the panels begin to end of units and the rows
+  // from
   // .. from + rows.
   void state_gradients(int64_t begin, int64_t end, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset,
                        const A* next) {

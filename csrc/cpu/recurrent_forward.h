@@ -157,9 +157,9 @@ class ForwardPass {
     const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
     const Weight* const w = weight_of(of_hidden);
     if (ready)
-      multiply_packed<kVectors, Op>(a, a_stride, depth,
-                                    (of_hidden ? packed_hh_ : packed_ih_) + panel * packed_depth<A>(depth) * P::kProduct,
-                                    rows, c, P::kWidth);
+      multiply_packed<kVectors, Op>(
+          a, a_stride, depth, (of_hidden ? packed_hh_ : packed_ih_) + panel * packed_depth<A>(depth) * P::kProduct,
+          rows, c, P::kWidth);
     else if (rows == 1)
       multiply_in_place<kVectors, 1, Op>(a, a_stride, depth, w, columns, c, P::kWidth, after(of_hidden, panel));
     else if (rows == 2)

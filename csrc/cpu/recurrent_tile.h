@@ -171,7 +171,7 @@ class Ahead {
 // Cache lines of a square of whole vectors.
 template <class T>
 inline constexpr int64_t kSquareLines =
-    std::max<int64_t>(1, kComputeLanes<T> * kComputeLanes<T> * int64_t(sizeof(T)) / 64);
+    std::max<int64_t>(1, kComputeLanes<T>* kComputeLanes<T>* int64_t(sizeof(T)) / 64);
 
 // A panel of w, (depth, columns), itself: to[:] = w[k][first ...] for `count` columns, 0 after them.
 template <class T>

@@ -117,7 +117,8 @@ class WeightGradient {
            bool first) const {
     const bool few = rows <= kFewRows;
     const auto sum = first ? few ? &add_few_outer<NV, false, A> : &add_outer<NV, false, A>
-                           : few ? &add_few_outer<NV, true, A> : &add_outer<NV, true, A>;
+                     : few ? &add_few_outer<NV, true, A>
+                           : &add_outer<NV, true, A>;
     sum(gradients, places, panels, capacity, columns_, rows, sums_);
   }
   // After the last chunk; `none` where there was no chunk at all.
