@@ -273,7 +273,7 @@ struct Call {
 };
 
 void launch_all(Run& run) {
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     for (const Case& c : kSmall) Call<T>(run, c)();
   });
   for (const Case& c : kWide) {
