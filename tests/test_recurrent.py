@@ -284,8 +284,9 @@ def assert_parts_equal_the_whole(p, dtype):
 
 
 @pytest.mark.parametrize(("cell", "options"), [("lstm", {"proj": 9, "lengths": True}), ("gru", {}), ("rnn", {})])
-def test_any_thread_count_and_run(backend, cell, options):
-    p = make(cell, 6, 13, 10, 33, dtype=torch.float32, **options).to(backend.device)
+@pytest.mark.parametrize("steps", [3, 8])  # weights packed by no thread count or some, and by all
+def test_any_thread_count_and_run(backend, cell, options, steps):
+    p = make(cell, steps, 17, 10, 33, dtype=torch.float32, **options).to(backend.device)
     grads = seeds(p)
     results, got = gradients(ours, p, grads)
     for count in (1, 2, 3) if backend.name == "cpu" else (1,):

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -448,3 +449,27 @@ def test_many_threads_share_a_layer(cpu_kernels):
     with ThreadPoolExecutor(4) as pool:
         for got, want in zip(pool.map(work, inputs), expected, strict=True):
             assert_bitwise(got, want)
+
+
+def test_large_gradients_have_memory_of_their_own(cpu_kernels):
+    """Memory of gradients that are gone serves later ones, never one that is held, whoever lets go of it."""
+    layer, x = pynn.nn.LSTM(192, 192), torch.randn(2, 3, 192)
+
+    def gradient(scale):
+        output, _ = layer(x)
+        return torch.autograd.grad(output, [layer.weight_ih_l0, layer.weight_hh_l0], scale * torch.ones_like(output))
+
+    held = gradient(1)
+    copies = [g.clone() for g in held]
+    for _ in range(3):
+        passing = [gradient(2)]
+        thread = threading.Thread(target=passing.clear)
+        thread.start()
+        thread.join()
+    both = gradient(3), gradient(4)
+    pointers = {g.data_ptr() for grads in (held, *both) for g in grads}
+    assert len(pointers) == 6
+    for got, want in zip(held, copies, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(both[1], copies, strict=True):
+        torch.testing.assert_close(got, 4 * want)

@@ -14,8 +14,9 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kBackwardRows = 256;
-inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
-inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
+inline constexpr int64_t kThreadRows = 8;     // rows of the recurrence that are worth a thread
+inline constexpr int64_t kStripPanels = 16;   // whose sums stay in the first-level cache
+inline constexpr int64_t kUnpackedSteps = 6;  // that take less to read weight_hh where it lies than to pack it
 
 template <Cell kCell, class T>
 class BackwardPass {
@@ -35,7 +36,7 @@ class BackwardPass {
         rows_(std::min(shape.batch, kBackwardRows)),
         capacity_(std::min(std::max(shape.rows(), shape.batch), kBackwardRows)),
         single_(shape.rows() <= capacity_),
-        ready_hh_(shape.steps > 1 || shape.batch > rows_ || threads_of(rows_) > 1) {
+        ready_hh_(shape.steps > kUnpackedSteps || shape.batch > rows_ || threads_of(rows_) > 1) {
     const int64_t batch = shape.batch;
     Arena arena{static_cast<char*>(scratch)};
     schedule_ = {shape.steps,
@@ -62,6 +63,7 @@ class BackwardPass {
     left_input_ = arena.take<A>(input_panels_ * capacity_ * kWidth);
     left_state_ = arena.take<A>(state_panels_ * capacity_ * kWidth);
     left_hidden_ = arena.take<A>(hidden_panels_ * capacity_ * kWidth);
+    input_sums_ = arena.take<A>(single_ ? input_panels_ * capacity_ * kWidth : 0);
     offsets_ = arena.take<int64_t>(capacity_ + 1);
     bytes_ = arena.used;
   }
@@ -108,51 +110,73 @@ class BackwardPass {
       }
     });
   }
-  // Columns of a panel; rows of the panels begin to end of the pre-activations.
-  void pack_block(const T* weight, int64_t columns, int64_t panel, bool of_hidden, int64_t begin, int64_t end,
-                  A* to) const {
-    for (int64_t q = begin; q < end; ++q) {
-      const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
-      for (int v = 0; v < P::kVectors; ++v)
-        for (int64_t i = 0; i < L; ++i, to += kWidth)
-          pack_row(weight + (rows.first[v] + i) * columns + panel * kWidth,
-                   i < rows.count[v] ? columns - panel * kWidth : 0, to);
-    }
+  // Columns of a panel; the rows of panel q of the pre-activations.
+  void pack_block(const T* weight, int64_t columns, int64_t panel, bool of_hidden, int64_t q, A* to,
+                  Ahead& ahead) const {
+    const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
+    for (int v = 0; v < P::kVectors; ++v)
+      for (int64_t i = 0; i < L; ++i, to += kWidth) {
+        ahead.lines<kWidth * int64_t(sizeof(T)) / 64>();
+        pack_row(weight + (rows.first[v] + i) * columns + panel * kWidth,
+                 i < rows.count[v] ? columns - panel * kWidth : 0, to);
+      }
   }
-  // sums[r] += gradients[r] weight, for a panel of columns.
-  void product(const T* weight, int64_t columns, bool of_hidden, const A* packed, bool ready, int64_t panel,
-               const A* gradients, int64_t rows, A* sums) const {
-    const LeftRows<A> left{gradients, kWidth, P::kProduct, capacity_ * kWidth};
-    if (ready) return multiply<4>(left, depth_, packed + panel * depth_ * kWidth, rows, sums, kWidth);
-    alignas(64) A part[kChain * kWidth];
-    const auto block = [&](int64_t k, int64_t count) -> const A* {
-      pack_block(weight, columns, panel, of_hidden, k / P::kProduct, (k + count) / P::kProduct, part);
-      return part;
-    };
-    multiply_blocks<4>(left, depth_, block, rows, sums, kWidth);
+  LeftRows<A> left_rows(const A* gradients) const { return {gradients, kWidth, P::kProduct, capacity_ * kWidth}; }
+  // sums[r] += gradients[r] weight, for a panel of columns of a packed weight.
+  void product(const A* packed, int64_t panel, const A* gradients, int64_t rows, A* sums) const {
+    multiply<4>(left_rows(gradients), depth_, packed + panel * depth_ * kWidth, rows, sums, kWidth);
   }
 
-  // product() for a single row of gradients, with the weight read once where it lies: sums[:] for the panels of columns
-  // begin to end, at most kStripPanels of them, so that the memory sees whole rows and the sums stay in the cache.
-  void row_product(const T* weight, int64_t columns, bool of_hidden, int64_t begin, int64_t end, A* sums) const {
+  // The same with a weight where it lies, for the panels begin to end of columns: their sums are `stride` apart. It is
+  // read once, whole rows or as long parts of them as have their sums near, chain by chain.
+  void multiply_once(const T* weight, int64_t columns, bool of_hidden, int64_t begin, int64_t end, const A* gradients,
+                     int64_t rows, A* sums, int64_t stride) const {
+    for (int64_t p = begin; p < end; p += kStripPanels)
+      multiply_strip(weight, columns, of_hidden, p, std::min(p + kStripPanels, end), gradients, rows,
+                     sums + (p - begin) * stride, stride);
+  }
+  void multiply_strip(const T* weight, int64_t columns, bool of_hidden, int64_t begin, int64_t end, const A* gradients,
+                      int64_t rows, A* sums, int64_t stride) const {
     constexpr int64_t kPanelsOfChain = kChain / P::kProduct;
     const int64_t first = begin * kWidth, count = std::min(end * kWidth, columns) - first;
-    alignas(64) A chain[kStripPanels * kWidth];
-    for (int64_t q = 0; q < panels_; q += kPanelsOfChain) {
-      std::fill_n(chain, round_up(count, L), A(0));
-      for (int64_t of_chain = q; of_chain < std::min(q + kPanelsOfChain, panels_); ++of_chain) {
-        const PanelRows rows = P::rows(of_chain, shape_.hidden, of_hidden);
-        const A* const scale = gradients_[0] + of_chain * kWidth + (of_hidden ? P::kHiddenOffset : 0);
-        for (int v = 0; v < P::kVectors; ++v) {
-          const T* const from = weight + rows.first[v] * columns + first;
-          int64_t i = 0;
-          for (; i + 4 <= rows.count[v]; i += 4)
-            add_scaled_rows<4>(from + i * columns, columns, scale + v * L + i, count, chain);
-          for (; i < rows.count[v]; ++i)
-            add_scaled_rows<1>(from + i * columns, columns, scale + v * L + i, count, chain);
+    const auto after = [&](int64_t q) {
+      return Ahead(weight + first, columns, count, P::rows(std::min(q, panels_), shape_.hidden, of_hidden));
+    };
+    alignas(64) A part[std::max(kStripPanels, kChain) * kWidth];
+    for (int64_t q = 0, next; q < panels_; q = next) {
+      next = std::min(q + kPanelsOfChain, panels_);
+      if (rows == 1) {
+        std::fill_n(part, round_up(count, L), A(0));
+        for (int64_t of_chain = q; of_chain < next; ++of_chain)
+          add_scaled_panel(weight + first, columns, count, of_hidden, of_chain,
+                           gradients + of_chain * capacity_ * kWidth, part, after(of_chain + 1));
+        for (int64_t j = 0; j < count; j += L) {
+          A* const sum = sums + j / kWidth * stride + j % kWidth;
+          store(sum, load(sum) + load(part + j));
         }
+        continue;
       }
-      for (int64_t j = 0; j < count; j += L) store(sums + j, load(sums + j) + load(chain + j));
+      Ahead ahead[kPanelsOfChain];
+      for (int64_t i = 0; i < kPanelsOfChain; ++i) ahead[i] = after(q + kPanelsOfChain + i);
+      for (int64_t p = begin; p < end; ++p) {
+        for (int64_t i = 0; q + i < next; ++i)
+          pack_block(weight, columns, p, of_hidden, q + i, part + i * P::kProduct * kWidth, ahead[i]);
+        multiply<4>(left_rows(gradients + q * capacity_ * kWidth), (next - q) * P::kProduct, part, rows,
+                    sums + (p - begin) * stride, kWidth);
+      }
+    }
+  }
+  // to[:] += the gradients of panel q of a row of pre-activations times its rows of a weight.
+  void add_scaled_panel(const T* weight, int64_t columns, int64_t count, bool of_hidden, int64_t q, const A* gradients,
+                        A* to, Ahead ahead) const {
+    const PanelRows rows = P::rows(q, shape_.hidden, of_hidden);
+    for (int v = 0; v < P::kVectors; ++v) {
+      const T* const from = weight + rows.first[v] * columns;
+      int64_t i = 0;
+      for (; i + 4 <= rows.count[v]; i += 4)
+        add_scaled_rows<4>(from + i * columns, columns, gradients + v * L + i, count, to, ahead);
+      for (; i < rows.count[v]; ++i)
+        add_scaled_rows<1>(from + i * columns, columns, gradients + v * L + i, count, to, ahead);
     }
   }
 
@@ -191,12 +215,26 @@ class BackwardPass {
     each_part([&](int64_t from, int64_t to, bool panels_on_threads) { initial(first, from, to, panels_on_threads); });
   }
 
-  // The gradients of the states of one step, or with s = -1 of h0, for a panel of units of the rows from .. from +
-  // rows.
-  A* state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset, const A* next) {
+  // The gradients of the states of one step, or with s = -1 of h0, for the panels begin to end of units and the rows
+  // from
+  // .. from + rows.
+  void state_gradients(int64_t begin, int64_t end, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset,
+                       const A* next) {
+    const int64_t going_on = schedule_.count(s + 1, first + from, first + to);
+    const A* const gradients = next + from * kWidth + P::kHiddenOffset;
+    for (int64_t p = begin; p < end; ++p) {
+      start_state_gradient(p, s, first, from, to, offset);
+      if (going_on && ready_hh_) product(packed_hh_, p, gradients, going_on, state_sums(p, from, offset));
+    }
+    if (going_on && !ready_hh_)
+      multiply_once(call_.weights.hh, shape_.state, true, begin, end, gradients, going_on,
+                    state_sums(begin, from, offset), state_rows_ * kWidth);
+  }
+  // Without what comes through the gates of the step after it.
+  void start_state_gradient(int64_t panel, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset) {
     const int64_t rows = (s < 0 ? to - from : schedule_.count(s, first + from, first + to));
     const int64_t going_on = schedule_.count(s + 1, first + from, first + to), size = shape_.state;
-    A* const sums = states_ + (panel * state_rows_ + (shape_.projected ? offset : 0) + from) * kWidth;
+    A* const sums = state_sums(panel, from, offset);
     for (int64_t j = 0; j < rows; ++j)
       for (int64_t v = 0; v < kPanelVectors; ++v) {
         const int64_t unit = panel * kWidth + v * L, place = first + from + j;
@@ -210,20 +248,21 @@ class BackwardPass {
         }
         store(sums + j * kWidth + v * L, sum);
       }
-    if (going_on)
-      product(call_.weights.hh, size, true, packed_hh_, ready_hh_, panel, next + from * kWidth + P::kHiddenOffset,
-              going_on, sums);
-    return sums;
+  }
+  A* state_sums(int64_t panel, int64_t from, int64_t offset) const {
+    return states_ + (panel * state_rows_ + (shape_.projected ? offset : 0) + from) * kWidth;
   }
 
   void step(int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset, const A* next, bool threads) {
     const int64_t rows = schedule_.count(s, first + from, first + to);
     keep_left_rows(s, first, from, rows, offset);
     each_panels(threads, state_panels_, rows * depth_ * kWidth, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const A* const sums = state_gradient(p, s, first, from, to, offset, next);
-        for (int64_t j = 0; !shape_.projected && j < rows; ++j)
-          finish(p, s, first, from + j, offset, sums + j * kWidth);
+      const int64_t at_once = ready_hh_ ? 1 : end - begin;
+      for (int64_t p = begin; p < end; p += at_once) {
+        state_gradients(p, p + at_once, s, first, from, to, offset, next);
+        for (int64_t of_part = p; !shape_.projected && of_part < p + at_once; ++of_part)
+          for (int64_t j = 0; j < rows; ++j)
+            finish(of_part, s, first, from + j, offset, state_sums(of_part, from, offset) + j * kWidth);
       }
     });
     if (!shape_.projected) return;
@@ -328,25 +367,26 @@ class BackwardPass {
           });
         }
       });
-    if (shape_.rows() == 1)
-      return each_panels(true, input_panels_, depth_ * kWidth, [&](int64_t from, int64_t to) {
-        for (int64_t p = from; p < to; p += kStripPanels) {
-          alignas(64) A sums[kStripPanels * kWidth] = {};
-          const int64_t last = std::min(p + kStripPanels, to);
-          row_product(call_.weights.ih, size, false, p, last, sums);
-          for (int64_t column = p * kWidth; column < std::min(last * kWidth, size); column += L)
-            store_some(call_.grad_input + column, size - column, load(sums + column - p * kWidth));
-        }
-      });
     each_panels(true, input_panels_, rows * depth_ * kWidth, [&](int64_t from, int64_t to) {
-      for (int64_t p = from; p < to; ++p) {
-        alignas(64) A sums[kBackwardRows * kWidth];
-        std::fill_n(sums, rows * kWidth, A(0));
-        product(call_.weights.ih, size, false, packed_ih_, !single_, p, gradients_[0], rows, sums);
+      const auto put = [&](int64_t p, const A* sums) {
         each_row(begin, end, first, last, [&](int64_t r, int64_t row) {
           for (int64_t v = 0, column = p * kWidth; v < kPanelVectors && column < size; ++v, column += L)
             store_some(call_.grad_input + row * size + column, size - column, load(sums + r * kWidth + v * L));
         });
+      };
+      if (single_) {
+        const int64_t stride = capacity_ * kWidth;
+        std::fill_n(input_sums_ + from * stride, (to - from) * stride, A(0));
+        multiply_once(call_.weights.ih, size, false, from, to, gradients_[0], rows, input_sums_ + from * stride,
+                      stride);
+        for (int64_t p = from; p < to; ++p) put(p, input_sums_ + p * stride);
+      } else {
+        alignas(64) A sums[kBackwardRows * kWidth];
+        for (int64_t p = from; p < to; ++p) {
+          std::fill_n(sums, rows * kWidth, A(0));
+          product(packed_ih_, p, gradients_[0], rows, sums);
+          put(p, sums);
+        }
       }
     });
   }
@@ -355,8 +395,9 @@ class BackwardPass {
   void initial(int64_t first, int64_t from, int64_t to, bool threads) {
     const int64_t size = shape_.state, panels = call_.grad_h0 ? state_panels_ : 0;
     each_panels(threads, panels, (to - from) * depth_ * kWidth, [&](int64_t begin, int64_t end) {
+      state_gradients(begin, end, -1, first, from, to, 0, gradients_[1]);
       for (int64_t p = begin; p < end; ++p) {
-        const A* const sums = state_gradient(p, -1, first, from, to, 0, gradients_[1]);
+        const A* const sums = state_sums(p, from, 0);
         for (int64_t j = from; j < to; ++j)
           for (int64_t v = 0, unit = p * kWidth; v < kPanelVectors && unit < size; ++v, unit += L)
             store_some(call_.grad_h0 + schedule_.order[first + j] * size + unit, size - unit,
@@ -393,6 +434,7 @@ class BackwardPass {
   A *states_, *hiddens_;                        // gradients of h and, with a projection, of what it projects
   A *cell_, *through_;                          // of c, and of h past the gates: what a step hands to the one before
   A *left_input_, *left_state_, *left_hidden_;  // panels of the rows that the weights multiplied
+  A* input_sums_;                               // of the gradient of the input where all rows are one chunk
   int64_t* offsets_;                            // (steps of the chunk + 1): where the rows of a step begin
   int64_t bytes_;
 };

@@ -15,7 +15,10 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kForwardRows = 192;  // rows of a chunk
+inline constexpr int64_t kSingleRows = 256;   // rows that are one chunk: then weight_ih is used once
 inline constexpr int64_t kPieceRows = 8;      // rows of a piece that are worth a thread
+// Steps that take less to read weight_hh where it lies than to pack it: multiplying in place, and packing on the way.
+inline constexpr int64_t kInPlaceSteps = 16, kUnpackedForwardSteps = 3;
 
 template <Cell kCell, class T, class Op>
 class ForwardPass {
@@ -35,7 +38,7 @@ class ForwardPass {
         state_depth_(kPairs ? shape.state / 2 : shape.state),
         state_stride_(padded<A>(state_depth_)),
         rows_(std::min(shape.batch, kForwardRows)),
-        capacity_(std::min(std::max<int64_t>(shape.rows(), 1), kForwardRows)) {
+        capacity_(shape.rows() <= kSingleRows ? std::max<int64_t>(shape.rows(), 1) : kForwardRows) {
     const int64_t threads = thread_count(), batch = shape.batch;
     pieces_ = std::max(ceil_div(batch, kForwardRows), std::min(threads, batch / kPieceRows));
     slots_ = std::clamp<int64_t>(threads, 1, std::max<int64_t>(pieces_, 1));
@@ -46,9 +49,9 @@ class ForwardPass {
                  arena.take<int64_t>(batch),
                  arena.take<int64_t>(batch),
                  arena.take<int64_t>(shape.steps + 1)};
-    // Weights that several products take are packed for all of them; the others as they are used.
+    // Weights that many products take are packed for all of them; the others as they are used.
     ready_ih_ = pieces_ > 1 || shape.rows() > capacity_;
-    ready_hh_ = pieces_ > 1 || shape.steps > 2 || (shape.steps == 2 && batch > 2);
+    ready_hh_ = pieces_ > 1 || shape.steps > (batch <= 2 ? kInPlaceSteps : kUnpackedForwardSteps);
     bias_ = arena.take<A>(panels_ * P::kWidth);
     packed_ih_ = arena.take<A>(ready_ih_ ? panels_ * packed_depth<A>(input_depth_) * P::kProduct : 0);
     packed_hh_ = arena.take<A>(ready_hh_ ? panels_ * packed_depth<A>(state_depth_) * P::kProduct : 0);
@@ -98,17 +101,31 @@ class ForwardPass {
     each_panels(true, panels_, (shape_.input + shape_.state) * P::kProduct * 4, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         set_bias(p);
-        if (ready_ih_ && !call_.products) pack_panel(call_.weights.ih, input_depth_, p, false, packed_ih_);
-        if (ready_hh_) pack_panel(call_.weights.hh, state_depth_, p, true, packed_hh_);
+        if (ready_ih_ && !call_.products) pack_panel(false, p);
+        if (ready_hh_ && pieces_ > 1) pack_panel(true, p);
       }
     });
     for (int64_t p = 0; p < state_panels_; ++p)
       pack_rows<4>(call_.weights.hr, shape_.hidden, plain_rows<A>(p, shape_.state),
                    packed_hr_ + p * packed_depth<A>(shape_.hidden) * kPanelWidth<A>);
   }
-  void pack_panel(const T* weight, int64_t depth, int64_t panel, bool of_hidden, A* packed) const {
-    pack_rows<P::kVectors>(reinterpret_cast<const Weight*>(weight), depth, P::rows(panel, shape_.hidden, of_hidden),
-                           packed + panel * packed_depth<A>(depth) * P::kProduct);
+  void pack_panel(bool of_hidden, int64_t panel) const {
+    const int64_t depth = of_hidden ? state_depth_ : input_depth_;
+    pack_rows<P::kVectors>(weight_of(of_hidden), depth, P::rows(panel, shape_.hidden, of_hidden),
+                           (of_hidden ? packed_hh_ : packed_ih_) + panel * packed_depth<A>(depth) * P::kProduct,
+                           after(of_hidden, panel));
+  }
+  const Weight* weight_of(bool of_hidden) const {
+    return reinterpret_cast<const Weight*>(of_hidden ? call_.weights.hh : call_.weights.ih);
+  }
+  // What is read after a panel of a weight.
+  Ahead after(bool of_hidden, int64_t panel) const {
+    if (++panel == panels_) {
+      if (of_hidden) return {};
+      of_hidden = true, panel = 0;
+    }
+    const int64_t depth = of_hidden ? state_depth_ : input_depth_;
+    return {weight_of(of_hidden), depth, depth, P::rows(panel, shape_.hidden, of_hidden)};
   }
   // A row of a product's left operand, filled with 0 up to whole vectors.
   static void set_row(const T* from, int64_t count, A* to) {
@@ -134,21 +151,21 @@ class ForwardPass {
   }
 
   // c[r] += weight a[r] for one panel.
-  void product(const T* weight, bool of_hidden, const A* packed, bool ready, int64_t panel, const A* a, int64_t rows,
-               A* c) const {
+  void product(bool of_hidden, bool ready, int64_t panel, const A* a, int64_t rows, A* c) const {
     constexpr int kVectors = P::kVectors;
     const int64_t depth = of_hidden ? state_depth_ : input_depth_, a_stride = padded<A>(depth);
     const PanelRows columns = P::rows(panel, shape_.hidden, of_hidden);
-    const Weight* const w = reinterpret_cast<const Weight*>(weight);
+    const Weight* const w = weight_of(of_hidden);
     if (ready)
-      multiply_packed<kVectors, Op>(a, a_stride, depth, packed + panel * packed_depth<A>(depth) * P::kProduct, rows, c,
-                                    P::kWidth);
+      multiply_packed<kVectors, Op>(
+          a, a_stride, depth, (of_hidden ? packed_hh_ : packed_ih_) + panel * packed_depth<A>(depth) * P::kProduct,
+          rows, c, P::kWidth);
     else if (rows == 1)
-      multiply_in_place<kVectors, 1, Op>(a, a_stride, depth, w, columns, c, P::kWidth);
+      multiply_in_place<kVectors, 1, Op>(a, a_stride, depth, w, columns, c, P::kWidth, after(of_hidden, panel));
     else if (rows == 2)
-      multiply_in_place<kVectors, 2, Op>(a, a_stride, depth, w, columns, c, P::kWidth);
+      multiply_in_place<kVectors, 2, Op>(a, a_stride, depth, w, columns, c, P::kWidth, after(of_hidden, panel));
     else
-      multiply_and_pack<kVectors, Op>(a, a_stride, depth, w, columns, rows, c, P::kWidth);
+      multiply_and_pack<kVectors, Op>(a, a_stride, depth, w, columns, rows, c, P::kWidth, after(of_hidden, panel));
   }
 
   // All steps of the rows at places first to last.
@@ -211,7 +228,7 @@ class ForwardPass {
             }
           });
         } else {
-          product(call_.weights.ih, false, packed_ih_, ready_ih_, p, b.x, rows, pre);
+          product(false, ready_ih_, p, b.x, rows, pre);
         }
       }
     });
@@ -222,7 +239,8 @@ class ForwardPass {
     each_panels(threads, panels_, alive * shape_.state * P::kProduct, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
         A* const pre = b.pre + (p * capacity_ + offset) * P::kWidth;
-        product(call_.weights.hh, true, packed_hh_, ready_hh_, p, b.h[0], alive, pre + P::kHiddenOffset);
+        if (ready_hh_ && pieces_ <= 1 && s == 0) pack_panel(true, p);  // right before its first use
+        product(true, ready_hh_, p, b.h[0], alive, pre + P::kHiddenOffset);
         for (int64_t j = 0; j < alive; ++j) finish(b, p, j, schedule_.row(s, first + j), pre + j * P::kWidth);
       }
     });

@@ -77,7 +77,7 @@ PYNN_HD void load_transposed(const T* w, int64_t depth, int64_t count, int64_t k
 // first[v] and on of w. One vector after the other, so that the memory sees few streams.
 template <int NV, class T>
 [[gnu::noinline]] void pack_block(const T* w, int64_t depth, const PanelRows& rows, int64_t k, int64_t count,
-                                  accumulate_t<T>* to) {
+                                  accumulate_t<T>* to, Ahead& ahead) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>, S = kResidues<A>;
   const int64_t length = ceil_div(count, S), step = NV * L;
@@ -86,6 +86,7 @@ template <int NV, class T>
     A* place = to + v * L;
     for (int64_t i = 0; i < length; i += L / S, place += L / S * step) {
       Vec<A> x[L];
+      ahead.lines<kSquareLines<T>>();
       load_transposed(from, depth, rows.count[v], k + i * S, x);
       if (i + L / S <= length) [[likely]] {
 #pragma GCC unroll 16
@@ -99,10 +100,10 @@ template <int NV, class T>
 
 // A whole panel, packed_depth rows.
 template <int NV, class T>
-void pack_rows(const T* w, int64_t depth, const PanelRows& rows, accumulate_t<T>* to) {
+void pack_rows(const T* w, int64_t depth, const PanelRows& rows, accumulate_t<T>* to, Ahead ahead = {}) {
   using A = accumulate_t<T>;
   for (int64_t k = 0; k < depth; k += kBlock<A>)
-    pack_block<NV>(w, depth, rows, k, std::min(kBlock<A>, depth - k), to + k * NV * kLanes<A>);
+    pack_block<NV>(w, depth, rows, k, std::min(kBlock<A>, depth - k), to + k * NV * kLanes<A>, ahead);
 }
 
 // c[r * c_stride + :] += sum over k < depth of a[r * a_stride + k] * the panel's row k, for `rows` rows of a that are
@@ -131,10 +132,10 @@ void multiply_packed(const A* a, int64_t a_stride, int64_t depth, const A* packe
 // With a panel that is packed block by block, as it is used.
 template <int NV, class Op, class T, class A = accumulate_t<T>>
 [[gnu::noinline]] void multiply_and_pack(const A* a, int64_t a_stride, int64_t depth, const T* w,
-                                         const PanelRows& columns, int64_t rows, A* c, int64_t c_stride) {
+                                         const PanelRows& columns, int64_t rows, A* c, int64_t c_stride, Ahead ahead) {
   alignas(64) A packed[kBlock<A> * NV * kLanes<A>];
   const auto block = [&](int64_t k, int64_t count) -> const A* {
-    pack_block<NV>(w, depth, columns, k, count, packed);
+    pack_block<NV>(w, depth, columns, k, count, packed, ahead);
     return packed;
   };
   multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride);
@@ -214,7 +215,7 @@ PYNN_HD void add_residues(const Vec<A> (&sum)[kResidues<A>], A* c) {
 // With weights where they lie, for MR rows: faster than packing what is used once.
 template <int NV, int MR, class Op, class T, class A = accumulate_t<T>>
 [[gnu::noinline]] void multiply_in_place(const A* a, int64_t a_stride, int64_t depth, const T* w, const PanelRows& rows,
-                                         A* c, int64_t c_stride) {
+                                         A* c, int64_t c_stride, Ahead ahead) {
   constexpr int L = kLanes<A>, S = kResidues<A>, kRows = L / S;
   for (int v = 0; v < NV; ++v, c += L) {
     const T* const from = w + rows.first[v] * depth;
@@ -229,6 +230,7 @@ template <int NV, int MR, class Op, class T, class A = accumulate_t<T>>
 #pragma GCC unroll 4
         for (int g = 0; g < S; ++g) {
           Vec<A> x[kRows];
+          ahead.lines<std::max<int64_t>(1, kSquareLines<T> / S)>();
           load_residues(from + g * kRows * depth + k, depth, rows.count[v] - g * kRows, depth - k, x);
 #pragma GCC unroll 4
           for (int q = 0; q < kRows; ++q)

@@ -129,6 +129,50 @@ struct PanelRows {
   int64_t first[kPanelVectors], count[kPanelVectors];
 };
 
+// Memory that is read once comes fastest in the order of its addresses, which is not the order in which tiles take it.
+// This brings `size` elements of the rows of a panel to the second-level cache in their order, some cache lines at a
+// time, while the panel before is at work.
+class Ahead {
+  static constexpr int64_t kLine = 64;
+
+ public:
+  Ahead() = default;
+  template <class T>
+  Ahead(const T* w, int64_t stride, int64_t size, const PanelRows& rows)
+      : w_(reinterpret_cast<const char*>(w)),
+        stride_(stride * int64_t(sizeof(T))),
+        bytes_(size * int64_t(sizeof(T))),
+        rows_(rows),
+        vector_(-1) {
+    next_vector();
+  }
+
+  template <int64_t kLines>
+  PYNN_HD void lines() {
+    if (!row_) return;
+    for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(row_ + at_ + i * kLine, 0, 2);
+    if ((at_ += kLines * kLine) < bytes_) return;
+    at_ = 0;
+    row_ += stride_;
+    if (--left_ == 0) next_vector();
+  }
+
+ private:
+  void next_vector() {
+    for (row_ = nullptr; !row_ && ++vector_ < kPanelVectors;)
+      if ((left_ = rows_.count[vector_]) > 0) row_ = w_ + rows_.first[vector_] * stride_;
+  }
+
+  const char *w_, *row_ = nullptr;
+  int64_t stride_, bytes_, at_ = 0, left_;
+  PanelRows rows_;
+  int vector_;
+};
+// Cache lines of a square of whole vectors.
+template <class T>
+inline constexpr int64_t kSquareLines =
+    std::max<int64_t>(1, kComputeLanes<T>* kComputeLanes<T>* int64_t(sizeof(T)) / 64);
+
 // A panel of w, (depth, columns), itself: to[:] = w[k][first ...] for `count` columns, 0 after them.
 template <class T>
 PYNN_HD void pack_row(const T* from, int64_t count, accumulate_t<T>* to) {
@@ -139,10 +183,11 @@ PYNN_HD void pack_row(const T* from, int64_t count, accumulate_t<T>* to) {
 
 // to[j] += scale[0] * w[j], then scale[1] * w[stride + j], ... for N rows of `count` elements.
 template <int N, class T, class A = accumulate_t<T>>
-void add_scaled_rows(const T* w, int64_t stride, const A* scale, int64_t count, A* to) {
+void add_scaled_rows(const T* w, int64_t stride, const A* scale, int64_t count, A* to, Ahead& ahead) {
   Vec<A> factor[N];
   for (int i = 0; i < N; ++i) factor[i] = broadcast(scale[i]);
   for (int64_t j = 0; j < count; j += kLanes<A>) {
+    ahead.lines<N>();
     Vec<A> sum = load(to + j);
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) sum = fma(factor[i], load_some(w + i * stride + j, count - j), sum);

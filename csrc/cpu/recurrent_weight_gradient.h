@@ -72,6 +72,28 @@ void add_outer(const A* gradients, const PanelRows& places, const A* panels, int
   }
 }
 
+// The same of so few rows that to store the sums is most of the work: one row of the gradient after the other.
+inline constexpr int64_t kFewRows = 2;
+
+template <int NV, bool kAdd, class A>
+void add_few_outer(const A* gradients, const PanelRows& places, const A* panels, int64_t capacity, int64_t columns,
+                   int64_t rows, A* to) {
+  static_assert(kFewRows <= kRowChain);
+  constexpr int64_t L = kLanes<A>, width = kPanelWidth<A>;
+  for (int v = 0; v < NV; ++v)
+    for (int64_t i = 0; i < places.count[v]; ++i) {
+      A* const target = to + (places.first[v] + i) * columns;
+      Vec<A> scale[kFewRows];
+      for (int64_t r = 0; r < rows; ++r) scale[r] = broadcast(gradients[r * width + v * L + i]);
+      for (int64_t n = 0; n < columns; n += L) {
+        const A* const from = panels + n / width * width * capacity + n % width;
+        Vec<A> sum{};
+        for (int64_t r = 0; r < rows; ++r) sum = fma(scale[r], load(from + r * width), sum);
+        store_some(target + n, columns - n, kAdd ? load_some(target + n, columns - n) + sum : sum);
+      }
+    }
+}
+
 // Where the gradient of a weight is summed: in the gradient itself, or apart where that is of a shorter type.
 template <class T>
 class WeightGradient {
@@ -93,10 +115,11 @@ class WeightGradient {
   template <int NV>
   void add(const A* gradients, const PanelRows& places, const A* panels, int64_t capacity, int64_t rows,
            bool first) const {
-    if (first)
-      add_outer<NV, false>(gradients, places, panels, capacity, columns_, rows, sums_);
-    else
-      add_outer<NV, true>(gradients, places, panels, capacity, columns_, rows, sums_);
+    const bool few = rows <= kFewRows;
+    const auto sum = first ? few ? &add_few_outer<NV, false, A> : &add_outer<NV, false, A>
+                     : few ? &add_few_outer<NV, true, A>
+                           : &add_outer<NV, true, A>;
+    sum(gradients, places, panels, capacity, columns_, rows, sums_);
   }
   // After the last chunk; `none` where there was no chunk at all.
   void finish(bool none) const {

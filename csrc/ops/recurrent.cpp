@@ -2,6 +2,7 @@
 #include "recurrent.h"
 
 #include "kept_scratch.h"
+#include "kept_tensor.h"
 #include "recurrent_products.h"
 
 namespace pynn {
@@ -37,8 +38,8 @@ Results forward(const RecurrentOperands& o, bool save) {
   if (lstm) r.c_n = new_state(o, shape.batch, shape.hidden, wide);
   if (save) {
     const int64_t values = saved_of(shape.cell) * shape.hidden;
-    if (values) r.gates = new_dense(input, {shape.steps, shape.batch, values}, dtype);
-    if (lstm) r.cells = new_dense(input, {shape.steps, shape.batch, shape.hidden}, wide);
+    if (values) r.gates = new_kept(input, {shape.steps, shape.batch, values}, dtype);
+    if (lstm) r.cells = new_kept(input, {shape.steps, shape.batch, shape.hidden}, wide);
   }
   if (shape.batch > 0) {
     const Dense d(o);
@@ -158,8 +159,8 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
   const ScalarType dtype = input.scalar_type(), wide = accumulate_type(input);
   const int64_t rows = gates_of(shape.cell) * shape.hidden;
   const bool lstm = shape.cell == Cell::lstm;
-  const auto empty_like = [&](bool want, const Tensor& like) {
-    return want ? OptionalTensor(torch::stable::new_empty(input, like.sizes())) : std::nullopt;
+  const auto empty_weight = [&](bool want, int64_t count, int64_t columns) {
+    return want ? OptionalTensor(new_kept(input, {count, columns}, dtype)) : std::nullopt;
   };
   const auto empty_bias = [&](bool want) {
     return want ? OptionalTensor(new_dense(input, {rows}, dtype)) : std::nullopt;
@@ -167,12 +168,12 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
   Gradients grads;
   if (wanted.states || !launch::Recurrent<float>::kProducts) grads.hx = new_state(o, shape.batch, shape.state, dtype);
   if (lstm) grads.cx = new_state(o, shape.batch, shape.hidden, wide);
-  grads.input = empty_like(wanted.input, input);
-  if (wanted.weight_ih) grads.weight_ih = empty_like(true, *o.weight_ih);
-  grads.weight_hh = empty_like(wanted.weight_hh, o.weight_hh);
+  if (wanted.input) grads.input = new_kept(input, {shape.steps, shape.batch, shape.input}, dtype);
+  grads.weight_ih = empty_weight(wanted.weight_ih, rows, shape.input);
+  grads.weight_hh = empty_weight(wanted.weight_hh, rows, shape.state);
   grads.bias_ih = empty_bias(wanted.bias_ih);
   grads.bias_hh = empty_bias(wanted.bias_hh);
-  if (wanted.weight_hr) grads.weight_hr = empty_like(true, *o.projection());
+  grads.weight_hr = empty_weight(wanted.weight_hr, shape.state, shape.hidden);
   if (shape.batch == 0) {
     for (OptionalTensor* grad : {&grads.weight_ih, &grads.weight_hh, &grads.bias_ih, &grads.bias_hh, &grads.weight_hr})
       if (*grad) torch::stable::zero_(**grad);

@@ -12,7 +12,9 @@ never brought to the host; values outside 0..T count as the nearer end.
 
 16-bit input: h is rounded to it at every step, c and all sums are float32. c of dtype float32 goes in and comes out
 whole, so that a sequence computed in parts equals the sequence bit for bit. Saved for backward: the operands, output,
-the gates and, for lstm, c. The papers: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8),
+the gates and, for lstm, c. On the CPU large gradients and gates lie in memory that the process keeps for later ones
+when they are gone, 64 MiB at most; such a gradient is a tensor like any other, but resize_() cannot make it larger.
+The papers: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8),
 1997; Sak et al., https://arxiv.org/abs/1402.1128 (projections); Cho et al., https://arxiv.org/abs/1406.1078 (GRU).
 """
 
