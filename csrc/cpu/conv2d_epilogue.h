@@ -85,6 +85,19 @@ struct Epilogue {
     store_row(y + at, stride, values, count);
   }
 
+  // A line among others: an activation works on whole vectors, and must not see the next one.
+  void row(const A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
+           int64_t r_stride) const {
+    constexpr int64_t kLine = 256;
+    A copy[kLine];
+    for (int64_t i = 0; i < count; i += kLine) {
+      const int64_t here = std::min(kLine, count - i);
+      std::copy_n(values + i, here, copy);
+      line(copy, here, biases ? biases + i * bias_step : nullptr, bias_step, at + i * stride, stride,
+           r_at + i * r_stride, r_stride);
+    }
+  }
+
   // A line without gaps, in one pass: the last vector overlaps the one before it, or is a part of one.
   template <Activation kind>
   void dense_line(const A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, const T* added,

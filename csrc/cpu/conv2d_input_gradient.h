@@ -12,6 +12,7 @@
 #include "conv2d_narrow.h"
 #include "conv2d_padding.h"
 #include "conv2d_phased.h"
+#include "conv2d_pointwise.h"
 #include "conv2d_winograd.h"
 
 namespace pynn::cpu {
@@ -82,14 +83,14 @@ class InputGradient {
     Window window;
     const T* w;
     WeightView view;
-    // Depthwise and narrow correlations pack their own.
+    // Depthwise, pointwise and narrow correlations pack their own.
     std::optional<WinogradWeights<A>> winograd_3x3;
     std::optional<PackedWeights<A>> weights;
     std::optional<Winograd2x2<A>> winograd_2x2;  // beside weights
 
     Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
         : row(row), column(column), window(window), w(w), view(view) {
-      if (depthwise || is_narrow(window)) return;
+      if (depthwise || is_pointwise(window) || is_narrow(window)) return;
       if constexpr (std::is_same_v<T, A>) {
         if (is_winograd<T>(window)) winograd_3x3.emplace(w, view, window);
         if (winograd_3x3 && winograd_3x3->finite()) return;
@@ -143,6 +144,8 @@ class InputGradient {
       window.batch = images;
       if (window_.depthwise())
         correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (is_pointwise(window))
+        PointwiseCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
       else if (piece.winograd_3x3)
         correlate_winograd(dy, dy_strides, window, *piece.winograd_3x3, epilogue);
       else if (piece.weights)
