@@ -14,10 +14,8 @@
 
 namespace pynn::cpu {
 
-// The ends of the pieces of a sum of K products, of about sqrt(2 K) each: the errors within and between pieces balance
-// at sqrt(K), the tiles are busier with more.
-inline std::vector<int64_t> piece_ends(int64_t depth) {
-  const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(2.0 * double(depth))), 4, 64);
+// The ends of the pieces of a sum of K products, of at most `limit` each.
+inline std::vector<int64_t> piece_ends(int64_t depth, int64_t limit) {
   const int64_t pieces = ceil_div(depth, limit);
   std::vector<int64_t> ends;
   for (int64_t i = 0; i <= pieces; ++i) ends.push_back(pieces ? depth * i / pieces : 0);
@@ -80,7 +78,9 @@ class NarrowCorrelation {
         planes_(window, rows_),
         panels_(pixel_panels<A>(out_, L)),
         weights_(window.groups * round_up(out_, L) * depth_),
-        ends_(piece_ends(depth_)) {
+        // about sqrt(2 K) products: the errors within and between pieces balance at sqrt(K), the tiles are busier with
+        // more
+        ends_(piece_ends(depth_, std::clamp<int64_t>(int64_t(std::sqrt(2.0 * double(depth_))), 4, 64))) {
     cut();
   }
 

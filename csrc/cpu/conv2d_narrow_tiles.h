@@ -30,7 +30,7 @@ template <int O, int V, class A>
       const A *from = x + offsets[k], *weights = w + k * O;
       Vec<A> weight[O];
 #pragma GCC unroll 4
-      for (int o = 0; o < O; ++o) weight[o] = broadcast(weights[o]);
+      for (int o = 0; o < O; ++o) weight[o] = in_register(broadcast(weights[o]));
 #pragma GCC unroll 12
       for (int v = 0; v < V; ++v) {
         const Vec<A> value = O > 1 ? in_register(load(from + at(v))) : load(from + at(v));
@@ -89,7 +89,7 @@ template <int P, int N, class V, class A>
       const A* from = x + offsets[k];
       V weight[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) weight[n] = load_lanes<V>(w + (k * N + n) * L);
+      for (int n = 0; n < N; ++n) weight[n] = in_register(load_lanes<V>(w + (k * N + n) * L));
 #pragma GCC unroll 12
       for (int p = 0; p < P; ++p) {
         const V value = from[p * step] - V{};

@@ -3,8 +3,7 @@
 // So little is done with each element that moving it is what costs: operands in the compute type are read where they
 // are, and sums that only want a bias are stored where they belong. Where the channels of the output are innermost,
 // lanes are output channels, in vectors as short as there are channels; elsewhere lanes are pixels. A unit is a band of
-// rows of one image. The order of every sum depends on the number of input channels only, and is the same as in
-// conv2d_narrow.h.
+// rows of one image. The order of every sum depends on the number of input channels only.
 #pragma once
 #include "conv2d_narrow.h"
 
@@ -40,7 +39,8 @@ class PointwiseCorrelation {
         tiles_(ceil_div(out_, kPlaneOutputs)),
         rows_(rows_of(window)),
         planes_(window, rows_),
-        ends_(piece_ends(in_)),
+        // as in conv2d_engine.h, and never in one piece
+        ends_(piece_ends(in_, std::clamp<int64_t>(int64_t(std::sqrt(4.0 * double(in_))), 4, in_ > 8 ? 64 : 4))),
         panels_(pixel_panels<A>(out_, 4)),
         padded_(panels_.back().first + panels_.back().width()),
         weights_(padded_ * in_) {}
