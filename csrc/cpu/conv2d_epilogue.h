@@ -65,6 +65,9 @@ struct Epilogue {
   Activation activation;
   int64_t width;  // pixels per row
 
+  // Whether at most a bias is added.
+  bool plain() const { return !residual && !pre && activation == Activation::none; }
+
   // One line of `count` values that lie `stride` apart in y and `r_stride` apart in the residual; its biases are
   // bias_step (0 or 1) apart.
   __attribute__((noinline)) void line(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at,
@@ -127,7 +130,7 @@ struct Epilogue {
     A* values = p.values;
     const Unit& u = p.unit;
     if constexpr (sizeof(T) == sizeof(A)) {
-      if (!residual && !pre && activation == Activation::none && p.channels == p.stride) {
+      if (plain() && p.channels == p.stride) {
         return bias ? store_panel(p, [&](Vec<A> v, int64_t c) { return v + load(bias + p.channel + c); })
                     : store_panel(p, [](Vec<A> v, int64_t) { return v; });
       }

@@ -2,6 +2,7 @@
 // input pixels (i, j) with the same (i mod stride, j mod stride) meet the same filter taps, so no product with an
 // inserted zero is ever computed.
 #pragma once
+#include <cstring>
 #include <list>
 #include <numeric>
 #include <optional>
@@ -130,7 +131,9 @@ class InputGradient {
                                                     stride_width_, pieces_)
           .run(epilogue);
     }
+    const bool cleared = clear(images, whole);
     for (const Piece& piece : pieces_) {
+      if (cleared && piece.window.taps() == 0) continue;
       const auto every = [&](const Strides4& s) {
         return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_};
       };
@@ -153,6 +156,22 @@ class InputGradient {
       else
         NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
     }
+  }
+
+  // Clears a gradient without gaps in one go if no filter tap reaches some of it and nothing is to be added there.
+  template <class E>
+  bool clear(int64_t images, const Epilogue<E>& e) const {
+    const auto unreached = [](const Piece& piece) { return piece.window.taps() == 0; };
+    const int64_t channels = window_.groups * window_.in_channels, pixels = window_.h.in * window_.w.in;
+    const bool last = e.s.c == 1 && e.s.w == channels && e.s.h == window_.w.in * channels;
+    const bool dense = last || (e.s.w == 1 && e.s.h == window_.w.in && e.s.c == pixels);
+    if (e.bias || !e.plain() || !dense || e.s.n != channels * pixels ||
+        std::none_of(pieces_.begin(), pieces_.end(), unreached))
+      return false;
+    parallel_for(images * channels * pixels, 1 << 16, [&](int64_t begin, int64_t end) {
+      std::memset(static_cast<void*>(e.y + begin), 0, size_t(end - begin) * sizeof(E));
+    });
+    return true;
   }
 
   // A chunk of images at a time: the gradient of the virtual image, in the compute type, folded and then stored.

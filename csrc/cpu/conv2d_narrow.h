@@ -190,7 +190,7 @@ class NarrowCorrelation {
   // Lanes are output channels: rows of pixels, stored in place where nothing but a bias is to be added.
   template <class E>
   void run_pixels(const Band& band, const A* input, A* values, const Epilogue<E>& e) const {
-    const bool plain = !e.residual && !e.pre && e.activation == Activation::none;
+    const bool plain = e.plain();
     const int64_t pieces = int64_t(ends_.size()) - 1;
     for (int64_t g = 0; g < band.groups; ++g, input += in_ * planes_.channel())
       for (const PixelPanel& panel : panels_) {
@@ -241,7 +241,7 @@ class NarrowCorrelation {
     const int64_t at = band.image * e.s.n + band.row * e.s.h + channel * e.s.c;
     const int64_t r_at = band.image * e.r.n + band.row * e.r.h + channel * e.r.c, pitch = planes_.pitch();
     const A* bias = e.bias ? e.bias + channel : nullptr;
-    const bool plain = !e.residual && !e.pre && e.activation == Activation::none;
+    const bool plain = e.plain();
     if (e.s.c != 1 || channels == 1) {
       for (int64_t c = 0; c < channels; ++c) {
         A* values = sums + c * positions;

@@ -48,9 +48,9 @@ class PointwiseCorrelation {
   // E is what the result is stored as.
   template <class E>
   void run(const Epilogue<E>& e) const {
-    const bool pixels = e.s.c == 1, plain = !e.residual && !e.pre && e.activation == Activation::none;
+    const bool pixels = e.s.c == 1;
     const bool joined = e.s.h == width_ * e.s.w && (!e.residual || e.r.h == width_ * e.r.w);
-    const bool in_place = std::is_same_v<E, A> && plain &&
+    const bool in_place = std::is_same_v<E, A> && e.plain() &&
                           (pixels ? padded_ == out_ : e.s.w == 1 && joined && least_positions() >= L);
     const bool direct = std::is_same_v<T, A> && (pixels || (s_.w == 1 && s_.h == width_ && least_positions() >= L));
     const int64_t step = direct ? s_.c : pixels ? 1 : planes_.channel();
@@ -168,6 +168,9 @@ class PointwiseCorrelation {
     const int64_t blocks = ceil_div(width, kPixelColumns[panels_[0].vectors - 1]);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t j = width * block / blocks, count = width * (block + 1) / blocks - j;
+      if (offsets[in_ > 1] == 1)  // the hardware follows neither strides nor many short streams
+        for (int64_t p = 2 * count; p < std::min(3 * count, width - j); ++p)
+          for (int64_t c = 0; c < in_; c += 64 / int64_t(sizeof(A))) __builtin_prefetch(x + (j + p) * step + c);
       for (const PixelPanel& panel : panels_)
         pixel_tile_of<A>(count, panel)(x + j * step, step, offsets, weights_.get() + panel.first * in_, ends_.data(),
                                        int64_t(ends_.size()) - 1, bias ? bias + panel.first : nullptr,
