@@ -44,6 +44,7 @@ template <class T>
 class InputGradient {
   using A = accumulate_t<T>;
   static constexpr int64_t kChunkBytes = 8 << 20;  // of a bordered gradient
+  static constexpr int64_t kClearBytes = 1 << 20;
 
  public:
   InputGradient(const T* w, const Strides4& s, const Conv2dShape& d)
@@ -69,8 +70,9 @@ class InputGradient {
            A* scratch) const {
     const Bias<T> bias(e, window_.groups * window_.in_channels);
     const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, dx, dx_strides, e.pre, e.activation, 0};
-    window_.bordered() ? run_bordered(dy, dy_strides, epilogue, scratch)
-                       : correlate(dy, dy_strides, window_.batch, epilogue);
+    if (window_.bordered()) return run_bordered(dy, dy_strides, epilogue, scratch);
+    if (leaves_zeros(epilogue)) return run_cleared(dy, dy_strides, epilogue);
+    correlate(dy, dy_strides, window_.batch, epilogue);
   }
 
   static int64_t scratch_bytes(const Conv2dShape& d) {
@@ -121,9 +123,10 @@ class InputGradient {
            stride_height_ * window_.w.in * round_up(window_.in_channels, kLanes<A>) <= kChunkBytes / int64_t(sizeof(A));
   }
 
-  // E is what the result is stored as.
+  // E is what the result is stored as; what no tap reaches may have been cleared.
   template <class E>
-  void correlate(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole) const {
+  void correlate(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole,
+                 bool cleared = false) const {
     if (phased()) {
       Epilogue<E> epilogue = whole;
       epilogue.width = window_.w.in;
@@ -131,7 +134,6 @@ class InputGradient {
                                                     stride_width_, pieces_)
           .run(epilogue);
     }
-    const bool cleared = clear(images, whole);
     for (const Piece& piece : pieces_) {
       if (cleared && piece.window.taps() == 0) continue;
       const auto every = [&](const Strides4& s) {
@@ -158,20 +160,27 @@ class InputGradient {
     }
   }
 
-  // Clears a gradient without gaps in one go if no filter tap reaches some of it and nothing is to be added there.
-  template <class E>
-  bool clear(int64_t images, const Epilogue<E>& e) const {
+  // Whether no filter tap reaches some of a gradient without gaps, and nothing is to be added there.
+  bool leaves_zeros(const Epilogue<T>& e) const {
     const auto unreached = [](const Piece& piece) { return piece.window.taps() == 0; };
     const int64_t channels = window_.groups * window_.in_channels, pixels = window_.h.in * window_.w.in;
     const bool last = e.s.c == 1 && e.s.w == channels && e.s.h == window_.w.in * channels;
     const bool dense = last || (e.s.w == 1 && e.s.h == window_.w.in && e.s.c == pixels);
-    if (e.bias || !e.plain() || !dense || e.s.n != channels * pixels ||
-        std::none_of(pieces_.begin(), pieces_.end(), unreached))
-      return false;
-    parallel_for(images * channels * pixels, 1 << 16, [&](int64_t begin, int64_t end) {
-      std::memset(static_cast<void*>(e.y + begin), 0, size_t(end - begin) * sizeof(E));
-    });
-    return true;
+    return !e.bias && e.plain() && dense && e.s.n == channels * pixels && !phased() &&
+           std::any_of(pieces_.begin(), pieces_.end(), unreached);
+  }
+
+  // A few images at a time are cleared and get the phases that are reached while they are in the cache.
+  void run_cleared(const T* dy, const Strides4& dy_strides, Epilogue<T> epilogue) const {
+    const int64_t size = epilogue.s.n;
+    const int64_t chunk = std::max<int64_t>(1, kClearBytes / std::max<int64_t>(1, size * int64_t(sizeof(T))));
+    for (int64_t n = 0; n < window_.batch; n += chunk, epilogue.y += chunk * size) {
+      const int64_t images = std::min(chunk, window_.batch - n);
+      parallel_for(images * size, 1 << 16, [&](int64_t begin, int64_t end) {
+        std::memset(static_cast<void*>(epilogue.y + begin), 0, size_t(end - begin) * sizeof(T));
+      });
+      correlate(dy + n * dy_strides.n, dy_strides, images, epilogue, true);
+    }
   }
 
   // A chunk of images at a time: the gradient of the virtual image, in the compute type, folded and then stored.

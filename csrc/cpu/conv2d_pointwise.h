@@ -24,7 +24,7 @@ class PointwiseCorrelation {
   using A = accumulate_t<T>;
   static constexpr int L = kLanes<A>;
   static constexpr int64_t kElements = 6144, kLeast = 128, kMost = 2048;  // of the input, pixels of a unit
-  static constexpr int64_t kLine = 96;  // pixels whose sums wait for the epilogue
+  static constexpr int64_t kLine = 96, kAhead = 32;  // pixels whose sums wait for the epilogue, that are prefetched
 
  public:
   PointwiseCorrelation(const T* x, const Strides4& s, const T* w, const WeightView& view, const Window& window)
@@ -151,26 +151,29 @@ class PointwiseCorrelation {
       const int64_t y = band.image * e.s.n + (band.row + i) * e.s.h, r = band.image * e.r.n + (band.row + i) * e.r.h;
       if constexpr (std::is_same_v<E, A>)
         if (in_place) {
-          sum_pixels(input, x.w, offsets, width, e.bias, e.y + y, e.s.w);
+          sum_pixels(input, input + x.h, x.w, offsets, width, e.bias, e.y + y, e.s.w);
           continue;
         }
       for (int64_t j = 0; j < width; j += kLine) {
         const int64_t count = std::min(kLine, width - j);
-        sum_pixels(input + j * x.w, x.w, offsets, count, padded_ == out_ ? e.bias : nullptr, values, padded_);
+        const A* from = input + j * x.w;
+        sum_pixels(from, j + count < width ? from + count * x.w : input + x.h, x.w, offsets, count,
+                   padded_ == out_ ? e.bias : nullptr, values, padded_);
         finish_pixels(values, count, y + j * e.s.w, r + j * e.r.w, e);
       }
     }
   }
 
-  // `width` pixels of all panels, so that whole pixels are written.
-  void sum_pixels(const A* x, int64_t step, const int64_t* offsets, int64_t width, const A* bias, A* to,
+  // `width` pixels of all panels, so that whole pixels are written; those at `next` follow.
+  void sum_pixels(const A* x, const A* next, int64_t step, const int64_t* offsets, int64_t width, const A* bias, A* to,
                   int64_t stride) const {
     const int64_t blocks = ceil_div(width, kPixelColumns[panels_[0].vectors - 1]);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t j = width * block / blocks, count = width * (block + 1) / blocks - j;
-      if (offsets[in_ > 1] == 1)  // the hardware follows neither strides nor many short streams
-        for (int64_t p = 2 * count; p < std::min(3 * count, width - j); ++p)
-          for (int64_t c = 0; c < in_; c += 64 / int64_t(sizeof(A))) __builtin_prefetch(x + (j + p) * step + c);
+      if (in_ > 1 && offsets[1] == 1)  // the hardware follows neither strides nor many short streams
+        for (int64_t p = j + kAhead; p < j + kAhead + count; ++p)
+          for (int64_t c = 0; c < in_; c += 64 / int64_t(sizeof(A)))
+            __builtin_prefetch((p < width ? x : next - width * step) + p * step + c);
       for (const PixelPanel& panel : panels_)
         pixel_tile_of<A>(count, panel)(x + j * step, step, offsets, weights_.get() + panel.first * in_, ends_.data(),
                                        int64_t(ends_.size()) - 1, bias ? bias + panel.first : nullptr,
