@@ -117,7 +117,7 @@ class PointwiseWeightGradient {
     rows_ = ceil_div(window.h.out, bands);
     bands_ = ceil_div(window.h.out, rows_);
     parts_ = std::min<int64_t>(8, window.batch * bands_);
-    if (dy_.planes && x_.planes) (dy_.channels < x_.channels ? dy_ : x_).copy();
+    if (dy_.planes && x_.planes) (dy_.channels < x_.channels ? dy_ : x_).copy_as_pixels();
     lanes_are_outputs_ = x_.planes || (!dy_.planes && dy_.channels >= x_.channels);
     panels_ = pixel_panels<A>(lanes().channels, 4);
   }
@@ -151,7 +151,7 @@ class PointwiseWeightGradient {
   }
 
  private:
-  // An operand and where its values come from: pixels or planes in place, or a copy of each unit's pixels.
+  // An operand and where its values come from: pixels, or planes, in place or copied for each unit.
   struct Operand {
     const T* data;
     Strides4 s;
@@ -160,14 +160,23 @@ class PointwiseWeightGradient {
 
     Operand(const T* data, const Strides4& s, int64_t channels, int64_t width)
         : data(data), s(s), channels(channels), width(width), padded(round_up(channels, 4)) {
-      const bool readable = std::is_same_v<T, A> && s.h == width * s.w;
-      planes = readable && s.w == 1;
-      copied = !planes && !(readable && s.c == 1 && padded == channels);
+      planes = s.c != 1 || s.w == 1;
+      copied = !std::is_same_v<T, A> || s.h != width * s.w || (planes ? s.w != 1 : padded != channels);
     }
-    void copy() { planes = false, copied = true; }
-    int64_t copy_size(int64_t pixels) const { return copied ? round_up(pixels * padded, 16) : 0; }
+    void copy_as_pixels() { planes = false, copied = true; }
+    static int64_t pitch(int64_t pixels) { return round_up(pixels, 16) + 16; }  // not a power of two
+    int64_t copy_size(int64_t pixels) const {
+      return copied ? round_up(planes ? channels * pitch(pixels) : padded * pixels, 16) : 0;
+    }
     Values<A> unit(int64_t image, int64_t row, int64_t rows, A* to) const {
       const T* from = data + image * s.n;
+      if (copied && planes) {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t i = 0; i < rows; ++i)
+            copy_row(from + c * s.c + (row + i) * s.h, s.w, width, to + c * pitch(rows * width) + i * width,
+                     s.c);
+        return {to, 1, pitch(rows * width)};
+      }
       if (copied) {
         pack_image<T, A>(from, s, {row, rows, width, 0, channels, padded}, to);
         return {to, padded, 1};
