@@ -89,8 +89,9 @@ struct Epilogue {
   }
 
   // A line among others: an activation works on whole vectors, and must not see the next one.
-  void row(const A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
+  void row(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
            int64_t r_stride) const {
+    if (activation == Activation::none) return line(values, count, biases, bias_step, at, stride, r_at, r_stride);
     constexpr int64_t kLine = 256;
     A copy[kLine];
     for (int64_t i = 0; i < count; i += kLine) {

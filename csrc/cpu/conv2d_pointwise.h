@@ -183,7 +183,7 @@ class PointwiseCorrelation {
 
   // Pixels of a row, with their bias unless the last panel is not full.
   template <class E>
-  void finish_pixels(const A* values, int64_t count, int64_t at, int64_t r_at, const Epilogue<E>& e) const {
+  void finish_pixels(A* values, int64_t count, int64_t at, int64_t r_at, const Epilogue<E>& e) const {
     if (padded_ == out_ && e.s.w == out_ && (!e.residual || (e.r.c == 1 && e.r.w == out_)))
       return e.row(values, count * out_, nullptr, 0, at, 1, r_at, 1);
     for (int64_t j = 0; j < count; ++j, values += padded_, at += e.s.w, r_at += e.r.w)
