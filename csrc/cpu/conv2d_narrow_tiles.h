@@ -49,8 +49,7 @@ template <int O, int V, class A>
 #pragma GCC unroll 4
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 12
-    for (int v = 0; v < V; ++v)
-      store(sums + o * stride + at(v), bias ? total[o][v] + broadcast(bias[o]) : total[o][v]);
+    for (int v = 0; v < V; ++v) store(sums + o * stride + at(v), bias ? total[o][v] + broadcast(bias[o]) : total[o][v]);
 }
 
 template <int O, class A, int... V>
@@ -73,8 +72,8 @@ inline auto plane_tile_of(int64_t outputs, int64_t vectors) {
 }
 
 // Positions of a tile of two vectors of outputs, and of one vector.
-inline constexpr int kPixelVectors = 2, kPixelColumns[kPixelVectors] = {kVectorRegisters == 32 ? 8 : 6,
-                                                                        kVectorRegisters == 32 ? 6 : 3};
+inline constexpr int kPixelVectors = 2,
+                     kPixelColumns[kPixelVectors] = {kVectorRegisters == 32 ? 8 : 6, kVectorRegisters == 32 ? 6 : 3};
 
 // Lanes are output channels: to[p * stride + o] = bias[o] + the sums above, for P positions, `step` apart in x, and N
 // vectors of outputs, of type V; w is [product][output]. Without a bias nothing is added.

@@ -173,8 +173,7 @@ class PointwiseWeightGradient {
       if (copied && planes) {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t i = 0; i < rows; ++i)
-            copy_row(from + c * s.c + (row + i) * s.h, s.w, width, to + c * pitch(rows * width) + i * width,
-                     s.c);
+            copy_row(from + c * s.c + (row + i) * s.h, s.w, width, to + c * pitch(rows * width) + i * width, s.c);
         return {to, 1, pitch(rows * width)};
       }
       if (copied) {
