@@ -39,8 +39,8 @@ class PointwiseCorrelation {
         tiles_(ceil_div(out_, kPlaneOutputs)),
         rows_(rows_of(window)),
         planes_(window, rows_),
-        // as in conv2d_engine.h, and never in one piece
-        ends_(piece_ends(in_, std::clamp<int64_t>(int64_t(std::sqrt(4.0 * double(in_))), 4, in_ > 8 ? 64 : 4))),
+        // as in conv2d_engine.h; five products or fewer are as exact in one piece
+        ends_(piece_ends(in_, std::clamp<int64_t>(int64_t(std::sqrt(4.0 * double(in_))), 5, 64))),
         panels_(pixel_panels<A>(out_, 4)),
         padded_(panels_.back().first + panels_.back().width()),
         weights_(padded_ * in_) {}

@@ -103,7 +103,7 @@ double sum_plane(const A* from, int64_t count) {
 template <class T>
 class PointwiseWeightGradient {
   using A = accumulate_t<T>;
-  static constexpr int64_t kPixels = 48, kMost = 16 * kPixels;  // of a chain, of the chains that are added in fp32
+  static constexpr int64_t kPixels = 24, kMost = 16 * kPixels;  // of a chain, of the chains that are added in fp32
 
  public:
   PointwiseWeightGradient(const T* dy, const Strides4& g, const T* x, const Strides4& s, const Window& window)
@@ -111,7 +111,7 @@ class PointwiseWeightGradient {
         width_(window.w.out),
         dy_(dy, g, window.out_channels, width_),
         x_(x, {s.n, s.c, s.h * window.h.stride, s.w * window.w.stride}, window.in_channels, width_) {
-    const int64_t pixels = std::clamp<int64_t>(65536 / (dy_.channels + x_.channels), 2 * kPixels, kMost);
+    const int64_t pixels = std::clamp<int64_t>(65536 / (dy_.channels + x_.channels), 4 * kPixels, kMost);
     int64_t bands = ceil_div(window.h.out, std::max<int64_t>(1, pixels / width_));
     bands = std::max(bands, std::min(ceil_div(8, window.batch), window.h.out / 8));
     rows_ = ceil_div(window.h.out, bands);
