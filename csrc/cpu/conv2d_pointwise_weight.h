@@ -71,33 +71,40 @@ auto with_vectors(const PixelPanel& panel, const Body& body) {
   return body.template operator()<Vec<A>, 1>();
 }
 
-// sums[c] += channel c over `count` pixels: a sum for every pixel number modulo the lanes of a vector, then over those.
+// A bias gradient is summed for every pixel number modulo kClasses in the compute type, then over those in double.
+inline constexpr int kClasses = 16;
+
+template <class Class>
+double sum_classes(const Class& of) {
+  double total = 0;
+  for (int i = 0; i < kClasses; ++i) total += double(of(i));
+  return total;
+}
+
+// sums[c] += channel c over `count` pixels, for N vectors of channels, or one plane.
 template <class V, int N, class A>
 void add_pixel_vectors(const A* from, int64_t step, int64_t count, double* sums) {
-  constexpr int L = kLanes<A>, kWidth = sizeof(V) / sizeof(A);
+  constexpr int kWidth = sizeof(V) / sizeof(A);
   for (int n = 0; n < N; ++n, from += kWidth, sums += kWidth) {
-    V sum[L] = {};
-    for (int64_t p = 0; p + L <= count; p += L)
+    V sum[kClasses] = {};
+    int64_t p = 0;
+    for (; p + kClasses <= count; p += kClasses)
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) sum[i] += load_lanes<V>(from + (p + i) * step);
-    for (int64_t p = count / L * L; p < count; ++p) sum[p % L] += load_lanes<V>(from + p * step);
-    for (int c = 0; c < kWidth; ++c) {
-      double total = 0;
-      for (int i = 0; i < L; ++i) total += double(sum[i][c]);
-      sums[c] += total;
-    }
+      for (int i = 0; i < kClasses; ++i) sum[i] += load_lanes<V>(from + (p + i) * step);
+    for (; p < count; ++p) sum[p % kClasses] += load_lanes<V>(from + p * step);
+    for (int c = 0; c < kWidth; ++c) sums[c] += sum_classes([&](int i) { return sum[i][c]; });
   }
 }
 template <class A>
 double sum_plane(const A* from, int64_t count) {
   constexpr int L = kLanes<A>;
-  Vec<A> sum = {};
+  Vec<A> sum[kClasses / L] = {};
   int64_t p = 0;
-  for (; p + L <= count; p += L) sum += load(from + p);
-  if (p < count) sum += load_part(from + p, count - p, A(0));
-  double total = 0;
-  for (int i = 0; i < L; ++i) total += double(sum[i]);
-  return total;
+  for (; p + kClasses <= count; p += kClasses)
+    for (int v = 0; v < kClasses / L; ++v) sum[v] += load(from + p + v * L);
+  for (int v = 0; p < count; p += L, ++v)
+    sum[v] += count - p < L ? load_part(from + p, count - p, A(0)) : load(from + p);
+  return sum_classes([&](int i) { return sum[i / L][i % L]; });
 }
 
 template <class T>
