@@ -138,22 +138,14 @@ class BuildLibraries(build_ext):
 
     def describe(self, temp, package):
         torch = torch_directory()
-        include = " ".join(
-            f"-I{quote(p)}"
-            for p in (
-                ROOT / "csrc/include",
-                ROOT / "csrc/ops",
-                torch / "include",
-                torch / "include/torch/csrc/api/include",
-            )
-        )
+        # Only csrc/ops sees torch: the kernels need not be compiled again for another one.
+        with_torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        with_torch += [f"-I{quote(torch / path)}" for path in ("include", "include/torch/csrc/api/include")]
         link = f"-L{quote(torch / 'lib')} -ltorch -ltorch_cpu -lc10 -Wl,-Bsymbolic -Wl,--as-needed -s"
         cxx = os.environ.get("CXX", "g++")
         ninja = Ninja()
-        ninja.rule(
-            "cxx",
-            f"{cxx} -MD -MF $out.d {CXX_FLAGS} -DTORCH_TARGET_VERSION={TORCH_TARGET} $flags {include} -c $in -o $out",
-        )
+        include = f"-I{quote(ROOT / 'csrc/include')}"
+        ninja.rule("cxx", f"{cxx} -MD -MF $out.d {CXX_FLAGS} $flags {include} -c $in -o $out")
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags {link}", depfile=False)
         ops, cpu = sorted((ROOT / "csrc/ops").glob("*.cpp")), sorted((ROOT / "csrc/cpu").glob("*.cpp"))
 
@@ -167,10 +159,10 @@ class BuildLibraries(build_ext):
             ninja.rule(
                 "nvcc",  # what it keeps is what `make aot` measures
                 f"rm -rf $out.kept && mkdir -p $out.kept && {quote(cuda / 'bin/nvcc')} -MD -MF $out.d {NVCC_FLAGS} "
-                f"--compress-mode=size --threads 2 --keep --keep-dir $out.kept -I{quote(ROOT / 'csrc/include')} "
+                f"--compress-mode=size --threads 2 --keep --keep-dir $out.kept {include} "
                 f"{' '.join(gencode(archs))} -c $in -o $out",
             )
-            flags = ["-DPYNN_CUDA", "-DUSE_CUDA", f"-I{quote(cuda / 'include')}"]
+            flags = ["-DPYNN_CUDA", "-DUSE_CUDA", f"-I{quote(cuda / 'include')}", *with_torch]
             objects = self.compile(ninja, temp / "cuda", "nvcc", sources, [])
             objects += self.compile(ninja, temp / "cuda_ops", "cxx", self.with_kernels(ops, sources), flags)
             runtime = f"-L{quote(cuda / 'lib64')} -lcudart_static -lrt -ldl -lpthread"
@@ -182,14 +174,15 @@ class BuildLibraries(build_ext):
                 f"{cxx} -x c++ -MD -MF $out.d {CXX_FLAGS} -Wno-unknown-pragmas -DPYNN_SIM {include} -c $in -o $out",
             )
             runtime = sorted((ROOT / "csrc/sim").glob("*.cpp"))
-            objects = self.compile(
-                ninja, temp / "sim", "cxx", self.with_kernels(ops, sources) + runtime, ["-DPYNN_SIM"]
-            )
+            launched = self.with_kernels(ops, sources)
+            objects = self.compile(ninja, temp / "sim", "cxx", launched, ["-DPYNN_SIM", *with_torch])
+            objects += self.compile(ninja, temp / "sim", "cxx", runtime, ["-DPYNN_SIM"])
             objects += self.compile(ninja, temp / "sim", "cxx_cuda", sources, [])
             ninja.edge(package / "lib/libpynn_sim.so", "link", objects)
 
         for isa, flags in CPU_ISAS.items():
-            objects = self.compile(ninja, temp / f"cpu_{isa}", "cxx", ops + cpu, [f'-DPYNN_ISA=\\"{isa}\\"', *flags])
+            objects = self.compile(ninja, temp / f"cpu_{isa}", "cxx", cpu, flags)
+            objects += self.compile(ninja, temp / f"cpu_{isa}", "cxx", ops, [*flags, *with_torch])
             ninja.edge(package / f"lib/libpynn_cpu_{isa}.so", "link", objects)
 
         check_variant(cuda, built_archs)

@@ -165,8 +165,7 @@ class DepthwiseCorrelation {
   }
 
   void run() const {
-    const int64_t work = window_.batch * inputs_ * bands_,
-                  slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t work = window_.batch * inputs_ * bands_, slots = std::min<int64_t>(work, thread_count());
     const int64_t rows = window_.in_channels * reach(window_.h, rows_);
     const int64_t input_size = rows * input_.pitch() + L;
     const int64_t output_size = output_rows() * (kPlanes ? round_up(window_.w.out, L) : window_.w.out * L);

@@ -132,7 +132,7 @@ class DepthwiseWeightGradient {
   }
 
   void run(T* dw, T* dbias) const {
-    const int64_t work = blocks_ * parts_, slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t work = blocks_ * parts_, slots = std::min<int64_t>(work, thread_count());
     const int64_t x_rows = reach(window_.h, band_rows_);
     const int64_t x_size = x_rows * x_.pitch() + L, dy_size = band_rows_ * dy_.pitch() + L;
     const int64_t sums_size = round_up((kPlanes ? 1 : classes_) * (taps_ + 2) * L + L * L, 16),

@@ -99,7 +99,7 @@ class Correlation {
   template <class Finish>
   void run(const Finish& finish) const {
     const int64_t splits = window_.groups, work = units_.count * splits,
-                  slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+                  slots = std::min<int64_t>(work, thread_count());
     const int64_t pixels = units_.images * units_.rows * core_.w.out;
     const int64_t input_size = in_place_ ? 0 : round_up(units_.images * packed_.n + 4 * L, 16);
     const int64_t slot_size = input_size + pixels * W;

@@ -91,7 +91,7 @@ class NarrowCorrelation {
     pack_weights(pixels);
     const int64_t bands = ceil_div(window_.h.out, rows_), bundles = ceil_div(window_.groups, bundle_);
     const int64_t work = window_.batch * bands * bundles, panel = round_up(std::min(kPanel, bundle_ * out_), L);
-    const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t slots = std::min<int64_t>(work, thread_count());
     const int64_t input_size = round_up(bundle_ * most_channels_ * planes_.channel() + 2 * L, 16);
     const int64_t sums_size = panel * round_up(planes_.positions(rows_), L);
     const Buffer<A> scratch(slots * (input_size + 2 * sums_size));

@@ -105,7 +105,7 @@ class NarrowWeightGradient {
   // read it.
   bool run(T* dw, T* dbias) const {
     const int64_t bundles = ceil_div(window_.groups, bundle_), work = bundles * parts_;
-    const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads()), outputs = window_.groups * out_;
+    const int64_t slots = std::min<int64_t>(work, thread_count()), outputs = window_.groups * out_;
     const int64_t x_size = round_up(images_ * bundle_ * in_ * planes_.channel() + 2 * L, 16);
     const int64_t dy_size = round_up(images_ * bundle_ * out_ * gradient_planes_.channel() + 2 * L, 16);
     const int64_t sums_size = bundle_ * out_ * depth_ * L, slot_size = x_size + dy_size + sums_size;

@@ -97,7 +97,7 @@ class PhasedCorrelation {
   template <class Finish, class Flag>
   void run(const Finish& finish, bool fast, const Flag& not_finite) const {
     const int64_t channels = window_.in_channels, work = units_.count * window_.groups;
-    const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t slots = std::min<int64_t>(work, thread_count());
     const int64_t columns = ceil_div(width_, stride_width_);
     const int64_t tiles = Winograd2x2<A>::tiles(units_.images, units_.rows, columns);
     const int64_t pixels = units_.images * units_.rows * stride_height_ * width_;

@@ -49,8 +49,7 @@ class WeightGradient {
   }
 
   void run(T* dw, T* dbias) const {
-    const int64_t work = window_.groups * parts_ * splits_,
-                  slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t work = window_.groups * parts_ * splits_, slots = std::min<int64_t>(work, thread_count());
     const int64_t pixels = units_.images * units_.rows * core_.w.out;
     const int64_t x_size = x_in_place_ ? 0 : round_up(units_.images * packed_.n + 4 * L, 16);
     const int64_t dy_size = dy_in_place_ ? 0 : round_up(pixels * round_up(out_, L), 16);

@@ -196,7 +196,7 @@ class WinogradCorrelation {
   // finish(panel) is called once for every unit and panel.
   template <class Finish>
   void run(const Finish& finish) const {
-    const int64_t slots = std::min<int64_t>(units_.count, torch::stable::get_num_threads());
+    const int64_t slots = std::min<int64_t>(units_.count, thread_count());
     const int64_t input = in_place_ ? 0 : round_up(units_.images * pixel_.n + L, 16);
     const int64_t in = kPlaces * (tiles_ * padded_ + kGap), out = kPlaces * (tiles_ * W + kGap);
     const int64_t values = units_.images * units_.rows * window_.w.out * W, size = padded_ + input + in + out + values;

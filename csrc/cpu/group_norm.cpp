@@ -154,7 +154,7 @@ struct ChannelsLast {
   int64_t groups_per_block() const {
     constexpr int64_t kBytes = 256 << 10, kLeast = 64;
     const int64_t group_bytes = shape.group_size() * int64_t(sizeof(T));
-    const int64_t wanted = (torch::stable::get_num_threads() + shape.batch - 1) / shape.batch;
+    const int64_t wanted = (thread_count() + shape.batch - 1) / shape.batch;
     const int64_t groups = std::min({kBytes / group_bytes, kColumns<T> / shape.width, shape.groups / wanted});
     return std::clamp<int64_t>(groups, std::min(shape.groups, (kLeast - 1) / shape.width + 1), shape.groups);
   }

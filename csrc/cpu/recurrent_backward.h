@@ -76,9 +76,7 @@ class BackwardPass {
 
  private:
   // Threads that share the rows of a recurrence among them; with one, the threads share the panels of each product.
-  static int64_t threads_of(int64_t rows) {
-    return std::min<int64_t>(torch::stable::get_num_threads(), rows / kThreadRows);
-  }
+  static int64_t threads_of(int64_t rows) { return std::min<int64_t>(thread_count(), rows / kThreadRows); }
   bool wants_input() const { return call_.grad_input && call_.weights.ih; }
 
   void prepare() {

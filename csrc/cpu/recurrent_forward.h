@@ -36,7 +36,7 @@ class ForwardPass {
         state_stride_(padded<A>(state_depth_)),
         rows_(std::min(shape.batch, kForwardRows)),
         capacity_(std::min(std::max<int64_t>(shape.rows(), 1), kForwardRows)) {
-    const int64_t threads = torch::stable::get_num_threads(), batch = shape.batch;
+    const int64_t threads = thread_count(), batch = shape.batch;
     pieces_ = std::max(ceil_div(batch, kForwardRows), std::min(threads, batch / kPieceRows));
     slots_ = std::clamp<int64_t>(threads, 1, std::max<int64_t>(pieces_, 1));
     Arena arena{static_cast<char*>(scratch)};

@@ -21,9 +21,9 @@ namespace {
 
 // A grid whose threads only poll each other for this many passes will never end.
 constexpr unsigned kIdlePasses = 10'000;
-// Under TSan, finished threads are told apart until there are this many, or three blocks of them: each costs TSan time
+// Under TSan, finished threads are told apart until there are this many, or two blocks of them: each costs TSan time
 // in every other, and it has numbers for 8,192 only.
-constexpr size_t kRetiredThreads = 1024, kRetiredBlocks = 3;
+constexpr size_t kRetiredThreads = 512, kRetiredBlocks = 2;
 
 std::string failure;  // of the running thread; empty when all is well
 char begin_tag, end_tag, fence_tag;

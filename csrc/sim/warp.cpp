@@ -72,19 +72,21 @@ void meet_whole_warp(const Collective& mine, Complete complete) {
 
 void sync_warp(unsigned mask, Site site) {
   struct Tags {
-    char *mine, *all[kWarpSize];
-  } tags{current->block->warp_sync_tag(*current), {}};
+    char *mine, *joined;  // joined: where the last lane to come released what it had acquired from all
+  } tags{current->block->warp_sync_tag(*current), nullptr};
   ++current->warp_syncs;
   release(tags.mine);
   meet({"__syncwarp", mask, site, &tags}, [](void* const* lanes, unsigned mask) {
     if (!under_tsan()) return;
+    char* const joined = static_cast<Tags*>(lanes[current->lane])->mine;
     for (unsigned lane = 0; lane < kWarpSize; ++lane)
-      for (unsigned other = 0; other < kWarpSize; ++other)
-        if (mask >> lane & mask >> other & 1)
-          static_cast<Tags*>(lanes[lane])->all[other] = static_cast<Tags*>(lanes[other])->mine;
+      if (mask >> lane & 1) {
+        acquire(static_cast<Tags*>(lanes[lane])->mine);
+        static_cast<Tags*>(lanes[lane])->joined = joined;
+      }
+    release(joined);
   });
-  for (char* tag : tags.all)
-    if (tag) acquire(tag);
+  if (tags.joined) acquire(tags.joined);
 }
 
 }  // namespace pynn::sim

@@ -1,7 +1,7 @@
 // launchers [once]: runs every launcher of every op under several schedules. The results of one op must be the same
 // bits under all of them, whatever its outputs held before. Exit status 1 when they are not. With "once" only the first
-// schedule runs, the one that mixes threads and blocks most: for race detection and coverage, which need no second
-// result.
+// schedule runs, which mixes threads and blocks, and one of the 16-bit types: for race detection, whose time grows with
+// the threads that are resident, and for coverage.
 #include "launchers.h"
 
 #include <cstdio>
@@ -21,15 +21,15 @@ struct Schedule {
   int order, resident_blocks, fill;
   const char* name;
 };
-constexpr Schedule kFirst = {2, 3, 0x55, "shuffled, three blocks at a time"},
+constexpr Schedule kFirst = {2, 2, 0x55, "shuffled, two blocks at a time"},
                    kOthers[] = {
-                       {1, 2, 0xff, "reverse, two blocks at a time"},
+                       {1, 3, 0xff, "reverse, three blocks at a time"},
                        {0, 1, 0x00, "forward"},
                    };
 
-std::vector<char> run(const Op& op, const Schedule& schedule) {
+std::vector<char> run(const Op& op, const Schedule& schedule, bool once) {
   pynn_sim_configure(schedule.order, 7, schedule.resident_blocks);
-  Run pass(schedule.fill);
+  Run pass(schedule.fill, once);
   op.launch(pass);
   return pass.results();
 }
@@ -43,10 +43,10 @@ int run_all(bool once) {
   for (const Op* op : ops()) {
     bool same = true;
     const uint64_t before = pynn_sim_launches();
-    const std::vector<char> expected = run(*op, kFirst);
+    const std::vector<char> expected = run(*op, kFirst, once);
     for (const Schedule& schedule : kOthers) {
       if (once) break;
-      const std::vector<char> got = run(*op, schedule);
+      const std::vector<char> got = run(*op, schedule, once);
       if (got == expected) continue;
       size_t at = 0;
       while (got[at] == expected[at]) ++at;

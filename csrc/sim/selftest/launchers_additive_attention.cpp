@@ -55,7 +55,7 @@ void launch_case(Run& run, int64_t queries, int64_t keys, int64_t dim, int64_t v
 }
 
 void launch_all(Run& run) {
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     using Kind = typename ScoreMask<T>::Kind;
     launch_case<T>(run, 3, 5, 7, 4, Kind::none, false, false);
     launch_case<T>(run, 11, 40, 70, 33, Kind::boolean, false, true);

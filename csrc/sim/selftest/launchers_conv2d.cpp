@@ -104,7 +104,7 @@ void launch_case(Run& run, const Case& c, bool channels_last, Activation activat
 
 void launch_all(Run& run) {
   int64_t next = 0;
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     for (const Case& c : kCases) {
       if (!c.all_types && sizeof(T) != 2) continue;
       for (const bool channels_last : {false, true})

@@ -53,7 +53,7 @@ void launch_case(Run& run, const Case& c) {
 }
 
 void launch_all(Run& run) {
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     for (const Case& c : kSmall) launch_case<T>(run, c);
   });
   for (const Case& c : kLarge) launch_case<pynn::BFloat16>(run, c);

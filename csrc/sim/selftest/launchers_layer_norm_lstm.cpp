@@ -60,7 +60,7 @@ void launch_case(Run& run, int64_t hidden, bool all, bool coupled, bool training
 }
 
 void launch_all(Run& run) {
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     launch_case<T>(run, 7, true, false, true, false);
     launch_case<T>(run, 300, true, true, true, true);
     launch_case<T>(run, 5, false, false, false, false);

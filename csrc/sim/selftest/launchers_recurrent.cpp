@@ -296,7 +296,7 @@ template <class T>
 void launch_kinds(Run& run, const Kinds& kinds) {
   std::vector<char> expected;
   for (const Device& device : kinds.devices) {
-    Run pass(0);
+    Run pass(0, run.once());
     Case c = kinds.c;
     c.device = device;
     launch_case<T>(pass, c);
@@ -308,7 +308,7 @@ void launch_kinds(Run& run, const Kinds& kinds) {
 }
 
 void launch_all(Run& run) {
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     // Half differs from BFloat16 by an instruction and a rounding.
     for (const Case& c : kCases)
       if (!std::is_same_v<T, Half> || c.hidden < 20) launch_case<T>(run, c);

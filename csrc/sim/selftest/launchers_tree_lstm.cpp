@@ -53,7 +53,7 @@ void launch_case(Run& run, int64_t hidden, bool bias, bool grad_h, bool grad_c, 
 }
 
 void launch_all(Run& run) {
-  launchers::for_each_type([&]<class T>(T) {
+  launchers::for_each_type(run, [&]<class T>(T) {
     launch_case<T>(run, 7, true, true, true, false);
     launch_case<T>(run, 300, false, true, false, false);
     launch_case<T>(run, 3, true, false, true, true);
