@@ -59,7 +59,7 @@ class PointwiseCorrelation {
     pixels ? pack_panels(w_, view_, window_, panels_, weights_.get()) : pack_tiles(w_, view_, window_, weights_.get());
 
     const int64_t bands = ceil_div(window_.h.out, rows_), work = window_.batch * bands, positions = rows_ * width_;
-    const int64_t slots = std::min<int64_t>(work, torch::stable::get_num_threads());
+    const int64_t slots = std::min<int64_t>(work, thread_count());
     const int64_t input_size = direct ? 0 : round_up(in_ * (pixels ? positions : planes_.channel()) + 2 * L, 16);
     const int64_t sums_size = in_place ? 0 : pixels ? kLine * padded_ + L : kPlaneOutputs * round_up(positions, L);
     const Buffer<A> scratch(slots * (input_size + round_up(sums_size, 16)));

@@ -131,7 +131,7 @@ class PointwiseWeightGradient {
 
   void run(T* dw, T* dbias) const {
     const int64_t out = dy_.channels, in = x_.channels, products = scalars().channels * lanes().padded;
-    const int64_t slots = std::min<int64_t>(parts_, torch::stable::get_num_threads());
+    const int64_t slots = std::min<int64_t>(parts_, thread_count());
     const int64_t dy_size = dy_.copy_size(rows_ * width_), x_size = x_.copy_size(rows_ * width_);
     const int64_t slot_size = dy_size + x_size + round_up(products, 16);
     const Buffer<A> scratch(slots * slot_size);
