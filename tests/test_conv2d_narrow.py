@@ -48,6 +48,11 @@ LAYERS = {
     "32 per group": ((2, 96, 12, 14), (96, 32, 3, 3), {"padding": 1, "groups": 3}),
     "uneven groups": ((2, 15, 14, 12), (35, 3, 3, 2), {"padding": 1, "groups": 5, "stride": (1, 2)}),
     "3 into 40 per group": ((2, 6, 16, 16), (80, 3, 3, 3), {"padding": (0, 2), "groups": 2}),
+    "pointwise, 8 into 64": ((3, 8, 14, 15), (64, 8, 1, 1), {}),
+    "pointwise, 5 into 27": ((2, 5, 9, 11), (27, 5, 1, 1), {}),
+    "pointwise, 20 into 16, strided": ((2, 20, 23, 18), (16, 20, 1, 1), {"stride": (2, 3)}),
+    "pointwise, 200 into 12": ((2, 200, 11, 13), (12, 200, 1, 1), {"stride": (1, 2)}),
+    "pointwise, one long row": ((1, 12, 1, 4100), (20, 12, 1, 1), {}),
     "stride beyond the kernel": ((2, 3, 31, 31), (9, 3, 2, 2), {"stride": 5}),
 }
 TAPS_OUTSIDE = ((2, 2, 9, 9), (3, 2, 3, 3), {"padding": 9, "dilation": 9})

@@ -6,6 +6,7 @@
 #include "conv2d_epilogue.h"
 #include "conv2d_input_gradient.h"
 #include "conv2d_narrow.h"
+#include "conv2d_pointwise.h"
 #include "conv2d_winograd.h"
 
 namespace pynn::cpu {
@@ -24,6 +25,7 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
   const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, y,
                              y_strides,  e.pre,      e.activation,       d.out_width};
   if (window.depthwise()) return correlate_depthwise(x, x_strides, window, w, view, epilogue);
+  if (is_pointwise(window)) return PointwiseCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
   if (is_narrow(window)) return NarrowCorrelation<T>(x, x_strides, w, view, window).run(epilogue);
   if constexpr (std::is_same_v<T, float>) {
     if (is_winograd<T>(window)) {

@@ -65,6 +65,9 @@ struct Epilogue {
   Activation activation;
   int64_t width;  // pixels per row
 
+  // Whether at most a bias is added.
+  bool plain() const { return !residual && !pre && activation == Activation::none; }
+
   // One line of `count` values that lie `stride` apart in y and `r_stride` apart in the residual; its biases are
   // bias_step (0 or 1) apart.
   __attribute__((noinline)) void line(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at,
@@ -83,6 +86,20 @@ struct Epilogue {
     if (pre) store_row(pre + at, stride, values, count);
     if (activation != Activation::none) activate(activation, values, count);
     store_row(y + at, stride, values, count);
+  }
+
+  // A line among others: an activation works on whole vectors, and must not see the next one.
+  void row(A* values, int64_t count, const A* biases, int64_t bias_step, int64_t at, int64_t stride, int64_t r_at,
+           int64_t r_stride) const {
+    if (activation == Activation::none) return line(values, count, biases, bias_step, at, stride, r_at, r_stride);
+    constexpr int64_t kLine = 256;
+    A copy[kLine];
+    for (int64_t i = 0; i < count; i += kLine) {
+      const int64_t here = std::min(kLine, count - i);
+      std::copy_n(values + i, here, copy);
+      line(copy, here, biases ? biases + i * bias_step : nullptr, bias_step, at + i * stride, stride,
+           r_at + i * r_stride, r_stride);
+    }
   }
 
   // A line without gaps, in one pass: the last vector overlaps the one before it, or is a part of one.
@@ -114,7 +131,7 @@ struct Epilogue {
     A* values = p.values;
     const Unit& u = p.unit;
     if constexpr (sizeof(T) == sizeof(A)) {
-      if (!residual && !pre && activation == Activation::none && p.channels == p.stride) {
+      if (plain() && p.channels == p.stride) {
         return bias ? store_panel(p, [&](Vec<A> v, int64_t c) { return v + load(bias + p.channel + c); })
                     : store_panel(p, [](Vec<A> v, int64_t) { return v; });
       }

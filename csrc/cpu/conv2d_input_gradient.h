@@ -2,6 +2,7 @@
 // input pixels (i, j) with the same (i mod stride, j mod stride) meet the same filter taps, so no product with an
 // inserted zero is ever computed.
 #pragma once
+#include <cstring>
 #include <list>
 #include <numeric>
 #include <optional>
@@ -12,6 +13,7 @@
 #include "conv2d_narrow.h"
 #include "conv2d_padding.h"
 #include "conv2d_phased.h"
+#include "conv2d_pointwise.h"
 #include "conv2d_winograd.h"
 
 namespace pynn::cpu {
@@ -42,6 +44,7 @@ template <class T>
 class InputGradient {
   using A = accumulate_t<T>;
   static constexpr int64_t kChunkBytes = 8 << 20;  // of a bordered gradient
+  static constexpr int64_t kClearBytes = 1 << 20;
 
  public:
   InputGradient(const T* w, const Strides4& s, const Conv2dShape& d)
@@ -67,8 +70,9 @@ class InputGradient {
            A* scratch) const {
     const Bias<T> bias(e, window_.groups * window_.in_channels);
     const Epilogue<T> epilogue{bias.get(), e.residual, e.residual_strides, dx, dx_strides, e.pre, e.activation, 0};
-    window_.bordered() ? run_bordered(dy, dy_strides, epilogue, scratch)
-                       : correlate(dy, dy_strides, window_.batch, epilogue);
+    if (window_.bordered()) return run_bordered(dy, dy_strides, epilogue, scratch);
+    if (leaves_zeros(epilogue)) return run_cleared(dy, dy_strides, epilogue);
+    correlate(dy, dy_strides, window_.batch, epilogue);
   }
 
   static int64_t scratch_bytes(const Conv2dShape& d) {
@@ -82,14 +86,14 @@ class InputGradient {
     Window window;
     const T* w;
     WeightView view;
-    // Depthwise and narrow correlations pack their own.
+    // Depthwise, pointwise and narrow correlations pack their own.
     std::optional<WinogradWeights<A>> winograd_3x3;
     std::optional<PackedWeights<A>> weights;
     std::optional<Winograd2x2<A>> winograd_2x2;  // beside weights
 
     Piece(int64_t row, int64_t column, const Window& window, const T* w, const WeightView& view, bool depthwise)
         : row(row), column(column), window(window), w(w), view(view) {
-      if (depthwise || is_narrow(window)) return;
+      if (depthwise || is_pointwise(window) || is_narrow(window)) return;
       if constexpr (std::is_same_v<T, A>) {
         if (is_winograd<T>(window)) winograd_3x3.emplace(w, view, window);
         if (winograd_3x3 && winograd_3x3->finite()) return;
@@ -119,9 +123,10 @@ class InputGradient {
            stride_height_ * window_.w.in * round_up(window_.in_channels, kLanes<A>) <= kChunkBytes / int64_t(sizeof(A));
   }
 
-  // E is what the result is stored as.
+  // E is what the result is stored as; what no tap reaches may have been cleared.
   template <class E>
-  void correlate(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole) const {
+  void correlate(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole,
+                 bool cleared = false) const {
     if (phased()) {
       Epilogue<E> epilogue = whole;
       epilogue.width = window_.w.in;
@@ -130,6 +135,7 @@ class InputGradient {
           .run(epilogue);
     }
     for (const Piece& piece : pieces_) {
+      if (cleared && piece.window.taps() == 0) continue;
       const auto every = [&](const Strides4& s) {
         return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_};
       };
@@ -143,12 +149,37 @@ class InputGradient {
       window.batch = images;
       if (window_.depthwise())
         correlate_depthwise(dy, dy_strides, window, piece.w, piece.view, epilogue);
+      else if (is_pointwise(window))
+        PointwiseCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
       else if (piece.winograd_3x3)
         correlate_winograd(dy, dy_strides, window, *piece.winograd_3x3, epilogue);
       else if (piece.weights)
         Correlation<T>(dy, dy_strides, window, *piece.weights).run(epilogue);
       else
         NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
+    }
+  }
+
+  // Whether no filter tap reaches some of a gradient without gaps, and nothing is to be added there.
+  bool leaves_zeros(const Epilogue<T>& e) const {
+    const auto unreached = [](const Piece& piece) { return piece.window.taps() == 0; };
+    const int64_t channels = window_.groups * window_.in_channels, pixels = window_.h.in * window_.w.in;
+    const bool last = e.s.c == 1 && e.s.w == channels && e.s.h == window_.w.in * channels;
+    const bool dense = last || (e.s.w == 1 && e.s.h == window_.w.in && e.s.c == pixels);
+    return !e.bias && e.plain() && dense && e.s.n == channels * pixels && !phased() &&
+           std::any_of(pieces_.begin(), pieces_.end(), unreached);
+  }
+
+  // A few images at a time are cleared and get the phases that are reached while they are in the cache.
+  void run_cleared(const T* dy, const Strides4& dy_strides, Epilogue<T> epilogue) const {
+    const int64_t size = epilogue.s.n;
+    const int64_t chunk = std::max<int64_t>(1, kClearBytes / std::max<int64_t>(1, size * int64_t(sizeof(T))));
+    for (int64_t n = 0; n < window_.batch; n += chunk, epilogue.y += chunk * size) {
+      const int64_t images = std::min(chunk, window_.batch - n);
+      parallel_for(images * size, 1 << 16, [&](int64_t begin, int64_t end) {
+        std::memset(static_cast<void*>(epilogue.y + begin), 0, size_t(end - begin) * sizeof(T));
+      });
+      correlate(dy + n * dy_strides.n, dy_strides, images, epilogue, true);
     }
   }
 

@@ -14,6 +14,40 @@
 
 namespace pynn::cpu {
 
+// The ends of the pieces of a sum of K products, of at most `limit` each.
+inline std::vector<int64_t> piece_ends(int64_t depth, int64_t limit) {
+  const int64_t pieces = ceil_div(depth, limit);
+  std::vector<int64_t> ends;
+  for (int64_t i = 0; i <= pieces; ++i) ends.push_back(pieces ? depth * i / pieces : 0);
+  return ends;
+}
+
+// Filters of one group for output channels [first, last), as [product][output]; returns the end of what was written.
+template <class T, class A>
+A* pack_outputs(const T* w, const WeightView& view, const Window& window, int64_t first, int64_t last, int64_t padding,
+                A* to) {
+  const int64_t kw = window.w.kernel;
+  for (int64_t c = 0; c < window.in_channels; ++c)
+    for (int64_t t = 0; t < window.taps(); ++t) {
+      const T* from = w + c * view.c + t / kw * view.a + t % kw * view.b;
+      for (int64_t o = first; o < last; ++o) *to++ = to_float(from[o * view.o]);
+      to = std::fill_n(to, padding, A(0));
+    }
+  return to;
+}
+template <class T, class A>
+void pack_tiles(const T* w, const WeightView& view, const Window& window, A* to) {
+  const int64_t out = window.out_channels, tiles = ceil_div(out, kPlaneOutputs);
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    to = pack_outputs(w, view, window, out * tile / tiles, out * (tile + 1) / tiles, 0, to);
+}
+template <class T, class A>
+void pack_panels(const T* w, const WeightView& view, const Window& window, const std::vector<PixelPanel>& panels,
+                 A* to) {
+  for (const PixelPanel& p : panels)
+    to = pack_outputs(w, view, window, p.first, p.first + p.channels, p.width() - p.channels, to);
+}
+
 // Whether lanes of pixels beat lanes of channels, of which up to eight outputs fill half a vector at most.
 inline bool is_narrow(const Window& window) {
   if (window.depthwise() || window.h.out * window.w.out < 4 * kLanes<float>) return false;
@@ -42,7 +76,11 @@ class NarrowCorrelation {
         bundle_(s.c == 1 ? std::clamp<int64_t>(kPanel / std::max<int64_t>({in_, out_, 1}), 1, window.groups) : 1),
         rows_(rows_of(window, bundle_)),
         planes_(window, rows_),
-        weights_(window.groups * round_up(out_, L) * depth_) {
+        panels_(pixel_panels<A>(out_, L)),
+        weights_(window.groups * round_up(out_, L) * depth_),
+        // about sqrt(2 K) products: the errors within and between pieces balance at sqrt(K), the tiles are busier with
+        // more
+        ends_(piece_ends(depth_, std::clamp<int64_t>(int64_t(std::sqrt(2.0 * double(depth_))), 4, 64))) {
     cut();
   }
 
@@ -91,12 +129,9 @@ class NarrowCorrelation {
     return ceil_div(window.h.out, bands);
   }
 
-  // Pieces of about sqrt(2 K) products: the errors within and between pieces balance at sqrt(K), the tiles are busier
-  // with more. They depend on K only, not on the blocks of channels that are packed together.
+  // The pieces of the sum do not depend on the blocks of channels that are packed together.
   void cut() {
-    const int64_t limit = std::clamp<int64_t>(int64_t(std::sqrt(2.0 * double(depth_))), 4, 64);
-    const int64_t pieces = ceil_div(depth_, limit), taps = window_.taps();
-    for (int64_t i = 0; i <= pieces; ++i) ends_.push_back(pieces ? depth_ * i / pieces : 0);
+    const int64_t pieces = int64_t(ends_.size()) - 1, taps = window_.taps();
     const int64_t fit = std::max<int64_t>(1, 2 * kBytes / int64_t(sizeof(A)) / planes_.channel());
     const bool whole = bundle_ > 1 || out_ > kPanel || out_ >= kPixelWidth || in_ <= fit;
     for (int64_t begin = 0; begin < pieces;) {
@@ -116,20 +151,10 @@ class NarrowCorrelation {
 
   // [group][tile][product][output of the tile], where a tile is a panel of whole vectors if lanes are outputs.
   void pack_weights(bool pixels) const {
-    const int64_t kw = window_.w.kernel, taps = window_.taps(), panels = ceil_div(out_, kPixelWidth);
     for (int64_t g = 0; g < window_.groups; ++g) {
       A* to = weights_.get() + g * round_up(out_, L) * depth_;
-      for (int64_t tile = 0; tile < (pixels ? panels : tiles_); ++tile) {
-        const int64_t first = pixels ? tile * kPixelWidth : out_ * tile / tiles_;
-        const int64_t last = pixels ? std::min(out_, first + kPixelWidth) : out_ * (tile + 1) / tiles_;
-        const int64_t padding = pixels ? round_up(last - first, L) - (last - first) : 0;
-        for (int64_t c = 0; c < in_; ++c)
-          for (int64_t t = 0; t < taps; ++t) {
-            const T* from = w_ + g * view_.group + c * view_.c + t / kw * view_.a + t % kw * view_.b;
-            for (int64_t o = first; o < last; ++o) *to++ = to_float(from[o * view_.o]);
-            to = std::fill_n(to, padding, A(0));
-          }
-      }
+      const T* from = w_ + g * view_.group;
+      pixels ? pack_panels(from, view_, window_, panels_, to) : pack_tiles(from, view_, window_, to);
     }
   }
   const A* weights(int64_t group, int64_t output) const {
@@ -165,27 +190,28 @@ class NarrowCorrelation {
   // Lanes are output channels: rows of pixels, stored in place where nothing but a bias is to be added.
   template <class E>
   void run_pixels(const Band& band, const A* input, A* values, const Epilogue<E>& e) const {
-    const bool plain = !e.residual && !e.pre && e.activation == Activation::none;
-    const int64_t columns = ceil_div(e.width, kPixelColumns), pieces = int64_t(ends_.size()) - 1;
+    const bool plain = e.plain();
+    const int64_t pieces = int64_t(ends_.size()) - 1;
     for (int64_t g = 0; g < band.groups; ++g, input += in_ * planes_.channel())
-      for (int64_t o = 0; o < out_; o += kPixelWidth) {
-        const int64_t channels = std::min(kPixelWidth, out_ - o), width = round_up(channels, L);
-        const int64_t channel = (band.group + g) * out_ + o;
-        const A *filters = weights(band.group + g, o), *bias = e.bias ? e.bias + channel : nullptr;
+      for (const PixelPanel& panel : panels_) {
+        const int64_t channels = panel.channels, width = panel.width();
+        const int64_t columns = ceil_div(e.width, kPixelColumns[panel.vectors - 1]);
+        const int64_t channel = (band.group + g) * out_ + panel.first;
+        const A *filters = weights(band.group + g, panel.first), *bias = e.bias ? e.bias + channel : nullptr;
         const bool in_place = std::is_same_v<E, A> && plain && channels == width;
         for (int64_t i = 0; i < band.rows; ++i) {
           const int64_t at = band.image * e.s.n + channel + (band.row + i) * e.s.h;
           const int64_t r_at = band.image * e.r.n + channel * e.r.c + (band.row + i) * e.r.h;
           for (int64_t block = 0; block < columns; ++block) {
             const int64_t j = e.width * block / columns, count = e.width * (block + 1) / columns - j;
-            const auto tile = pixel_tile_of<A>(count, width / L);
+            const auto tile = pixel_tile_of<A>(count, panel);
             const A* from = input + i * planes_.pitch() + j;
             if constexpr (std::is_same_v<E, A>)
               if (in_place) {
-                tile(from, offsets_.data(), filters, ends_.data(), pieces, bias, e.y + at + j * e.s.w, e.s.w);
+                tile(from, 1, offsets_.data(), filters, ends_.data(), pieces, bias, e.y + at + j * e.s.w, e.s.w);
                 continue;
               }
-            tile(from, offsets_.data(), filters, ends_.data(), pieces, nullptr, values + j * width, width);
+            tile(from, 1, offsets_.data(), filters, ends_.data(), pieces, nullptr, values + j * width, width);
           }
           if (!in_place) finish_pixels(values, width, channels, bias, at, r_at, plain, e);
         }
@@ -202,8 +228,8 @@ class NarrowCorrelation {
       for (int64_t t = tile; t < last; ++t) {
         const int64_t o = out_ * t / tiles_, outputs = out_ * (t + 1) / tiles_ - o;
         plane_tile_of<A>(outputs, count)(input + v * L, offsets_.data(), weights(group, o), ends_.data() + block.piece,
-                                         block.pieces, sums + (o - start) * positions + v * L, positions,
-                                         block.piece > 0);
+                                         block.pieces, nullptr, sums + (o - start) * positions + v * L, positions,
+                                         (count - 1) * L, block.piece > 0);
       }
     }
   }
@@ -215,7 +241,7 @@ class NarrowCorrelation {
     const int64_t at = band.image * e.s.n + band.row * e.s.h + channel * e.s.c;
     const int64_t r_at = band.image * e.r.n + band.row * e.r.h + channel * e.r.c, pitch = planes_.pitch();
     const A* bias = e.bias ? e.bias + channel : nullptr;
-    const bool plain = !e.residual && !e.pre && e.activation == Activation::none;
+    const bool plain = e.plain();
     if (e.s.c != 1 || channels == 1) {
       for (int64_t c = 0; c < channels; ++c) {
         A* values = sums + c * positions;
@@ -224,8 +250,8 @@ class NarrowCorrelation {
           continue;
         }
         for (int64_t i = 0; i < band.rows; ++i)
-          finish_row(values + i * pitch, e.width, bias ? bias + c : nullptr, at + i * e.s.h + c * e.s.c, e.s.w,
-                     r_at + i * e.r.h + c * e.r.c, e.r.w, e);
+          e.row(values + i * pitch, e.width, bias ? bias + c : nullptr, 0, at + i * e.s.h + c * e.s.c, e.s.w,
+                r_at + i * e.r.h + c * e.r.c, e.r.w);
       }
       return;
     }
@@ -239,7 +265,7 @@ class NarrowCorrelation {
       if (together) {
         for (int64_t j = 0; bias && j < e.width; ++j)
           for (int64_t c = 0; c < channels; ++c) values[j * channels + c] += bias[c];
-        finish_row(values, e.width * channels, nullptr, row, 1, r_row, 1, e);
+        e.row(values, e.width * channels, nullptr, 0, row, 1, r_row, 1);
       } else {
         finish_pixels(values, stride, channels, bias, row, r_row, plain, e);
       }
@@ -279,20 +305,6 @@ class NarrowCorrelation {
     }
   }
 
-  // An activation works on whole vectors: it must not see the next row.
-  template <class E>
-  static void finish_row(A* values, int64_t count, const A* bias, int64_t at, int64_t stride, int64_t r_at,
-                         int64_t r_stride, const Epilogue<E>& e) {
-    if (e.activation == Activation::none) return e.line(values, count, bias, 0, at, stride, r_at, r_stride);
-    constexpr int64_t kLine = 256;
-    A line[kLine];
-    for (int64_t i = 0; i < count; i += kLine) {
-      const int64_t here = std::min(kLine, count - i);
-      std::copy_n(values + i, here, line);
-      e.line(line, here, bias, 0, at + i * stride, stride, r_at + i * r_stride, r_stride);
-    }
-  }
-
   const T* x_;
   Strides4 s_;
   const T* w_;
@@ -301,6 +313,7 @@ class NarrowCorrelation {
   int64_t in_, out_, depth_, tiles_;  // per group
   int64_t bundle_, rows_;             // groups and output rows of a band
   Planes planes_;
+  std::vector<PixelPanel> panels_;
   Buffer<A> weights_;
   std::vector<int64_t> ends_;     // of the pieces of a sum
   std::vector<int64_t> offsets_;  // of each product, from the first channel of its block

@@ -1,7 +1,9 @@
 // Register tiles over planes (conv2d_planes.h): lanes are pixels, or output channels. Both add up the same products in
 // the same order: pieces of the sum on their own, then the pieces.
 #pragma once
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "vec.h"
 
@@ -14,11 +16,13 @@ inline constexpr int kPlaneVectors[kPlaneOutputs] = {kVectorRegisters == 32 ? 12
                                                      kVectorRegisters == 32 ? 4 : 3, kVectorRegisters == 32 ? 3 : 2};
 
 // sums[o * stride + p] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + p] * w[k * O + o], for O outputs
-// and V vectors, each piece between two ends summed on its own.
+// and V vectors, each piece between two ends summed on its own. The last vector of positions begins at `last`, where it
+// may overlap the one before it; a bias, one of each output, is added at the end.
 template <int O, int V, class A>
 [[gnu::noinline]] void plane_tile(const A* x, const int64_t* offsets, const A* w, const int64_t* ends, int64_t pieces,
-                                  A* sums, int64_t stride, bool more) {
+                                  const A* bias, A* sums, int64_t stride, int64_t last, bool more) {
   constexpr int L = kLanes<A>;
+  const auto at = [last](int v) { return v + 1 == V ? last : v * int64_t(L); };
   Vec<A> total[O][V] = {};
   for (int64_t piece = 0; piece < pieces; ++piece) {
     Vec<A> sum[O][V] = {};
@@ -26,10 +30,10 @@ template <int O, int V, class A>
       const A *from = x + offsets[k], *weights = w + k * O;
       Vec<A> weight[O];
 #pragma GCC unroll 4
-      for (int o = 0; o < O; ++o) weight[o] = broadcast(weights[o]);
+      for (int o = 0; o < O; ++o) weight[o] = in_register(broadcast(weights[o]));
 #pragma GCC unroll 12
       for (int v = 0; v < V; ++v) {
-        const Vec<A> value = O > 1 ? in_register(load(from + v * L)) : load(from + v * L);
+        const Vec<A> value = O > 1 ? in_register(load(from + at(v))) : load(from + at(v));
 #pragma GCC unroll 4
         for (int o = 0; o < O; ++o) sum[o][v] = fma(value, weight[o], sum[o][v]);
       }
@@ -38,14 +42,14 @@ template <int O, int V, class A>
     for (int o = 0; o < O; ++o)
 #pragma GCC unroll 12
       for (int v = 0; v < V; ++v) {
-        A* to = sums + o * stride + v * L;
+        const A* to = sums + o * stride + at(v);
         total[o][v] = piece ? total[o][v] + sum[o][v] : more ? load(to) + sum[o][v] : sum[o][v];
       }
   }
 #pragma GCC unroll 4
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 12
-    for (int v = 0; v < V; ++v) store(sums + o * stride + v * L, total[o][v]);
+    for (int v = 0; v < V; ++v) store(sums + o * stride + at(v), bias ? total[o][v] + broadcast(bias[o]) : total[o][v]);
 }
 
 template <int O, class A, int... V>
@@ -67,49 +71,81 @@ inline auto plane_tile_of(int64_t outputs, int64_t vectors) {
   }
 }
 
-inline constexpr int kPixelVectors = 2, kPixelColumns = kVectorRegisters == 32 ? 6 : 3;
+// Positions of a tile of two vectors of outputs, and of one vector.
+inline constexpr int kPixelVectors = 2,
+                     kPixelColumns[kPixelVectors] = {kVectorRegisters == 32 ? 8 : 6, kVectorRegisters == 32 ? 6 : 3};
 
-// Lanes are output channels: to[p * stride + o] = bias[o] + the sums above, for P positions and V vectors of outputs;
-// w is [product][output]. Without a bias nothing is added.
-template <int P, int V, class A>
-[[gnu::noinline]] void pixel_tile(const A* x, const int64_t* offsets, const A* w, const int64_t* ends, int64_t pieces,
-                                  const A* bias, A* to, int64_t stride) {
-  constexpr int L = kLanes<A>;
-  Vec<A> total[P][V] = {};
+// Lanes are output channels: to[p * stride + o] = bias[o] + the sums above, for P positions, `step` apart in x, and N
+// vectors of outputs, of type V; w is [product][output]. Without a bias nothing is added.
+template <int P, int N, class V, class A>
+[[gnu::noinline]] void pixel_tile(const A* x, int64_t step, const int64_t* offsets, const A* w, const int64_t* ends,
+                                  int64_t pieces, const A* bias, A* to, int64_t stride) {
+  constexpr int L = sizeof(V) / sizeof(A);
+  V total[P][N] = {};
   for (int64_t piece = 0; piece < pieces; ++piece) {
-    Vec<A> sum[P][V] = {};
+    V sum[P][N] = {};
     for (int64_t k = ends[piece]; k < ends[piece + 1]; ++k) {
       const A* from = x + offsets[k];
-      Vec<A> weight[V];
+      V weight[N];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) weight[v] = load(w + (k * V + v) * L);
+      for (int n = 0; n < N; ++n) weight[n] = in_register(load_lanes<V>(w + (k * N + n) * L));
 #pragma GCC unroll 12
       for (int p = 0; p < P; ++p) {
-        const Vec<A> value = broadcast(from[p]);
+        const V value = from[p * step] - V{};
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[p][v] = fma(value, weight[v], sum[p][v]);
+        for (int n = 0; n < N; ++n) sum[p][n] = fma(value, weight[n], sum[p][n]);
       }
     }
 #pragma GCC unroll 12
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) total[p][v] = piece ? total[p][v] + sum[p][v] : sum[p][v];
+      for (int n = 0; n < N; ++n) total[p][n] = piece ? total[p][n] + sum[p][n] : sum[p][n];
   }
 #pragma GCC unroll 12
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(to + p * stride + v * L, bias ? total[p][v] + load(bias + v * L) : total[p][v]);
+    for (int n = 0; n < N; ++n)
+      store_lanes(to + p * stride + n * L, bias ? total[p][n] + load_lanes<V>(bias + n * L) : total[p][n]);
 }
 
-template <int V, class A, int... P>
+// Output channels [first, first + channels) as `vectors` vectors of `lanes` lanes each.
+struct PixelPanel {
+  int64_t first, channels, lanes, vectors;
+  int64_t width() const { return lanes * vectors; }
+};
+
+// Pairs of vectors, then single ones, then shorter ones of at least `least` lanes; only the last panel may have lanes
+// without a channel.
+template <class A>
+std::vector<PixelPanel> pixel_panels(int64_t outputs, int64_t least) {
+  std::vector<PixelPanel> panels;
+  for (int64_t o = 0; o < outputs; o += panels.back().channels) {
+    int64_t lanes = kLanes<A>;
+    while (lanes > least && lanes > outputs - o) lanes /= 2;
+    const int64_t vectors = outputs - o >= 2 * kLanes<A> ? 2 : 1;
+    panels.push_back({o, std::min(lanes * vectors, outputs - o), lanes, vectors});
+  }
+  return panels;
+}
+
+template <int N, class V, class A, int... P>
 inline auto pixel_tile_of(std::integer_sequence<int, P...>, int64_t positions) {
-  static constexpr decltype(&pixel_tile<1, V, A>) kTiles[] = {&pixel_tile<P + 1, V, A>...};
+  static constexpr decltype(&pixel_tile<1, N, V, A>) kTiles[] = {&pixel_tile<P + 1, N, V, A>...};
   return kTiles[positions - 1];
 }
 template <class A>
-inline auto pixel_tile_of(int64_t positions, int64_t vectors) {
-  constexpr std::make_integer_sequence<int, kPixelColumns> columns;
-  return vectors == 1 ? pixel_tile_of<1, A>(columns, positions) : pixel_tile_of<kPixelVectors, A>(columns, positions);
+inline auto pixel_tile_of(int64_t positions, const PixelPanel& panel) {
+  constexpr int L = kLanes<A>;
+  constexpr std::make_integer_sequence<int, kPixelColumns[0]> one;
+  if (panel.vectors == 2)
+    return pixel_tile_of<2, Vec<A>, A>(std::make_integer_sequence<int, kPixelColumns[1]>(), positions);
+  if constexpr (L >= 8) {
+    if (panel.lanes == L / 2) return pixel_tile_of<1, Lanes<A, L / 2>, A>(one, positions);
+  }
+  if constexpr (L >= 16) {
+    if (panel.lanes == L / 4) return pixel_tile_of<1, Lanes<A, L / 4>, A>(one, positions);
+  }
+  return pixel_tile_of<1, Vec<A>, A>(one, positions);
 }
 
 }  // namespace pynn::cpu

@@ -39,6 +39,18 @@ PYNN_HD void copy_converted(const T* from, int64_t count, A* to) {
   }
 }
 
+// to[i] = from[i * step] for i < count; the row that is read next, often in another page, is at from + next.
+template <class T, class A>
+void copy_row(const T* from, int64_t step, int64_t count, A* to, int64_t next) {
+  for (int64_t i = 0; i < count * step; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + next + i);
+  if (step == 1) return copy_converted(from, count, to);
+  if (step == 2) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
+}
+
 // to[place(p) + c] = from[c * stride + p] for p < count, c < channels.
 template <class T, class A, class Place>
 void transpose_in(const T* from, int64_t stride, int64_t count, int64_t channels, A* to, const Place& place) {

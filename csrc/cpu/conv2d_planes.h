@@ -115,17 +115,6 @@ class Planes {
       copy_row(pixels, w_.stride * step, last - from, to + from, next);
   }
 
-  template <class T, class A>
-  static void copy_row(const T* from, int64_t step, int64_t count, A* to, int64_t next) {
-    for (int64_t i = 0; i < count * step; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + next + i);
-    if (step == 1) return copy_converted(from, count, to);
-    if (step == 2) {
-      for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
-  }
-
   // to[c * stride + p] = from[p * step + c] for p < count and c < channels, which fill a vector at least.
   template <class T, class A>
   static void split_pixels(const T* from, int64_t step, int64_t count, int64_t channels, A* to, int64_t stride) {

@@ -7,6 +7,7 @@
 #include "conv2d_geometry.h"
 #include "conv2d_narrow_weight.h"
 #include "conv2d_padding.h"
+#include "conv2d_pointwise_weight.h"
 #include "gemm_tile.h"
 #include "parallel.h"
 
@@ -233,6 +234,8 @@ void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides
                            const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   if (window.depthwise()) return depthwise_weight_gradient(dy, dy_strides, x, x_strides, window, dw, dbias);
+  if (is_pointwise(window) && window.taps() == 1)
+    return PointwiseWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias);
   if (has_narrow_weights(window) && NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
     return;
   WeightGradient<T>(dy, dy_strides, x, x_strides, dbias != nullptr, window).run(dw, dbias);

@@ -82,4 +82,33 @@ PYNN_HD VecDouble fma(VecDouble a, VecDouble b, VecDouble c) {
 #endif
 }
 
+// Shorter vectors, for few channels.
+template <class T, int N>
+struct lanes_of {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Lanes = typename lanes_of<T, N>::type;
+template <class V, class T>
+PYNN_HD V load_lanes(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+template <class V, class T>
+PYNN_HD void store_lanes(T* to, V v) {
+  memcpy(to, &v, sizeof(v));
+}
+#if defined(__AVX512F__)
+PYNN_HD Lanes<float, 8> fma(Lanes<float, 8> a, Lanes<float, 8> b, Lanes<float, 8> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+PYNN_HD Lanes<double, 4> fma(Lanes<double, 4> a, Lanes<double, 4> b, Lanes<double, 4> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#endif
+#if defined(__FMA__)
+PYNN_HD Lanes<float, 4> fma(Lanes<float, 4> a, Lanes<float, 4> b, Lanes<float, 4> c) { return _mm_fmadd_ps(a, b, c); }
+#endif
+
 }  // namespace pynn::cpu
