@@ -178,15 +178,18 @@ def explain() -> Iterator[list[Call]]:
         _calls = before
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # what is no wrapper of anything
 _kernels: dict[str, tuple[str, ...]] = {}  # op -> backends that have a kernel for it, whether or not they can run here
 _cases: dict[str, Callable[..., choices.Case | None]] = {}  # op -> what its choice depends on, from its operands
+_in_python: dict[str, Callable] = {}  # op -> the Python function behind pynn_library's op
 
 
-def add_op(name: str, case: Callable[..., choices.Case | None] | None = None) -> None:
+def add_op(name: str, case: Callable[..., choices.Case | None] | None = None, library: Callable | None = None) -> None:
     """Called once the op `name` is defined: notes which loaded libraries implement it.
 
     Args:
         case: what the choice of a backend depends on, from the op's operands; None, or a result of None: the default.
+        library: what the `library` backend's op runs, where it is in Python.
     """
     found = torch._C._dispatch_has_kernel_for_dispatch_key
     _kernels[name] = tuple(
@@ -196,6 +199,8 @@ def add_op(name: str, case: Callable[..., choices.Case | None] | None = None) ->
     )
     if case is not None:
         _cases[name] = case
+    if library is not None:
+        _in_python[name] = library
 
 
 def device_of(backend: str) -> str:
@@ -252,7 +257,7 @@ def call(name: str, *operands):
     tensor = operands[0]
     case = None
     if _forced == "auto" and name in _cases and tensor.device.type in ("cpu", "cuda"):
-        if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
             return getattr(torch.ops.pynn_auto, name).default(*operands)  # comes back here with the real operands
         case = _cases[name](*operands)
     return _op(name, tensor, case)(*operands)
@@ -273,6 +278,15 @@ def _op(name: str, tensor: torch.Tensor, case: choices.Case | None):
     if _calls is not None and not torch.compiler.is_compiling():
         reason = "forced" if _forced != "auto" else "measured fastest" if measured else f"{device} tensor"
         _record(name, chosen, tensor, reason)
+    if chosen == "library" and type(tensor) in _PLAIN and not torch.compiler.is_compiling():
+        return entry(name, chosen)
+    return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
+
+
+def entry(name: str, chosen: str) -> Callable:
+    """What `call` runs on this backend for plain tensors: the dispatcher op, or the function behind it."""
+    if chosen == "library" and name in _in_python:  # the way through the dispatcher and back into Python takes 10 us
+        return _in_python[name]
     return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
 
 

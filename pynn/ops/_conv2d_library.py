@@ -162,11 +162,14 @@ def _unroll(grad: torch.Tensor, dim: int, before: int, after: int) -> torch.Tens
     return center
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def _precision(tensor: torch.Tensor, allow_tf32: bool):
     """Where torch would compute float32 convolutions in TF32 though the caller did not ask for it: forbids that."""
     cudnn = torch.backends.cudnn
-    if tensor.dtype is not torch.float32 or not tensor.is_cuda or cudnn.allow_tf32 == allow_tf32:
-        return contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.dtype is not torch.float32 or cudnn.allow_tf32 == allow_tf32:
+        return _AS_IT_IS
     return cudnn.flags(
         enabled=cudnn.enabled,
         benchmark=cudnn.benchmark,

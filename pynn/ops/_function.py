@@ -59,7 +59,8 @@ def _requires_grad(inputs: tuple) -> bool:
 
 def autocast(*tensors: torch.Tensor | None):
     """The tensors in autocast's dtype when autocast is on for their device, otherwise unchanged."""
-    device = next(t.device.type for t in tensors if t is not None)
+    first = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
+    device = first.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
