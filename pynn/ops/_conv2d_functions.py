@@ -11,7 +11,7 @@ from . import _conv2d_schemas, _conv2d_vmap  # noqa: F401  the first defines the
 from ._conv2d_activation import ACTIVATIONS, FROM_INPUT, ActivationGradient
 from ._conv2d_layout import is_channels_last
 from ._conv2d_vmap import batch_first, merge_channels, split_channels
-from ._function import call, eager
+from ._function import call, eager, requires_grad
 
 
 class Geometry(NamedTuple):
@@ -154,9 +154,7 @@ class ConvGradients(torch.autograd.Function):
 def convolve(function, input, weight, bias, residual, geometry, activation) -> torch.Tensor:
     """Applies a fused convolution to a batch or to one image."""
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    wants_grad = tracing or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual))
-    )
+    wants_grad = tracing or (torch.is_grad_enabled() and requires_grad((input, weight, bias, residual)))
     save_pre = activation in FROM_INPUT and wants_grad
     batched = input.dim() != 3
     images = input if batched else input.unsqueeze(0)

@@ -38,7 +38,7 @@ def call(cls, *inputs: Any):
         return cls.apply(*inputs)
     if compiling:  # Dynamo traces the setup_context form
         return cls.apply(*inputs)
-    if torch.is_grad_enabled() and _requires_grad(inputs):
+    if torch.is_grad_enabled() and requires_grad(inputs):
         return cls.Eager.apply(*inputs)
     return cls.forward(*inputs)
 
@@ -46,11 +46,12 @@ def call(cls, *inputs: Any):
 def recorded(inputs: tuple) -> bool:
     """Whether a call has to go through its Function, which keeps what backward reads, instead of straight to the op."""
     return torch._C._are_functorch_transforms_active() or (
-        torch.is_grad_enabled() and _requires_grad(inputs) and not torch.compiler.is_exporting()
+        torch.is_grad_enabled() and requires_grad(inputs) and not torch.compiler.is_exporting()
     )
 
 
-def _requires_grad(inputs: tuple) -> bool:
+def requires_grad(inputs: tuple) -> bool:
+    """Whether one of the inputs is a tensor that does."""
     for value in inputs:  # noqa: SIM110 (any() of a generator takes longer)
         if isinstance(value, torch.Tensor) and value.requires_grad:
             return True
