@@ -54,8 +54,8 @@ def find_build(source: Path, architecture: str) -> tuple[Path, Path]:
     if len(cubins) != 1:
         missing = f"{source.name} was not built for sm_{architecture}"
         raise RuntimeError(f"{missing}: make build, with the same PYNN_CUDA_ARCHS")
-    virtual = re.findall(r"\.(compute_\w+)\.", cubins[0].name)[0]
-    return cubins[0], kept / f"{source.stem}.{virtual}.ptx"
+    virtual = re.findall(r"\.compute_\w+(?=\.)", cubins[0].name)  # nvcc leaves it out where it builds for one only
+    return cubins[0], kept / f"{source.stem}{''.join(virtual)}.ptx"
 
 
 def measure_for(source: Path, architecture: str, nvcc: str) -> Result:
