@@ -278,14 +278,12 @@ def _op(name: str, tensor: torch.Tensor, case: choices.Case | None):
     if _calls is not None and not torch.compiler.is_compiling():
         reason = "forced" if _forced != "auto" else "measured fastest" if measured else f"{device} tensor"
         _record(name, chosen, tensor, reason)
-    if chosen == "library" and type(tensor) in _PLAIN and not torch.compiler.is_compiling():
-        return entry(name, chosen)
-    return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
+    return entry(name, chosen, plain=type(tensor) in _PLAIN and not torch.compiler.is_compiling())
 
 
-def entry(name: str, chosen: str) -> Callable:
-    """What `call` runs on this backend for plain tensors: the dispatcher op, or the function behind it."""
-    if chosen == "library" and name in _in_python:  # the way through the dispatcher and back into Python takes 10 us
+def entry(name: str, chosen: str, plain: bool = True) -> Callable:
+    """What runs the op on this backend: the dispatcher op or, for plain tensors in eager, the function behind it."""
+    if plain and chosen == "library" and name in _in_python:  # through the dispatcher and back into Python: 10 us
         return _in_python[name]
     return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
 

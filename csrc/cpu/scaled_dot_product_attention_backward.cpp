@@ -69,7 +69,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   const int64_t height = block_rows(shape);
   const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
   const int64_t blocks = query_blocks * shape.group;  // of queries, per key head
-  const int64_t threads = int64_t(thread_count());
+  const int64_t threads = thread_count();
   // A mask with a number for every score gets its gradient on the way, and so does any other where one thread meets all
   // heads in their order. Otherwise the scores are formed once more, for sums in that order.
   const bool whole = grad_mask && mask.rows == shape.queries && mask.columns == shape.keys &&

@@ -58,10 +58,9 @@ def requires_grad(inputs: tuple) -> bool:
     return False
 
 
-def autocast(*tensors: torch.Tensor | None):
-    """The tensors in autocast's dtype when autocast is on for their device, otherwise unchanged."""
-    first = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
-    device = first.device.type
+def autocast(first: torch.Tensor, *others: torch.Tensor | None):
+    """The tensors in autocast's dtype when autocast is on for the first one's device, otherwise unchanged."""
+    tensors, device = (first, *others), first.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
