@@ -12,9 +12,11 @@
 #include "../sim/memory.h"
 #include "../sim/tensor_core.h"
 // The last parameter of a wrapper for which the whole warp must meet: the place in the kernel that calls it.
-#define CALL_SITE , sim::Site site = sim::Site::current()
+#define CALL_SITE , CALL_SITE_ALONE
+#define CALL_SITE_ALONE sim::Site site = sim::Site::current()
 #else
 #define CALL_SITE
+#define CALL_SITE_ALONE
 #endif
 
 namespace pynn::cuda {
@@ -243,6 +245,107 @@ __device__ __forceinline__ void red_release_add(unsigned* flag, unsigned value) 
 #endif
 }
 
+// ---- Clusters of blocks (sm_90), launched by LAUNCH_CLUSTERS: their barrier and each other's shared memory ----
+//
+// A block reaches another one's shared memory only after a first barrier of the cluster, when it has started for
+// certain, and exits only after a last one, when nobody reaches its own any more. Kernels for clusters are empty where
+// kClusters is false, for ptxas knows none of this there; resident_clusters() keeps launchers from using them.
+
+#if defined(PYNN_SIM) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+constexpr bool kClusters = true;
+#else
+constexpr bool kClusters = false;
+#endif
+
+// This block's place in its cluster.
+__device__ __forceinline__ unsigned cluster_rank() {
+#ifdef PYNN_SIM
+  return sim::cluster_rank();
+#else
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_blocks() {
+#ifdef PYNN_SIM
+  return sim::cluster_blocks();
+#else
+  unsigned blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+#endif
+}
+
+// The barrier in two halves, each called by every thread of the cluster and by whole warps: what a thread wrote before
+// it arrives is seen by every thread that has waited.
+__device__ __forceinline__ void cluster_arrive(CALL_SITE_ALONE) {
+#ifdef PYNN_SIM
+  sim::cluster_arrive(site);
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait(CALL_SITE_ALONE) {
+#ifdef PYNN_SIM
+  sim::cluster_wait(site);
+#else
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+#ifndef PYNN_SIM
+// The address in block `rank` of what lies at `shared` in this block.
+__device__ __forceinline__ uint32_t cluster_address(const void* shared, unsigned rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  return address;
+}
+#endif
+
+// Reads and writes 4 or 16 bytes, aligned, that lie in block `rank` where `shared` lies in this block.
+template <class Vector>
+__device__ __forceinline__ Vector load_cluster(const Vector* shared, unsigned rank) {
+  static_assert((sizeof(Vector) == 4 || sizeof(Vector) == 16) && std::is_trivially_copyable_v<Vector>);
+#ifdef PYNN_SIM
+  return sim::load_cluster(shared, rank);
+#else
+  if constexpr (sizeof(Vector) == 4) {
+    uint32_t v;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(cluster_address(shared, rank)) : "memory");
+    return bit_cast<Vector>(v);
+  } else {
+    uint4 v;
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(cluster_address(shared, rank))
+                 : "memory");
+    return bit_cast<Vector>(v);
+  }
+#endif
+}
+
+template <class Vector>
+__device__ __forceinline__ void store_cluster(Vector* shared, unsigned rank, const Vector& value) {
+  static_assert((sizeof(Vector) == 4 || sizeof(Vector) == 16) && std::is_trivially_copyable_v<Vector>);
+#ifdef PYNN_SIM
+  sim::store_cluster(shared, rank, value);
+#else
+  if constexpr (sizeof(Vector) == 4) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(shared, rank)), "r"(bit_cast<uint32_t>(value))
+                 : "memory");
+  } else {
+    const uint4 v = bit_cast<uint4>(value);
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_address(shared, rank)), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  }
+#endif
+}
+
 }  // namespace pynn::cuda
 
 #undef CALL_SITE
+#undef CALL_SITE_ALONE

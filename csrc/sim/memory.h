@@ -1,5 +1,5 @@
-// The memory accesses of csrc/cuda/primitives.cuh: 16-byte vectors with the hardware's alignment rule, and flags that
-// blocks wait for.
+// The memory accesses of csrc/cuda/primitives.cuh: 16-byte vectors with the hardware's alignment rule, flags that blocks
+// wait for, and the shared memory of the other blocks of a cluster.
 #pragma once
 #include "runtime.h"
 
@@ -21,6 +21,16 @@ void store_16_bytes(Vector* address, const Vector& value) {
 inline unsigned load_acquire(const unsigned* flag) {
   wait_as(State::polling);
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+template <class Vector>
+Vector load_cluster(const Vector* shared, unsigned rank) {
+  return *static_cast<const Vector*>(in_cluster("load_cluster", shared, rank, sizeof(Vector)));
+}
+
+template <class Vector>
+void store_cluster(Vector* shared, unsigned rank, const Vector& value) {
+  *static_cast<Vector*>(in_cluster("store_cluster", shared, rank, sizeof(Vector))) = value;
 }
 
 }  // namespace pynn::sim

@@ -1,0 +1,107 @@
+// Clusters of blocks: their barrier, and shared memory as the other blocks see it.
+#include <algorithm>
+
+#include "launch.h"
+#include "runtime.h"
+#include "sanitizer.h"
+
+namespace pynn::sim {
+namespace {
+
+Cluster& cluster_of_launch(const char* what) {
+  if (launch_now.together.cluster == 1) fail(std::string(what) + " in a launch without clusters: use LAUNCH_CLUSTERS");
+  return *current->block->cluster;
+}
+
+// The instructions are the aligned ones: all lanes of a warp come from the same place.
+void check_aligned(const char* what, unsigned Thread::* count, Site Thread::* site) {
+  const Block& block = *current->block;
+  const size_t first = size_t(current->warp) * kWarpSize, end = std::min(first + kWarpSize, block.threads.size());
+  for (size_t i = first; i < end; ++i) {
+    const Thread& other = block.threads[i];
+    if (other.*count == current->*count && !same_place(other.*site, current->*site))
+      fail(std::string("divergent ") + what + ": this thread is at " + describe(current->*site) + ", lane " +
+           std::to_string(other.lane) + " of its warp at " + describe(other.*site));
+  }
+}
+
+}  // namespace
+
+unsigned cluster_rank() {
+  cluster_of_launch("cluster_rank");
+  return current->block->rank;
+}
+
+unsigned cluster_blocks() { return cluster_of_launch("cluster_blocks").count; }
+
+void cluster_arrive(Site site) {
+  Cluster& cluster = cluster_of_launch("cluster_arrive");
+  if (current->cluster_arrivals != current->cluster_waits)
+    fail("cluster_arrive (" + describe(site) + ") again before a cluster_wait");
+  if (cluster.live < cluster.threads)
+    fail("cluster_arrive (" + describe(site) + ") after " + std::to_string(cluster.threads - cluster.live) +
+         " threads of the cluster have exited");
+  release(&cluster.tags[current->cluster_arrivals & 1]);
+  ++current->cluster_arrivals;
+  current->cluster_arrive_site = site;
+  check_aligned("cluster_arrive", &Thread::cluster_arrivals, &Thread::cluster_arrive_site);
+  if (++cluster.arrived < cluster.threads) return;
+  cluster.arrived = 0;
+  ++cluster.completed;
+  for (Block* block = cluster.blocks; block != cluster.blocks + cluster.count; ++block)
+    for (Thread& thread : block->threads)
+      if (thread.state == State::cluster) thread.state = State::ready;
+}
+
+void cluster_wait(Site site) {
+  Cluster& cluster = cluster_of_launch("cluster_wait");
+  if (current->cluster_arrivals == current->cluster_waits)
+    fail("cluster_wait (" + describe(site) + ") without a cluster_arrive before it");
+  current->cluster_wait_site = site;
+  if (cluster.completed < current->cluster_arrivals) wait_as(State::cluster);
+  acquire(&cluster.tags[current->cluster_waits & 1]);
+  ++current->cluster_waits;
+  check_aligned("cluster_wait", &Thread::cluster_waits, &Thread::cluster_wait_site);
+}
+
+void exit_cluster_thread() {
+  const Block& block = *current->block;
+  Cluster& cluster = *block.cluster;
+  if (current->cluster_arrivals != current->cluster_waits) fail("exits between cluster_arrive and cluster_wait");
+  if (cluster.arrived > 0)
+    fail("exits while " + std::to_string(cluster.arrived) +
+         " other threads have arrived at a barrier of the cluster: it needs every thread of the cluster");
+  if (block.live == 1) {
+    unsigned waits = 0;
+    for (const Thread& thread : block.threads) waits = std::max(waits, thread.cluster_waits);
+    if (waits < block.exit_after)
+      fail("exits without a barrier of the cluster after another block's access to its shared memory");
+  }
+  --cluster.live;
+}
+
+// Whether an access is allowed depends on the barriers around it, not on what has run already: so the schedule hides
+// nothing.
+void* in_cluster(const char* what, const void* shared, unsigned rank, size_t bytes) {
+  const Cluster& cluster = cluster_of_launch(what);
+  check_alignment(what, shared, bytes);
+  check_shared(what, shared, bytes);
+  if (rank >= cluster.count)
+    fail(std::string(what) + ": expected a rank below " + std::to_string(cluster.count) + ", got " +
+         std::to_string(rank));
+  const Block& mine = *current->block;
+  Block& other = cluster.blocks[rank];
+  if (&other == &mine) return const_cast<void*>(shared);
+  if (current->cluster_waits == 0)
+    fail(std::string(what) + ": the other block may not have started: a barrier of the cluster has to come first");
+  if (other.live == 0)
+    fail(std::string(what) + ": the block with rank " + std::to_string(rank) + " has exited");
+  other.exit_after = std::max(other.exit_after, current->cluster_arrivals + 1);
+  const auto offset_in = [&](const void* memory) { return static_cast<const char*>(shared) - static_cast<const char*>(memory); };
+  for (const SharedArray& array : mine.shared_arrays)
+    if (const ptrdiff_t offset = offset_in(array.memory); offset >= 0 && size_t(offset) < array.bytes)
+      return static_cast<char*>(shared_array(other, array.key, array.bytes, array.alignment)) + offset;
+  return static_cast<char*>(other.dynamic_shared) + offset_in(mine.dynamic_shared);
+}
+
+}  // namespace pynn::sim
