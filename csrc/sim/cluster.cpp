@@ -13,13 +13,16 @@ Cluster& cluster_of_launch(const char* what) {
   return *current->block->cluster;
 }
 
-// The instructions are the aligned ones: all lanes of a warp come from the same place.
-void check_aligned(const char* what, unsigned Thread::* count, Site Thread::* site) {
+// The instructions are the aligned ones: all lanes of a warp come from the same place. Those that have arrived and
+// waited as often as this thread are known to be at the same barrier.
+void check_aligned(const char* what, Site Thread::* site) {
   const Block& block = *current->block;
   const size_t first = size_t(current->warp) * kWarpSize, end = std::min(first + kWarpSize, block.threads.size());
   for (size_t i = first; i < end; ++i) {
     const Thread& other = block.threads[i];
-    if (other.*count == current->*count && !same_place(other.*site, current->*site))
+    const bool waits = site == &Thread::cluster_wait_site, here = !waits || other.state == State::cluster;
+    if (here && other.cluster_waits == current->cluster_waits && other.cluster_arrivals == current->cluster_arrivals &&
+        !same_place(other.*site, current->*site))
       fail(std::string("divergent ") + what + ": this thread is at " + describe(current->*site) + ", lane " +
            std::to_string(other.lane) + " of its warp at " + describe(other.*site));
   }
@@ -44,7 +47,7 @@ void cluster_arrive(Site site) {
   release(&cluster.tags[current->cluster_arrivals & 1]);
   ++current->cluster_arrivals;
   current->cluster_arrive_site = site;
-  check_aligned("cluster_arrive", &Thread::cluster_arrivals, &Thread::cluster_arrive_site);
+  check_aligned("cluster_arrive", &Thread::cluster_arrive_site);
   if (++cluster.arrived < cluster.threads) return;
   cluster.arrived = 0;
   ++cluster.completed;
@@ -58,10 +61,10 @@ void cluster_wait(Site site) {
   if (current->cluster_arrivals == current->cluster_waits)
     fail("cluster_wait (" + describe(site) + ") without a cluster_arrive before it");
   current->cluster_wait_site = site;
+  check_aligned("cluster_wait", &Thread::cluster_wait_site);
   if (cluster.completed < current->cluster_arrivals) wait_as(State::cluster);
   acquire(&cluster.tags[current->cluster_waits & 1]);
   ++current->cluster_waits;
-  check_aligned("cluster_wait", &Thread::cluster_waits, &Thread::cluster_wait_site);
 }
 
 void exit_cluster_thread() {
