@@ -245,10 +245,54 @@ __device__ __forceinline__ void red_release_add(unsigned* flag, unsigned value) 
 #endif
 }
 
+// ---- Barriers in shared memory that count arrivals of threads and of bytes (sm_90) ----
+
+// A barrier's phase is complete when so many arrivals and all bytes that were announced by them have come; the next
+// phase then begins. To be called by one thread, before a barrier of the cluster.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+#ifdef PYNN_SIM
+  sim::mbarrier_init(barrier, arrivals);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+
+// One arrival, which announces `bytes` of store_async: they may come before it.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, unsigned bytes) {
+#ifdef PYNN_SIM
+  sim::mbarrier_arrive(barrier, bytes);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Waits for the end of the first, third, ... phase with parity 0, of the second, fourth, ... with parity 1. What the
+// threads wrote before they arrived, and the bytes that came, are then seen.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity CALL_SITE) {
+#ifdef PYNN_SIM
+  sim::mbarrier_wait(barrier, parity, site);
+#else
+  uint32_t complete;
+  do {
+    asm volatile(
+        "{\n"
+        "  .reg .pred p;\n"
+        "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "  selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!complete);
+#endif
+}
+
 // ---- Clusters of blocks (sm_90), launched by LAUNCH_CLUSTERS: their barrier and each other's shared memory ----
 //
 // A block reaches another one's shared memory only after a first barrier of the cluster, when it has started for
-// certain, and exits only after a last one, when nobody reaches its own any more. Kernels for clusters are empty where
+// certain, and exits only when it has waited for all that others store to its own. Kernels for clusters are empty where
 // kClusters is false, for ptxas knows none of this there; resident_clusters() keeps launchers from using them.
 
 #if defined(PYNN_SIM) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
@@ -279,7 +323,7 @@ __device__ __forceinline__ unsigned cluster_blocks() {
 }
 
 // The barrier in two halves, each called by every thread of the cluster and by whole warps: what a thread wrote before
-// it arrives is seen by every thread that has waited.
+// it arrives is seen by every thread that has waited. Arriving takes as long as the thread's writes to global memory.
 __device__ __forceinline__ void cluster_arrive(CALL_SITE_ALONE) {
 #ifdef PYNN_SIM
   sim::cluster_arrive(site);
@@ -305,42 +349,25 @@ __device__ __forceinline__ uint32_t cluster_address(const void* shared, unsigned
 }
 #endif
 
-// Reads and writes 4 or 16 bytes, aligned, that lie in block `rank` where `shared` lies in this block.
+// Starts to write 4 or 16 bytes, aligned, to block `rank`, where `shared` lies in this block. They count as bytes of
+// that block's barrier, where `barrier` lies in this block, and are seen by those who have waited for it.
 template <class Vector>
-__device__ __forceinline__ Vector load_cluster(const Vector* shared, unsigned rank) {
+__device__ __forceinline__ void store_async(Vector* shared, unsigned rank, const Vector& value, uint64_t* barrier) {
   static_assert((sizeof(Vector) == 4 || sizeof(Vector) == 16) && std::is_trivially_copyable_v<Vector>);
 #ifdef PYNN_SIM
-  return sim::load_cluster(shared, rank);
+  sim::store_async(shared, rank, value, barrier);
 #else
+  const uint32_t to = cluster_address(shared, rank), counter = cluster_address(barrier, rank);
   if constexpr (sizeof(Vector) == 4) {
-    uint32_t v;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(cluster_address(shared, rank)) : "memory");
-    return bit_cast<Vector>(v);
-  } else {
-    uint4 v;
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(cluster_address(shared, rank))
-                 : "memory");
-    return bit_cast<Vector>(v);
-  }
-#endif
-}
-
-template <class Vector>
-__device__ __forceinline__ void store_cluster(Vector* shared, unsigned rank, const Vector& value) {
-  static_assert((sizeof(Vector) == 4 || sizeof(Vector) == 16) && std::is_trivially_copyable_v<Vector>);
-#ifdef PYNN_SIM
-  sim::store_cluster(shared, rank, value);
-#else
-  if constexpr (sizeof(Vector) == 4) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(shared, rank)), "r"(bit_cast<uint32_t>(value))
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+                 "r"(bit_cast<uint32_t>(value)), "r"(counter)
                  : "memory");
   } else {
     const uint4 v = bit_cast<uint4>(value);
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_address(shared, rank)), "r"(v.x),
-                 "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(counter)
+        : "memory");
   }
 #endif
 }

@@ -1,11 +1,12 @@
 // Kernels in which a cluster of blocks computes all units of its 16 rows, for all steps: recurrent_block.cuh with the
 // units dealt out over the blocks. A block keeps the weights of its units in shared memory and, where they are too many,
 // in registers, and the whole state in shared memory; what it computes of the next state it writes to its own shared
-// memory and then to the other blocks'. Clusters do not wait for each other.
+// memory and sends from there to the other blocks'. Clusters do not wait for each other.
 //
-// The state of a step is read from one of two buffers and the next one written to the other, so that the cluster's
-// barrier between steps is the only one. With one buffer, which wide gradients leave room for, there is a second barrier
-// between reading and writing.
+// A block goes on to a step when its own warps have written and the other blocks' bytes have come. The state of a step
+// is read from one of two buffers and the next one written to the other: a warp sends its share once it has read what
+// that replaces, so that whoever has a whole state knows that everybody has read the one before it. With one buffer, for
+// wide gradients, a barrier of the cluster comes between reading and writing.
 #pragma once
 #include "recurrent_block.cuh"
 
@@ -13,8 +14,8 @@ namespace pynn::cuda {
 namespace {
 namespace recurrent {
 
-// Shared memory of a block: the weights of its units, then the buffers of the state. Rows are an odd number of packs
-// apart, so that eight of them lie in different banks.
+// Shared memory of a block: two barriers, the weights of its units, then the buffers of the state. Rows are an odd
+// number of packs apart, so that eight of them lie in different banks.
 struct ClusterLayout {
   int blocks;   // of a cluster; 0: no cluster is large enough
   int groups;   // of eight units, of a block
@@ -26,7 +27,37 @@ struct ClusterLayout {
   __host__ __device__ int left_stride() const { return 32 * pairs + 16; }
   __host__ __device__ int64_t weights(int gates) const { return int64_t(groups) * 8 * gates * right_stride(); }
   __host__ __device__ int64_t bytes(int gates) const {
-    return weights(gates) + int64_t(buffers) * kStripRows * left_stride();
+    return kBarrierBytes + weights(gates) + int64_t(buffers) * kStripRows * left_stride();
+  }
+  static constexpr int kBarrierBytes = 16;
+};
+
+// The states of a cluster on their way: state `step` + 1 is written during `step`, and counted by the barrier whose turn
+// it is. Two barriers, for a block may get parts of a state while others still wait for some of the one before it.
+struct Arrival {
+  uint64_t* barriers;
+  unsigned bytes;  // from the other blocks
+
+  // units: of the layer, bytes: of a row of eight of them.
+  __device__ __forceinline__ Arrival(void* shared, const ClusterLayout& layout, int units, int bytes)
+      : barriers(static_cast<uint64_t*>(shared)) {
+    const int groups = (units + 7) / 8, group0 = cluster_rank() * layout.groups,
+              own = max(0, min(layout.groups, groups - group0));
+    this->bytes = (groups - own) * kStripRows * bytes;
+    if (threadIdx.x == 0)
+      for (int i = 0; i < 2; ++i) mbarrier_init(barriers + i, kWarps);
+  }
+  __device__ __forceinline__ uint64_t* of(int64_t step) const { return barriers + step % 2; }
+
+  // For the state that the step reads; the first one is there.
+  __device__ __forceinline__ void wait(int64_t step) const {
+    if (step > 0) mbarrier_wait(of(step - 1), (step - 1) / 2 % 2);
+    __syncwarp();  // its lanes need not see the end at once, and ldmatrix is for whole warps
+  }
+  // The warp has sent all its shares of the next state.
+  __device__ __forceinline__ void arrive(int64_t step) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(of(step), threadIdx.x == 0 ? bytes : 0);
   }
 };
 
@@ -59,14 +90,14 @@ __device__ __forceinline__ void load_cluster_block(KeptWeights<gates, kept>& wei
 
 // To the other blocks: the warp's eight units of every row, which it wrote from `units` on to its own block's buffer.
 template <class T>
-__device__ __forceinline__ void send(unsigned char* units, int stride, unsigned blocks) {
+__device__ __forceinline__ void send(unsigned char* units, int stride, unsigned blocks, uint64_t* barrier) {
   constexpr int kPacks = 8 * sizeof(T) / 16, kPlaces = kStripRows * kPacks;
   const unsigned lane = threadIdx.x % 32, place = lane % kPlaces, rank = cluster_rank();
   unsigned char* const pack = units + place / kPacks * stride + place % kPacks * 16;
   uint4 value;
   memcpy(&value, __builtin_assume_aligned(pack, 16), 16);
   for (unsigned distance = 1 + lane / kPlaces; distance < blocks; distance += 32 / kPlaces)
-    store_cluster(reinterpret_cast<uint4*>(pack), (rank + distance) % blocks, value);
+    store_async(reinterpret_cast<uint4*>(pack), (rank + distance) % blocks, value, barrier);
 }
 
 template <class T, int gates, int kept>
@@ -74,13 +105,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_cluster_kernel(Forward<T> f, Operands<T> o, ClusterLayout layout) {
   if constexpr (kClusters) {
     using A = accumulate_t<T>;
-    DYNAMIC_SHARED(unsigned char, shared);
+    DYNAMIC_SHARED(unsigned char, memory);
     const int64_t row0 = int64_t(blockIdx.x / layout.blocks) * kStripRows, longest = longest_row(f.clock, row0);
+    const Arrival arrival(memory, layout, f.hidden, 8 * sizeof(T));
+    unsigned char* const shared = memory + layout.kBarrierBytes;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group0 = cluster_rank() * layout.groups,
               stride = layout.left_stride();
     KeptWeights<gates, kept> weights_kept;
     load_cluster_block<T, gates, kept>(weights_kept, o, layout, group0, row0, shared);
     cluster_arrive();
+    cluster_wait();
     unsigned char *state = shared + layout.weights(gates), *next = state + kStripRows * stride;
     for (int64_t step = 0; step < f.clock.steps; ++step) {
       const int64_t t = f.clock.time(step);
@@ -96,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             given[i].load(f, t, row0 + row, unit, reinterpret_cast<const T*>(state + row * stride) + unit);
           }
         }
-        if (first == 0) cluster_wait();
+        if (first == 0) arrival.wait(step);
         if (!mine) continue;
         A sum[gates][4] = {};
         if (t < longest)
@@ -112,9 +146,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           finish_forward(f, t, row0 + row, unit, given[i], own, reinterpret_cast<T*>(next + row * stride) + unit);
         }
         __syncwarp();
-        if (!last) send<T>(next + unit0 * int(sizeof(T)), stride, layout.blocks);
+        if (!last) send<T>(next + unit0 * int(sizeof(T)), stride, layout.blocks, arrival.of(step));
       }
-      if (!last) cluster_arrive();
+      if (!last) arrival.arrive(step);
       unsigned char* const swapped = state;
       state = next, next = swapped;
     }
@@ -126,13 +160,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_cluster_kernel(Backward<T> b, Operands<T> o, ClusterLayout layout) {
   if constexpr (kClusters) {
     using A = accumulate_t<T>;
-    DYNAMIC_SHARED(unsigned char, shared);
+    DYNAMIC_SHARED(unsigned char, memory);
     const int64_t row0 = int64_t(blockIdx.x / layout.blocks) * kStripRows, longest = longest_row(b.clock, row0);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group0 = cluster_rank() * layout.groups,
               stride = layout.left_stride(), gates = int(gates_of(b.cell));
+    const Arrival arrival(memory, layout, b.units, 8 * gates * sizeof(T));
+    unsigned char* const shared = memory + layout.kBarrierBytes;
     KeptWeights<1, kept> weights_kept;
     load_cluster_block<T, 1, kept>(weights_kept, o, layout, group0, row0, shared);
     cluster_arrive();
+    cluster_wait();
     unsigned char *gradients = shared + layout.weights(1), *next = gradients + (layout.buffers - 1) * kStripRows * stride;
     for (int64_t step = 0; step <= b.clock.steps; ++step) {
       const bool fresh = b.clock.alive_back(step - 1, longest), last = step == b.clock.steps;
@@ -145,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int i = 0; i < 4; ++i)
             given[i].load(b, step, row0 + sum_row<T>(lane, i), unit0 + sum_column<T>(lane, i));
         }
-        if (first == 0) cluster_wait();
+        if (first == 0) arrival.wait(step);
         A sum[1][4] = {};
         if (mine && fresh)
           block_product<T, 1, kept>(sum, layout.pairs, weights_kept, shared + group * 8 * layout.right_stride(),
@@ -164,9 +201,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         __syncwarp();
         if (!last)
           for (int g = 0; g < gates; ++g)
-            send<T>(next + (g * b.units + unit0) * int(sizeof(T)), stride, layout.blocks);
+            send<T>(next + (g * b.units + unit0) * int(sizeof(T)), stride, layout.blocks, arrival.of(step));
       }
-      if (!last) cluster_arrive();
+      if (!last) arrival.arrive(step);
       unsigned char* const swapped = gradients;
       gradients = next, next = swapped;
     }

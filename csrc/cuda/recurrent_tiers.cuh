@@ -48,9 +48,9 @@ inline bool in_two_rounds(int64_t at_once, int64_t batch) { return 2 * at_once >
 // ---------------------------------------------------------------- clusters
 
 // Pairs of packs of a warp's weights that a thread's registers have room for beside the sums: 2 * gates registers each,
-// of 80 or, backward, 96. An rnn's weights are few enough for shared memory.
+// of 72 or, backward, 96. An rnn's weights are few enough for shared memory.
 template <class T, int gates>
-constexpr int kKeptForward = sizeof(T) == 2 && gates > 1 ? 40 / gates : 0;
+constexpr int kKeptForward = sizeof(T) == 2 && gates > 1 ? 36 / gates : 0;
 template <class T>
 constexpr int kKeptBackward = sizeof(T) == 2 ? 48 : 0;
 

@@ -58,7 +58,7 @@ void start_block(Block& block, uint3 index) {
     thread.async_copies.reset();
     thread.cluster_arrivals = thread.cluster_waits = 0;
   }
-  block.exit_after = 0;
+  block.mbarriers.clear();
   constexpr size_t kAlignment = 128;  // what TMA and 128-byte swizzles want
   const size_t bytes = launch_now.dynamic_shared_bytes;
   block.dynamic_shared = bytes ? new_shared(bytes, kAlignment) : nullptr;

@@ -20,7 +20,7 @@ void check_aligned(const char* what, Site Thread::* site) {
   const size_t first = size_t(current->warp) * kWarpSize, end = std::min(first + kWarpSize, block.threads.size());
   for (size_t i = first; i < end; ++i) {
     const Thread& other = block.threads[i];
-    const bool waits = site == &Thread::cluster_wait_site, here = !waits || other.state == State::cluster;
+    const bool waits = site == &Thread::wait_site, here = !waits || other.state == State::cluster;
     if (here && other.cluster_waits == current->cluster_waits && other.cluster_arrivals == current->cluster_arrivals &&
         !same_place(other.*site, current->*site))
       fail(std::string("divergent ") + what + ": this thread is at " + describe(current->*site) + ", lane " +
@@ -60,8 +60,8 @@ void cluster_wait(Site site) {
   Cluster& cluster = cluster_of_launch("cluster_wait");
   if (current->cluster_arrivals == current->cluster_waits)
     fail("cluster_wait (" + describe(site) + ") without a cluster_arrive before it");
-  current->cluster_wait_site = site;
-  check_aligned("cluster_wait", &Thread::cluster_wait_site);
+  current->wait_site = site;
+  check_aligned("cluster_wait", &Thread::wait_site);
   if (cluster.completed < current->cluster_arrivals) wait_as(State::cluster);
   acquire(&cluster.tags[current->cluster_waits & 1]);
   ++current->cluster_waits;
@@ -74,17 +74,13 @@ void exit_cluster_thread() {
   if (cluster.arrived > 0)
     fail("exits while " + std::to_string(cluster.arrived) +
          " other threads have arrived at a barrier of the cluster: it needs every thread of the cluster");
-  if (block.live == 1) {
-    unsigned waits = 0;
-    for (const Thread& thread : block.threads) waits = std::max(waits, thread.cluster_waits);
-    if (waits < block.exit_after)
-      fail("exits without a barrier of the cluster after another block's access to its shared memory");
-  }
+  if (block.live == 1)
+    for (const Mbarrier& barrier : block.mbarriers)
+      if (barrier.seen < barrier.written)
+        fail("exits before it has waited for what was stored to the block's shared memory: more may be on the way");
   --cluster.live;
 }
 
-// Whether an access is allowed depends on the barriers around it, not on what has run already: so the schedule hides
-// nothing.
 void* in_cluster(const char* what, const void* shared, unsigned rank, size_t bytes) {
   const Cluster& cluster = cluster_of_launch(what);
   check_alignment(what, shared, bytes);
@@ -99,7 +95,6 @@ void* in_cluster(const char* what, const void* shared, unsigned rank, size_t byt
     fail(std::string(what) + ": the other block may not have started: a barrier of the cluster has to come first");
   if (other.live == 0)
     fail(std::string(what) + ": the block with rank " + std::to_string(rank) + " has exited");
-  other.exit_after = std::max(other.exit_after, current->cluster_arrivals + 1);
   const auto offset_in = [&](const void* memory) { return static_cast<const char*>(shared) - static_cast<const char*>(memory); };
   for (const SharedArray& array : mine.shared_arrays)
     if (const ptrdiff_t offset = offset_in(array.memory); offset >= 0 && size_t(offset) < array.bytes)

@@ -49,7 +49,7 @@ struct AsyncCopies {
   void reset();
 };
 
-enum class State : uint8_t { ready, polling, barrier, warp, cluster, done };
+enum class State : uint8_t { ready, polling, barrier, warp, cluster, mbarrier, done };
 
 struct Thread {
   uint3 index{};
@@ -62,13 +62,24 @@ struct Thread {
   AsyncCopies async_copies;
   unsigned warp_syncs = 0;
   unsigned cluster_arrivals = 0, cluster_waits = 0;
-  Site cluster_arrive_site, cluster_wait_site;
+  Site cluster_arrive_site, wait_site;  // wait_site: of cluster_wait and mbarrier_wait
 };
 
 struct SharedArray {
   const void* key;  // identifies the declaration
   void* memory;
   size_t bytes, alignment;
+};
+
+// A barrier in shared memory that counts arrivals and bytes.
+struct Mbarrier {
+  const void* place = nullptr;
+  unsigned arrivals = 0, missing = 0;  // of a phase; those that have not come yet
+  int64_t bytes = 0;           // announced and not come yet; below 0 while they came first
+  unsigned completed = 0;      // phases
+  // What has to be complete because bytes came in it, and what a thread has seen complete.
+  unsigned written = 0, seen = 0;
+  std::vector<char> tags = std::vector<char>(2);  // what TSan is told to order by, in turn
 };
 
 // The blocks of a cluster and their barrier. In a launch without clusters each block is one.
@@ -96,8 +107,7 @@ struct Block {
   void* dynamic_shared = nullptr;
   Cluster* cluster = nullptr;
   unsigned rank = 0;
-  // Cluster barriers that must be complete before the block exits, because of other blocks' accesses to its memory.
-  unsigned exit_after = 0;
+  std::vector<Mbarrier> mbarriers;
 
   Thread& thread(unsigned warp, unsigned lane) { return threads[warp * kWarpSize + lane]; }
   char* barrier_tag() { return &tags[barrier_phase & 1]; }
@@ -151,6 +161,12 @@ void cluster_wait(Site site);
 void exit_cluster_thread();  // of the thread that runs: fails where it leaves others waiting or its memory in use
 // Where `bytes` of this block's shared memory lie in the block with that rank.
 void* in_cluster(const char* what, const void* shared, unsigned rank, size_t bytes);
+
+// mbarrier.cpp
+void mbarrier_init(const void* barrier, unsigned arrivals);
+void mbarrier_arrive(const void* barrier, unsigned bytes);
+void mbarrier_wait(const void* barrier, unsigned parity, Site site);
+void count_bytes(unsigned rank, const void* barrier, unsigned bytes);  // for the barrier of another block
 
 // warp.cpp: waits for every lane of the mask to call the same operation from the same place; the last one to come calls
 // complete(operands of the lanes, mask). Lanes that the block does not have are left out of the mask.

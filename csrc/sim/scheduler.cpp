@@ -203,7 +203,9 @@ class Grid {
         if (thread.state == State::barrier)
           message << block.barrier_name << " (" << describe(block.barrier_site) << ")";
         else if (thread.state == State::cluster)
-          message << "cluster_wait (" << describe(thread.cluster_wait_site) << ")";
+          message << "cluster_wait (" << describe(thread.wait_site) << ")";
+        else if (thread.state == State::mbarrier)
+          message << "mbarrier_wait (" << describe(thread.wait_site) << ")";
         else
           message << thread.collective->name << " (" << describe(thread.collective->site)
                   << ") for the lanes of mask 0x" << std::hex << thread.collective->mask << std::dec;
