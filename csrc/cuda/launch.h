@@ -96,7 +96,7 @@ template <class Kernel>
 int resident_clusters(Kernel* kernel, int blocks, int threads, size_t shared_bytes) {
   cudaFuncAttributes compiled{};
   check_launch("a kernel", cudaFuncGetAttributes(&compiled, kernel));
-  if (compiled.ptxVersion < 90) return 0;  // code for an older device on a newer one: there the kernel is empty
+  if (compiled.ptxVersion < 90) return 0;  // for an older device: there the kernel is empty
   allow_dynamic_shared("a kernel", kernel, shared_bytes);
   cudaLaunchAttribute attribute = cluster_attribute(unsigned(blocks));
   const cudaLaunchConfig_t config =
