@@ -25,6 +25,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(os.environ.get("PYNN_SIM_LIBRARY") or str(ROOT / "pynn/lib/libpynn_sim.so"))
     library.pynn_sim_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
     library.pynn_sim_launches.restype = ctypes.c_uint64
+    library.pynn_sim_latest_kernel.restype = ctypes.c_char_p
     return library
 
 
@@ -43,6 +44,22 @@ def schedule(order: int, seed: int = 0, resident_blocks: int = 1) -> Iterator[No
         yield
     finally:
         _library().pynn_sim_configure(FORWARD, 0, 1)
+
+
+@contextlib.contextmanager
+def device(processors: int = 132, kilobytes: int = 227, cluster_blocks: int = 8) -> Iterator[None]:
+    """Launchers inside the block find another device than an H200: processors, shared memory of a block, clusters."""
+    if _library().pynn_sim_device(processors, kilobytes * 1024, cluster_blocks) != 0:
+        raise ValueError(f"no such device: {processors} processors, {kilobytes} KB, clusters of {cluster_blocks}")
+    try:
+        yield
+    finally:
+        _library().pynn_sim_device(132, 227 * 1024, 8)
+
+
+def latest_kernel() -> str:
+    """The kernel that libpynn_sim.so ran last, as its launcher spells it."""
+    return _library().pynn_sim_latest_kernel().decode()
 
 
 def launches() -> int:

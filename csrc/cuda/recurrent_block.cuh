@@ -37,8 +37,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, int pairs, int stri
     const int row = i / width, pack = i % width;
     const T* const begin = from(row);
     const bool valid = begin && pack < packs;
-    cp_async<16>(to + row * stride + pack * 16, valid ? begin + pack * (16 / int(sizeof(T))) : tensor,
-                 valid ? 16 : 0);
+    cp_async<16>(to + row * stride + pack * 16, valid ? begin + pack * (16 / int(sizeof(T))) : tensor, valid ? 16 : 0);
   }
 }
 
@@ -77,8 +76,8 @@ __device__ __forceinline__ void block_product(accumulate_t<T> (&sum)[gates][4], 
     for (int p = 0; p < kParts; ++p)
       if (k + p < pairs)
         multiply<T, 1, gates>(
-            part[(kept + p) % kParts], left, [&](int row, int pack) { return weights + row * right_stride + (pack - 2 * kept) * 16; },
-            2 * (k + p));
+            part[(kept + p) % kParts], left,
+            [&](int row, int pack) { return weights + row * right_stride + (pack - 2 * kept) * 16; }, 2 * (k + p));
   }
 #pragma unroll
   for (int g = 0; g < gates; ++g)

@@ -1,12 +1,12 @@
 // Kernels in which a cluster of blocks computes all units of its 16 rows, for all steps: recurrent_block.cuh with the
-// units dealt out over the blocks. A block keeps the weights of its units in shared memory and, where they are too many,
-// in registers, and the whole state in shared memory; what it computes of the next state it writes to its own shared
-// memory and sends from there to the other blocks'. Clusters do not wait for each other.
+// units dealt out over the blocks. A block keeps the weights of its units in shared memory and, where they are too
+// many, in registers, and the whole state in shared memory; what it computes of the next state it writes to its own
+// shared memory and sends from there to the other blocks'. Clusters do not wait for each other.
 //
 // A block goes on to a step when its own warps have written and the other blocks' bytes have come. The state of a step
 // is read from one of two buffers and the next one written to the other: a warp sends its share once it has read what
-// that replaces, so that whoever has a whole state knows that everybody has read the one before it. With one buffer, for
-// wide gradients, a barrier of the cluster comes between reading and writing.
+// that replaces, so that whoever has a whole state knows that everybody has read the one before it. With one buffer,
+// for wide gradients, a barrier of the cluster comes between reading and writing.
 #pragma once
 #include "recurrent_block.cuh"
 
@@ -32,8 +32,8 @@ struct ClusterLayout {
   static constexpr int kBarrierBytes = 16;
 };
 
-// The states of a cluster on their way: state `step` + 1 is written during `step`, and counted by the barrier whose turn
-// it is. Two barriers, for a block may get parts of a state while others still wait for some of the one before it.
+// The states of a cluster on their way: state `step` + 1 is written during `step`, and counted by the barrier whose
+// turn it is. Two barriers, for a block may get parts of a state while others still wait for some of the one before it.
 struct Arrival {
   uint64_t* barriers;
   unsigned bytes;  // from the other blocks
@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_cluster_block<T, 1, kept>(weights_kept, o, layout, group0, row0, shared);
     cluster_arrive();
     cluster_wait();
-    unsigned char *gradients = shared + layout.weights(1), *next = gradients + (layout.buffers - 1) * kStripRows * stride;
+    unsigned char *gradients = shared + layout.weights(1),
+                  *next = gradients + (layout.buffers - 1) * kStripRows * stride;
     for (int64_t step = 0; step <= b.clock.steps; ++step) {
       const bool fresh = b.clock.alive_back(step - 1, longest), last = step == b.clock.steps;
       for (int first = 0; first < layout.groups; first += kWarps) {

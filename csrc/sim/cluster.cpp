@@ -93,9 +93,10 @@ void* in_cluster(const char* what, const void* shared, unsigned rank, size_t byt
   if (&other == &mine) return const_cast<void*>(shared);
   if (current->cluster_waits == 0)
     fail(std::string(what) + ": the other block may not have started: a barrier of the cluster has to come first");
-  if (other.live == 0)
-    fail(std::string(what) + ": the block with rank " + std::to_string(rank) + " has exited");
-  const auto offset_in = [&](const void* memory) { return static_cast<const char*>(shared) - static_cast<const char*>(memory); };
+  if (other.live == 0) fail(std::string(what) + ": the block with rank " + std::to_string(rank) + " has exited");
+  const auto offset_in = [&](const void* memory) {
+    return static_cast<const char*>(shared) - static_cast<const char*>(memory);
+  };
   for (const SharedArray& array : mine.shared_arrays)
     if (const ptrdiff_t offset = offset_in(array.memory); offset >= 0 && size_t(offset) < array.bytes)
       return static_cast<char*>(shared_array(other, array.key, array.bytes, array.alignment)) + offset;

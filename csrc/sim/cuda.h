@@ -43,11 +43,11 @@ inline int __syncthreads_and(int predicate, pynn::sim::Site site = pynn::sim::Si
 }
 
 // Static shared memory. The address of the variable `..._declaration` tells declarations and template instances apart.
-#define SHARED_ARRAY(T, name, count)                   \
-  static const char name##_declaration = 0;            \
-  using name##_array = std::type_identity_t<T>[count]; \
-  auto& name = *static_cast<name##_array*>(            \
-      ::pynn::sim::shared_array(*::pynn::sim::current->block, &name##_declaration, sizeof(name##_array), alignof(name##_array)))
+#define SHARED_ARRAY(T, name, count)                                  \
+  static const char name##_declaration = 0;                           \
+  using name##_array = std::type_identity_t<T>[count];                \
+  auto& name = *static_cast<name##_array*>(::pynn::sim::shared_array( \
+      *::pynn::sim::current->block, &name##_declaration, sizeof(name##_array), alignof(name##_array)))
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::pynn::sim::dynamic_shared())
 
 namespace pynn::cuda {

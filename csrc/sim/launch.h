@@ -30,7 +30,7 @@ const Configuration& configuration();
 
 struct Device {
   int processors = 132;
-  size_t shared_bytes = kMaxSharedBytes;  // of a block, at most
+  size_t shared_bytes = kMaxSharedBytes;   // of a block, at most
   int cluster_blocks = kMaxClusterBlocks;  // of a cluster, at most; 0 where the device has none
 };
 const Device& device_now();

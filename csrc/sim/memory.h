@@ -1,5 +1,5 @@
-// The memory accesses of csrc/cuda/primitives.cuh: 16-byte vectors with the hardware's alignment rule, flags that blocks
-// wait for, and stores to the shared memory of the other blocks of a cluster.
+// The memory accesses of csrc/cuda/primitives.cuh: 16-byte vectors with the hardware's alignment rule, flags that
+// blocks wait for, and stores to the shared memory of the other blocks of a cluster.
 #pragma once
 #include "runtime.h"
 

@@ -75,8 +75,8 @@ struct SharedArray {
 struct Mbarrier {
   const void* place = nullptr;
   unsigned arrivals = 0, missing = 0;  // of a phase; those that have not come yet
-  int64_t bytes = 0;           // announced and not come yet; below 0 while they came first
-  unsigned completed = 0;      // phases
+  int64_t bytes = 0;                   // announced and not come yet; below 0 while they came first
+  unsigned completed = 0;              // phases
   // What has to be complete because bytes came in it, and what a thread has seen complete.
   unsigned written = 0, seen = 0;
   std::vector<char> tags = std::vector<char>(2);  // what TSan is told to order by, in turn
@@ -84,11 +84,11 @@ struct Mbarrier {
 
 // The blocks of a cluster and their barrier. In a launch without clusters each block is one.
 struct Cluster {
-  Block* blocks = nullptr;   // in the order of their ranks
-  unsigned count = 0;        // of them
-  unsigned threads = 0, live = 0;  // of all blocks; those that have not exited
+  Block* blocks = nullptr;              // in the order of their ranks
+  unsigned count = 0;                   // of them
+  unsigned threads = 0, live = 0;       // of all blocks; those that have not exited
   unsigned arrived = 0, completed = 0;  // threads at the barrier; barriers that all have arrived at
-  std::vector<char> tags;    // what TSan is told to order by, two in turn
+  std::vector<char> tags;               // what TSan is told to order by, two in turn
 };
 
 // A block that is resident: its threads, its shared memory, the barrier it may be waiting at.

@@ -232,11 +232,11 @@ struct Exchange {
   uint64_t* arrived;
   unsigned other;
 };
-#define EXCHANGE(name)                                                    \
-  SHARED_ARRAY(float, name##_words, 64);                                  \
-  SHARED_ARRAY(uint64_t, name##_arrived, 2);                              \
-  const Exchange name{name##_words, name##_arrived, 1 - cluster_rank()};  \
-  if (threadIdx.x == 0)                                                   \
+#define EXCHANGE(name)                                                   \
+  SHARED_ARRAY(float, name##_words, 64);                                 \
+  SHARED_ARRAY(uint64_t, name##_arrived, 2);                             \
+  const Exchange name{name##_words, name##_arrived, 1 - cluster_rank()}; \
+  if (threadIdx.x == 0)                                                  \
     for (int i = 0; i < 2; ++i) mbarrier_init(name.arrived + i, 32);
 #define CLUSTER_BARRIER() \
   do {                    \

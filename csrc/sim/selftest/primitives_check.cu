@@ -385,8 +385,7 @@ void check_clusters(int cluster) {
   const auto& got = out.fetch();
   size_t wrong = 0;
   for (int b = 0; b < grid; ++b)
-    for (int i = 0; i < 68; ++i)
-      wrong += got[b * 68 + i] != selftest::cluster_ring_result(b, i, cluster, steps);
+    for (int i = 0; i < 68; ++i) wrong += got[b * 68 + i] != selftest::cluster_ring_result(b, i, cluster, steps);
   report("store_async, mbarrier", got.size(), wrong, "clusters of " + std::to_string(cluster));
 }
 
