@@ -66,7 +66,7 @@ const Kinds kKinds[] = {
     {{Cell::gru, 3, 3, 96, true, true}, {{kClusters, CLUSTER}, {kTeams, TEAM}, {kSmall, STEP}}},
     {{Cell::rnn_relu, 3, 3, 144, true, false}, {{{132, 45, 8}, CLUSTER}, {{132, 45}, TEAM}, {{1, 50}, STEP}}},
     // A part of the weights in registers.
-    {{Cell::lstm, 3, 17, 200, true, true}, {{{132, 40, 8}, CLUSTER}, {kLarge, CLUSTER}, {kSmall, STEP}}},
+    {{Cell::lstm, 3, 17, 200, true, true}, {{{132, 50, 8}, CLUSTER}, {kLarge, CLUSTER}, {kSmall, STEP}}},
     {{Cell::gru, 3, 3, 216, true, false}, {{{132, 64, 8}, CLUSTER}, {kSmall, STEP}}},
 };
 
