@@ -1,6 +1,4 @@
 // Barriers in shared memory: phases that end when all arrivals and all announced bytes have come.
-#include <algorithm>
-
 #include "runtime.h"
 #include "sanitizer.h"
 
