@@ -20,8 +20,8 @@ constexpr size_t kMaxResidentThreads = 64 * 1024;
 enum class Order : int { forward, reverse, shuffled };
 
 // The schedule of all launches: the order in which the threads of a block and the blocks of a grid take their turns,
-// and how many blocks - or clusters, where a launch has them - run at the same time. Any choice is a legal one on a GPU,
-// so no result may depend on it.
+// and how many blocks - or clusters, where a launch has them - run at the same time. Any choice is a legal one on a
+// GPU, so no result may depend on it.
 struct Configuration {
   Order order = Order::forward;
   uint64_t seed = 0;  // of the shuffled order
