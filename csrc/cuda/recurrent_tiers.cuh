@@ -6,8 +6,8 @@
 //   one launch per step, two with a projection                                        (recurrent_steps.cuh)
 //
 // All of them compute the same bits, so the choice is free. It is the first that has the memory and the processors:
-// the fewer blocks have to wait for each other in a step, the less the step takes. 16-bit products run on tensor cores
-// in all of them.
+// the fewer blocks have to wait for each other in a step, the less the step takes. On an H200 a block holds an lstm of
+// 152 units in 16 bits, a cluster one of 512, or of 256 in float32. 16-bit products run on tensor cores in all of them.
 #pragma once
 #include <algorithm>
 #include <initializer_list>

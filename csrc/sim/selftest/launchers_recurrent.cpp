@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -68,6 +69,8 @@ const Kinds kKinds[] = {
     // A part of the weights in registers.
     {{Cell::lstm, 3, 17, 200, true, true}, {{{132, 50, 8}, CLUSTER}, {kLarge, CLUSTER}, {kSmall, STEP}}},
     {{Cell::gru, 3, 3, 216, true, false}, {{{132, 64, 8}, CLUSTER}, {kSmall, STEP}}},
+    // In float32 two groups of units for each of eight blocks: three blocks have none.
+    {{Cell::lstm, 4, 3, 72, true, false}, {{{132, 37, 8}, CLUSTER}, {kLarge, BLOCK}}},
 };
 
 struct alignas(64) Line {
@@ -336,6 +339,7 @@ void launch_all(Run& run) {
   });
   for (const Kinds& kinds : kKinds) launch_kinds<BFloat16>(run, kinds);
   launch_kinds<float>(run, kKinds[0]);
+  launch_kinds<float>(run, kKinds[std::size(kKinds) - 1]);
   pynn_sim_device(kLarge.processors, kLarge.kilobytes * 1024, kLarge.cluster);
 }
 
