@@ -1,9 +1,9 @@
 // Recurrent layers on a GPU: which of four kinds of kernels runs.
 //
-//   block        a block of threads for 16 rows of the batch, weights in its shared memory (recurrent_block.cuh)
-//   cluster      a cluster of 2, 4 or 8 blocks for 16 rows, weights split over them; sm_90 (recurrent_cluster.cuh)
-//   cooperative  weights in the shared memory of all processors, blocks wait for each other (recurrent_steps.cuh) steps
-//   one launch per step, two with a projection                                        (recurrent_steps.cuh)
+//   block        a block of threads for 16 rows of the batch, weights in its shared memory   (recurrent_block.cuh)
+//   cluster      a cluster of 2, 4 or 8 blocks for 16 rows, weights split over them; sm_90   (recurrent_cluster.cuh)
+//   cooperative  weights in the shared memory of all processors, blocks wait for each other  (recurrent_steps.cuh)
+//   steps        one launch per step, two with a projection                                  (recurrent_steps.cuh)
 //
 // All of them compute the same bits, so the choice is free. It is the first that has the memory and the processors:
 // the fewer blocks have to wait for each other in a step, the less the step takes. On an H200 a block holds an lstm of
