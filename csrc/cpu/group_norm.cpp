@@ -218,8 +218,8 @@ struct Contiguous : Channels<T> {
     A* const kept = kSilu ? kept_memory<A>(dx, count * size) : nullptr;
     with_constant(kept, [&](auto keep) {
       constexpr bool kKeep = kSilu && keep;
+      Coefficients<T> k(std::min(count * shape.width, kColumns<T>));
       this->each_chunk(count, [&](int64_t first, int64_t channels) {
-        Coefficients<T> k(channels);
         double dz[kColumns<T>], dzx[kColumns<T>];
         this->set_forward(group, lists, first, channels, k);
         const int64_t at = first * shape.pixels;
@@ -227,8 +227,7 @@ struct Contiguous : Channels<T> {
         this->finish_sums(group, lists, first, channels, dz, dzx, sum_dz, sum_dzx);
       });
       this->each_chunk(count, [&](int64_t first, int64_t channels) {
-        Coefficients<T> k(channels);
-        this->set_forward(group, lists, first, channels, k);
+        if (count * shape.width > kColumns<T>) this->set_forward(group, lists, first, channels, k);
         this->set_backward(lists, first, channels, k);
         const int64_t at = first * shape.pixels;
         with_constant(stream && !(kKeep && std::is_same_v<T, A>), [&](auto streams) {
@@ -329,8 +328,8 @@ struct ChannelsLast : Channels<T> {
     A* const kept = kSilu ? kept_memory<A>(dx, stride * shape.pixels) : nullptr;
     with_constant(kept, [&](auto keep) {
       constexpr bool kKeep = kSilu && keep;
+      Coefficients<T> k(std::min(p.groups * shape.width, kColumns<T>));
       this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
-        Coefficients<T> k(chunk);
         ColumnSums<T> sums(chunk);
         this->set_forward(p.first, lists, first, chunk, k);
         Block<T>(shape, chunk)
@@ -338,8 +337,7 @@ struct ChannelsLast : Channels<T> {
         this->finish_sums(p.first, lists, first, chunk, sums.first, sums.second, sum_dz, sum_dzx);
       });
       this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
-        Coefficients<T> k(chunk);
-        this->set_forward(p.first, lists, first, chunk, k);
+        if (p.groups * shape.width > kColumns<T>) this->set_forward(p.first, lists, first, chunk, k);
         this->set_backward(lists, first, chunk, k);
         with_constant(stream && !(kKeep && std::is_same_v<T, A>), [&](auto streams) {
           Block<T>(shape, chunk)
