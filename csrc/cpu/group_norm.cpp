@@ -101,47 +101,65 @@ struct Channels {
     for (int64_t g = first / shape.width; g * shape.width < first + count; ++g)
       body(g, std::max<int64_t>(g * shape.width - first, 0), std::min((g + 1) * shape.width - first, count));
   }
-  // The channel of a chunk's column 0, if it were of group g.
-  int64_t channel(int64_t first_group, int64_t g, int64_t first) const {
-    return (first_group + g) % shape.groups * shape.width + first - g * shape.width;
+  // Calls body(begin, end, c) for the columns of a chunk that are of one sample; column j is its channel c + j.
+  template <class Body>
+  void each_sample(int64_t first_group, int64_t first, int64_t count, const Body& body) const {
+    int64_t c = (first_group * shape.width + first) % shape.channels();
+    for (int64_t j = 0; j < count; c = 0) {
+      const int64_t end = std::min(count, j + shape.channels() - c);
+      body(j, end, c - j);
+      j = end;
+    }
   }
 
   template <int64_t kMost>
   void set_forward(int64_t first_group, const GroupLists<kMost>& lists, int64_t first, int64_t count,
                    Coefficients<T>& k) const {
     each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-      const GroupStats stats = lists[g];
-      const int64_t c = channel(first_group, g, first);
+      for (int64_t j = begin; j < end; ++j)
+        k.center[j] = A(lists.center[g]), k.delta[j] = lists.delta[g], k.rstd[j] = lists.rstd[g];
+    });
+    each_sample(first_group, first, count, [&](int64_t begin, int64_t end, int64_t c) {
       for (int64_t j = begin; j < end; ++j) {
-        const Affine values = affine(stats, weight, bias, c + j);
-        k.center[j] = A(stats.center), k.scale[j] = A(values.scale), k.shift[j] = A(values.shift);
+        const Affine values = affine({k.delta[j], k.rstd[j], 0}, weight, bias, c + j);
+        k.scale[j] = A(values.scale), k.shift[j] = A(values.shift);
       }
     });
   }
-  // Sums of dz and dz * (x - center) of a chunk's channels go to `to`, with (x - mean) * rstd instead, and into the
-  // sums of their groups, weighted.
+  // Sums of dz and dz * (x - center) of a chunk's channels go to to_dz and to_dzx, with (x - mean) * rstd instead, and
+  // into the sums of their groups, weighted. The sums given are used up.
   template <int64_t kMost>
-  void finish_sums(int64_t first_group, GroupLists<kMost>& lists, int64_t first, int64_t count, const double* sum_dz,
-                   const double* sum_dzx, double* to_dz, double* to_dzx) const {
-    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-      const GroupStats s = lists[g];
-      const int64_t c = channel(first_group, g, first), out = first_group * shape.width + first;
-      Sums total = {lists.weighted[0][g], lists.weighted[1][g]};
+  void finish_sums(int64_t first_group, GroupLists<kMost>& lists, int64_t first, int64_t count,
+                   const Coefficients<T>& k, double* sum_dz, double* sum_dzx, double* to_dz, double* to_dzx) const {
+    to_dz += first_group * shape.width + first, to_dzx += first_group * shape.width + first;
+    each_sample(first_group, first, count, [&](int64_t begin, int64_t end, int64_t c) {
       for (int64_t j = begin; j < end; ++j) {
-        const double dz = sum_dz[j], dzx = (sum_dzx[j] - s.delta * dz) * s.rstd, w = weight ? weight[c + j] : A(1);
-        to_dz[out + j] = dz, to_dzx[out + j] = dzx;
-        total.first += w * dz, total.second += w * dzx;
+        const double dz = sum_dz[j], dzx = (sum_dzx[j] - k.delta[j] * dz) * k.rstd[j],
+                     w = weight ? weight[c + j] : A(1);
+        to_dz[j] = dz, to_dzx[j] = dzx;
+        sum_dz[j] = w * dz, sum_dzx[j] = w * dzx;
       }
-      lists.weighted[0][g] = total.first, lists.weighted[1][g] = total.second;
     });
+    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+      double dz = lists.weighted[0][g], dzx = lists.weighted[1][g];
+      for (int64_t j = begin; j < end; ++j) dz += sum_dz[j], dzx += sum_dzx[j];
+      lists.weighted[0][g] = dz, lists.weighted[1][g] = dzx;
+    });
+  }
+  // From the weighted sums to what they contribute to dx: slope * (x - center) + constant.
+  template <int64_t kMost>
+  void finish_groups(GroupLists<kMost>& lists, int64_t groups) const {
+    for (int64_t g = 0; g < groups; ++g) {
+      const Sums weighted = {lists.weighted[0][g], lists.weighted[1][g]};
+      const Affine back = backward_affine(lists[g], weighted, double(shape.group_size()));
+      lists.weighted[0][g] = back.scale, lists.weighted[1][g] = back.shift;
+    }
   }
   template <int64_t kMost>
   void set_backward(const GroupLists<kMost>& lists, int64_t first, int64_t count, Coefficients<T>& k) const {
     each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-      const Sums weighted = {lists.weighted[0][g], lists.weighted[1][g]};
-      const Affine back = backward_affine(lists[g], weighted, double(shape.group_size()));
-      std::fill(k.slope + begin, k.slope + end, A(back.scale));
-      std::fill(k.constant + begin, k.constant + end, A(back.shift));
+      for (int64_t j = begin; j < end; ++j)
+        k.slope[j] = A(lists.weighted[0][g]), k.constant[j] = A(lists.weighted[1][g]);
     });
   }
 };
@@ -224,8 +242,9 @@ struct Contiguous : Channels<T> {
         this->set_forward(group, lists, first, channels, k);
         const int64_t at = first * shape.pixels;
         run_backward_sums<kSilu, kKeep>(dy + at, x + at, kept + at, channels, shape.pixels, k, dz, dzx);
-        this->finish_sums(group, lists, first, channels, dz, dzx, sum_dz, sum_dzx);
+        this->finish_sums(group, lists, first, channels, k, dz, dzx, sum_dz, sum_dzx);
       });
+      this->finish_groups(lists, count);
       this->each_chunk(count, [&](int64_t first, int64_t channels) {
         if (count * shape.width > kColumns<T>) this->set_forward(group, lists, first, channels, k);
         this->set_backward(lists, first, channels, k);
@@ -334,8 +353,9 @@ struct ChannelsLast : Channels<T> {
         this->set_forward(p.first, lists, first, chunk, k);
         Block<T>(shape, chunk)
             .template backward_sums<kSilu, kKeep>(dy + first, x + first, kept + first, stride, k, sums);
-        this->finish_sums(p.first, lists, first, chunk, sums.first, sums.second, sum_dz, sum_dzx);
+        this->finish_sums(p.first, lists, first, chunk, k, sums.first, sums.second, sum_dz, sum_dzx);
       });
+      this->finish_groups(lists, p.groups);
       this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
         if (p.groups * shape.width > kColumns<T>) this->set_forward(p.first, lists, first, chunk, k);
         this->set_backward(lists, first, chunk, k);

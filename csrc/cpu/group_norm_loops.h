@@ -85,6 +85,7 @@ template <class T>
 struct Coefficients {
   using A = accumulate_t<T>;
   A center[kColumns<T>], scale[kColumns<T>], shift[kColumns<T>], slope[kColumns<T>], constant[kColumns<T>];
+  double delta[kColumns<T>], rstd[kColumns<T>];  // the statistics of each channel's group
 
   explicit Coefficients(int64_t channels) {
     const int64_t last = (channels - 1) / kComputeLanes<T> * kComputeLanes<T>;
