@@ -1,15 +1,16 @@
 // group_norm on the CPU.
 //
-// Statistics take one pass over a group, the moments around a guess of the mean from a few of its elements, so a large
-// mean costs no digits; a second pass around the mean follows where the guess turns out far from it.
+// Statistics take one pass over a group, the moments around 0; where the mean turns out large against the deviations, a
+// second pass around the mean follows, so a large mean costs no digits.
 // Sums run in fp32 lanes for at most kFlush steps and move to double. The normalised value is (x - center) * scale +
 // shift in fp32; center is the rounded mean when the mean is large (then the difference is exact) and 0 otherwise, and
 // shift, computed in double, carries what center leaves of the mean.
 //
 // (N, C, pixels): one task is one group, a contiguous run, or several small ones; coefficients are broadcast per
-// channel. (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds;
-// lanes are
-//                 channels. A group wider than kColumns is a block of its own, walked in chunks of kColumns channels.
+// channel. (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds,
+// if it can be the sample; lanes are channels. A group wider than kColumns is a block of its own, walked in chunks of
+// kColumns channels. With an activation, the gradient before it (dz) is kept from the pass that sums it up for the one
+// that writes dx. Results that would not stay in the caches are written past them.
 // A task owns its groups' statistics and its part of y or dx; the backward leaves per-sample channel sums in scratch,
 // which a last step adds over samples in order. So no result depends on the number of threads.
 #include "group_norm.h"

@@ -199,13 +199,13 @@ struct Row {
   static constexpr int kStep = kComputeLanes<T>;
   static PYNN_HD Row coefficients(const A* from) {
     Row row;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) row.v[j] = load(from + j * kStep);
     return row;
   }
   static PYNN_HD Row read(const T* from, int64_t tail) {
     Row row;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors - 1; ++j) row.v[j] = load_compute(from + j * kStep);
     const T* last = from + (kVectors - 1) * kStep;
     row.v[kVectors - 1] = tail == kStep ? load_compute(last) : load_part(last, tail, A(0));
@@ -214,18 +214,19 @@ struct Row {
   template <bool kStream>
   PYNN_HD void write(T* to, int64_t tail) const {
     if constexpr (kStream) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) stream_compute(to + j * kStep, v[j]);
     } else {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors - 1; ++j) store_compute(to + j * kStep, v[j]);
       T* last = to + (kVectors - 1) * kStep;
       tail == kStep ? store_compute(last, v[kVectors - 1]) : store_part(last, tail, v[kVectors - 1]);
     }
   }
+  template <bool kToWrite = false>
   static PYNN_HD void prefetch(const T* from) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(from + j * kStep);
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(from + j * kStep, kToWrite);
   }
 };
 
@@ -245,56 +246,64 @@ template <class T>
 struct Block {
   using A = accumulate_t<T>;
   static constexpr int kStep = kComputeLanes<T>, kTile = 2 * kFlush;
+  static constexpr int kWide = kVectorRegisters == 32 ? 8 : 4;  // vectors of a strip that needs few registers for each
   int64_t rows, stride, columns;
 
   Block(const GroupNormShape& shape, int64_t count) : rows(shape.pixels), stride(shape.channels()), columns(count) {}
 
   // Calls body(std::integral_constant<int, vectors>, column, tail, first row, last row) for each strip of each tile.
   template <int kStrip, class Body>
-  void each_strip(const Body& body) const {
-    for (int64_t row = 0; row < rows; row += kTile) {
-      const int64_t end = std::min<int64_t>(rows, row + kTile);
-      int64_t c = 0;
-      for (; c + kStrip * kStep <= columns; c += kStrip * kStep)
-        body(std::integral_constant<int, kStrip>{}, c, kStep, row, end);
-      if (c == columns) continue;
-      const int64_t vectors = (columns - c + kStep - 1) / kStep, tail = columns - c - (vectors - 1) * kStep;
-      if (kStrip > 2 && vectors == 4) body(std::integral_constant<int, std::min(kStrip, 4)>{}, c, tail, row, end);
-      if (kStrip > 2 && vectors == 3) body(std::integral_constant<int, std::min(kStrip, 3)>{}, c, tail, row, end);
-      if (vectors == 2) body(std::integral_constant<int, 2>{}, c, tail, row, end);
-      if (vectors == 1) body(std::integral_constant<int, 1>{}, c, tail, row, end);
-    }
+  void each_strip(int64_t tile, const Body& body) const {
+    for (int64_t row = 0; row < rows; row += tile) strips<kStrip>(0, row, std::min(rows, row + tile), body);
+  }
+  // From column c on: strips of kStrip vectors, then of half as many; the last may be partial.
+  template <int kStrip, class Body>
+  PYNN_HD void strips(int64_t c, int64_t begin, int64_t end, const Body& body) const {
+    for (; c + kStrip * kStep <= columns; c += kStrip * kStep)
+      body(std::integral_constant<int, kStrip>{}, c, int64_t(kStep), begin, end);
+    if (c == columns) return;
+    if constexpr (kStrip > 1) return strips<kStrip / 2>(c, begin, end, body);
+    body(std::integral_constant<int, 1>{}, c, columns - c, begin, end);
   }
 
-  // each(r, first, second) adds row r of a strip to running sums.
-  template <int kVectors, class Each>
+  // What a strip of kVectors at column c prefetches while it is at row r of the tile that begins at `begin`: the next
+  // tile, in the order of memory if it has no gaps.
+  template <int kVectors>
+  PYNN_HD int64_t ahead(int64_t tile, int64_t begin, int64_t r, int64_t c) const {
+    if (columns < stride) return (r + tile) * stride + c;
+    return (begin + tile) * stride + c * tile + (r - begin) * kVectors * kStep;
+  }
+
+  // each(r, first, second) adds row r of a strip to running sums; kUnroll rows of at most kFlush tiles are summed side
+  // by side, the same for a strip of any width, since where a column is depends on the number of threads.
+  template <int kVectors, int kUnroll, class Each>
   static void sum_rows(int64_t begin, int64_t end, double* first_sums, double* second_sums, const Each& each) {
-    constexpr int kUnroll = 2;  // of kFlush rows each
     Vec<A> first[kUnroll][kVectors] = {}, second[kUnroll][kVectors] = {};
     int64_t r = begin;
     for (; r + kUnroll <= end; r += kUnroll)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int u = 0; u < kUnroll; ++u) each(r + u, first[u], second[u]);
     for (; r < end; ++r) each(r, first[0], second[0]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      add_to(first_sums + j * kStep, first[0][j] + first[1][j]);
-      add_to(second_sums + j * kStep, second[0][j] + second[1][j]);
+      if constexpr (kUnroll == 2) first[0][j] += first[1][j], second[0][j] += second[1][j];
+      add_to(first_sums + j * kStep, first[0][j]);
+      add_to(second_sums + j * kStep, second[0][j]);
     }
   }
 
   // Sums of x - center and, for kSecond, of its square.
   template <bool kSecond>
   void moments(const T* x, const A* centers, ColumnSums<T>& sums) const {
-    each_strip<4>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+    each_strip<kWide>(kFlush, [&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
       constexpr int V = vectors;
       using R = Row<T, V>;
       const R center = R::coefficients(centers + c);
-      sum_rows<V>(begin, end, sums.first + c, sums.second + c, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
+      sum_rows<V, 1>(begin, end, sums.first + c, sums.second + c, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
         const T* from = x + r * stride + c;
-        R::prefetch(from + kTile * stride);
+        R::prefetch(from + kFlush * stride);
         const R row = R::read(from, tail);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < V; ++j) {
           const Vec<A> d = row.v[j] - center.v[j];
           first[j] += d;
@@ -306,14 +315,14 @@ struct Block {
 
   template <bool kSilu, bool kStream>
   void forward(const T* x, T* y, const Coefficients<T>& k) const {
-    each_strip<kSilu ? 2 : 4>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+    each_strip<kSilu ? 2 : kWide>(kTile, [&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
       constexpr int V = vectors;
       using R = Row<T, V>;
       const R center = R::coefficients(k.center + c), scale = R::coefficients(k.scale + c),
               shift = R::coefficients(k.shift + c);
       for (int64_t r = begin; r < end; ++r) {
         R row = R::read(x + r * stride + c, tail);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < V; ++j)
           row.v[j] = activate<kSilu>(fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]));
         row.template write<kStream>(y + r * stride + c, tail);
@@ -325,24 +334,25 @@ struct Block {
   template <bool kSilu, bool kKeep>
   void backward_sums(const T* dy, const T* x, A* kept, int64_t kept_stride, const Coefficients<T>& k,
                      ColumnSums<T>& sums) const {
-    each_strip<2>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+    each_strip<2>(kTile, [&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
       constexpr int V = vectors;
       using R = Row<T, V>;
       const R center = R::coefficients(k.center + c), scale = R::coefficients(k.scale + c),
               shift = R::coefficients(k.shift + c);
-      sum_rows<V>(begin, end, sums.first + c, sums.second + c, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
+      sum_rows<V, 2>(begin, end, sums.first + c, sums.second + c, [&](int64_t r, Vec<A>* first, Vec<A>* second) {
         const int64_t at = r * stride + c;
-        R::prefetch(x + at + kTile * stride);
-        R::prefetch(dy + at + kTile * stride);
+        R::prefetch(x + ahead<V>(kTile, begin, r, c));
+        R::prefetch(dy + ahead<V>(kTile, begin, r, c));
         const R row = R::read(x + at, tail);
         auto dz = Row<A, V>::of(R::read(dy + at, tail));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < V; ++j) {
           const Vec<A> d = row.v[j] - center.v[j];
           if constexpr (kSilu) dz.v[j] = activate_grad<kSilu>(dz.v[j], fma(d, scale.v[j], shift.v[j]));
           first[j] += dz.v[j];
           second[j] = fma(dz.v[j], d, second[j]);
         }
+        if constexpr (kKeep && std::is_same_v<T, A>) R::template prefetch<true>(kept + ahead<V>(kTile, begin, r, c));
         if constexpr (kKeep) dz.template write<false>(kept + r * kept_stride + c, tail);
       });
     });
@@ -350,7 +360,7 @@ struct Block {
 
   template <bool kSilu, bool kKeep, bool kStream>
   void backward(const T* dy, const T* x, const A* kept, int64_t kept_stride, T* dx, const Coefficients<T>& k) const {
-    each_strip<2>([&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
+    each_strip<2>(kTile, [&](auto vectors, int64_t c, int64_t tail, int64_t begin, int64_t end) {
       constexpr int V = vectors;
       using R = Row<T, V>;
       const R center = R::coefficients(k.center + c), scale = R::coefficients(k.scale + c),
@@ -362,7 +372,7 @@ struct Block {
         Row<A, V> dz;
         if constexpr (kKeep) dz = Row<A, V>::read(kept + r * kept_stride + c, tail);
         if constexpr (!kKeep) dz = Row<A, V>::of(R::read(dy + at, tail));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < V; ++j) {
           const Vec<A> d = row.v[j] - center.v[j];
           Vec<A> grad = dz.v[j];
