@@ -182,6 +182,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)  # what is no wrapper of anything
 _kernels: dict[str, tuple[str, ...]] = {}  # op -> backends that have a kernel for it, whether or not they can run here
 _cases: dict[str, Callable[..., choices.Case | None]] = {}  # op -> what its choice depends on, from its operands
 _in_python: dict[str, Callable] = {}  # op -> the Python function behind pynn_library's op
+_entries: dict[tuple[str, str], Callable] = {}  # (op, backend) -> what runs it in eager
 
 
 def add_op(name: str, case: Callable[..., choices.Case | None] | None = None, library: Callable | None = None) -> None:
@@ -245,7 +246,7 @@ def op(name: str, tensor: torch.Tensor):
     Raises:
         RuntimeError: no kernel can run it; the message has the reason.
     """
-    return _op(name, tensor, None)
+    return _op(name, tensor, None, _is_plain(tensor))
 
 
 def call(name: str, *operands):
@@ -255,16 +256,21 @@ def call(name: str, *operands):
         RuntimeError: no kernel can run it; the message has the reason.
     """
     tensor = operands[0]
-    case = None
-    if _forced == "auto" and name in _cases and tensor.device.type in ("cpu", "cuda"):
-        if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+    plain, case = _is_plain(tensor), None
+    if _forced == "auto" and name in _cases and (tensor.is_cpu or tensor.is_cuda):
+        if not plain:
             return getattr(torch.ops.pynn_auto, name).default(*operands)  # comes back here with the real operands
         case = _cases[name](*operands)
-    return _op(name, tensor, case)(*operands)
+    return _op(name, tensor, case, plain)(*operands)
 
 
-def _op(name: str, tensor: torch.Tensor, case: choices.Case | None):
-    device = tensor.device.type
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether this is a tensor and nothing else, and runs now: what needs no dispatcher around Python code."""
+    return type(tensor) in _PLAIN and not torch.compiler.is_compiling()
+
+
+def _op(name: str, tensor: torch.Tensor, case: choices.Case | None, plain: bool):
+    device = "cpu" if tensor.is_cpu else tensor.device.type
     if device not in ("cpu", "cuda"):
         if device == "meta":  # runs the shape rule of the op
             return getattr(torch.ops.pynn, name).default
@@ -278,20 +284,31 @@ def _op(name: str, tensor: torch.Tensor, case: choices.Case | None):
     if _calls is not None and not torch.compiler.is_compiling():
         reason = "forced" if _forced != "auto" else "measured fastest" if measured else f"{device} tensor"
         _record(name, chosen, tensor, reason)
-    return entry(name, chosen, plain=type(tensor) in _PLAIN and not torch.compiler.is_compiling())
+    # A library that was measured for such a call is one that takes it, and says itself what is wrong with an operand.
+    return entry(name, chosen, plain and (chosen != "library" or measured is not None))
 
 
 def entry(name: str, chosen: str, plain: bool = True) -> Callable:
-    """What runs the op on this backend: the dispatcher op or, for plain tensors in eager, the function behind it."""
-    if plain and chosen == "library" and name in _in_python:  # through the dispatcher and back into Python: 10 us
-        return _in_python[name]
-    return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
+    """What runs the op on this backend: the dispatcher op or, for plain tensors in eager, the function behind it, which
+    for `library` is without our validation of the operands."""
+    if not plain:
+        return getattr(getattr(torch.ops, _TARGETS[chosen][1]), name).default
+    run = _entries.get((name, chosen))
+    if run is None:  # the library's functions go through the dispatcher, its validation and back otherwise: 15 us
+        run = _in_python[name] if chosen == "library" and name in _in_python else entry(name, chosen, plain=False)
+        _entries[name, chosen] = run
+    return run
 
 
 def _fastest(name: str, tensor: torch.Tensor, case: choices.Case) -> str | None:
-    architecture = cpu_isa if tensor.device.type == "cpu" else _gpu_architecture(tensor.device)
-    chosen = choices.fastest(architecture, name, str(tensor.dtype).removeprefix("torch."), case)
+    architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
+    chosen = choices.fastest(architecture, name, _name_of(tensor.dtype), case)
     return chosen if chosen is not None and not unavailable[chosen] and has_kernel(name, chosen) else None
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -309,4 +326,4 @@ def _default(name: str, device: str) -> str:
 def _record(name: str, chosen: str, tensor: torch.Tensor, reason: str) -> None:
     assert _calls is not None
     kernel = f"cpu/{cpu_isa}" if chosen == "cpu" else chosen
-    _calls.append(Call(name, chosen, kernel, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), reason))
+    _calls.append(Call(name, chosen, kernel, _name_of(tensor.dtype), tuple(tensor.shape), reason))

@@ -179,6 +179,25 @@ def test_auto_follows_the_table(library_is_fastest):
     assert [call.backend for call in seen] == ["library", "cpu"]
 
 
+def test_a_measured_library_says_what_is_wrong(library_is_fastest):
+    """Chosen from the table it runs without our validation."""
+    x, w, b = operands((2, 4, 6, 6), (6, 4, 3, 3))
+    assert ours(x, w, b, torch.randn(6, 1, 1), "silu", padding=1).shape == (2, 6, 6, 6)
+    for call, message in (
+        (lambda: ours(x, w[:, :3], b), "to have 3 channels, but got 4 channels instead"),
+        (lambda: ours(x, w, b[:5]), "bias"),
+        (lambda: ours(x, w, b.double()), "type"),
+        (lambda: ours(x, w.double(), b), "type|dtype"),
+        (lambda: ours(x, w, b, padding=-1), "negative padding"),
+        (lambda: ours(x, w, b, dilation=9), "Kernel size can't be greater than actual input size"),
+        (lambda: ours(x, w, b, torch.randn(6, 3, 4)), "residual"),
+        (lambda: ours(x, w, b, torch.randn(1, 1, 1, 1, 1)), "residual"),
+        (lambda: ours(x, w, b, torch.randn(6, 1, 1).double()), "residual"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
 def test_traced_calls_choose_when_they_run(library_is_fastest):
     x, w, b = operands((2, 4, 6, 6), (6, 4, 3, 3))
     graphs = []

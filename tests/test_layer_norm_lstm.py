@@ -251,7 +251,7 @@ def test_bits(backend):
     )
     grads = seeds(p)
     first = gradients(ours, p, grads)
-    for count in (1, 2):
+    for count in (1, 2) if backend.name == "cpu" else (1,):
         with threads(count):
             again = gradients(ours, p, grads)
         for a, b in zip((*again[0], *again[1].values()), (*first[0], *first[1].values()), strict=True):

@@ -12,9 +12,11 @@
 #include "../sim/memory.h"
 #include "../sim/tensor_core.h"
 // The last parameter of a wrapper for which the whole warp must meet: the place in the kernel that calls it.
-#define CALL_SITE , sim::Site site = sim::Site::current()
+#define CALL_SITE , CALL_SITE_ALONE
+#define CALL_SITE_ALONE sim::Site site = sim::Site::current()
 #else
 #define CALL_SITE
+#define CALL_SITE_ALONE
 #endif
 
 namespace pynn::cuda {
@@ -243,6 +245,134 @@ __device__ __forceinline__ void red_release_add(unsigned* flag, unsigned value) 
 #endif
 }
 
+// ---- Barriers in shared memory that count arrivals of threads and of bytes (sm_90) ----
+
+// A barrier's phase is complete when so many arrivals and all bytes that were announced by them have come; the next
+// phase then begins. To be called by one thread, before a barrier of the cluster.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+#ifdef PYNN_SIM
+  sim::mbarrier_init(barrier, arrivals);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+
+// One arrival, which announces `bytes` of store_async: they may come before it.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, unsigned bytes) {
+#ifdef PYNN_SIM
+  sim::mbarrier_arrive(barrier, bytes);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Waits for the end of the first, third, ... phase with parity 0, of the second, fourth, ... with parity 1. What the
+// threads wrote before they arrived, and the bytes that came, are then seen.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity CALL_SITE) {
+#ifdef PYNN_SIM
+  sim::mbarrier_wait(barrier, parity, site);
+#else
+  uint32_t complete;
+  do {
+    asm volatile(
+        "{\n"
+        "  .reg .pred p;\n"
+        "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "  selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!complete);
+#endif
+}
+
+// ---- Clusters of blocks (sm_90), launched by LAUNCH_CLUSTERS: their barrier and each other's shared memory ----
+//
+// A block reaches another one's shared memory only after a first barrier of the cluster, when it has started for
+// certain, and exits only when it has waited for all that others store to its own. Kernels for clusters are empty where
+// kClusters is false, for ptxas knows none of this there; resident_clusters() keeps launchers from using them.
+
+#if defined(PYNN_SIM) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+constexpr bool kClusters = true;
+#else
+constexpr bool kClusters = false;
+#endif
+
+// This block's place in its cluster.
+__device__ __forceinline__ unsigned cluster_rank() {
+#ifdef PYNN_SIM
+  return sim::cluster_rank();
+#else
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_blocks() {
+#ifdef PYNN_SIM
+  return sim::cluster_blocks();
+#else
+  unsigned blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+#endif
+}
+
+// The barrier in two halves, each called by every thread of the cluster and by whole warps: what a thread wrote before
+// it arrives is seen by every thread that has waited. Arriving takes as long as the thread's writes to global memory.
+__device__ __forceinline__ void cluster_arrive(CALL_SITE_ALONE) {
+#ifdef PYNN_SIM
+  sim::cluster_arrive(site);
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait(CALL_SITE_ALONE) {
+#ifdef PYNN_SIM
+  sim::cluster_wait(site);
+#else
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+#ifndef PYNN_SIM
+// The address in block `rank` of what lies at `shared` in this block.
+__device__ __forceinline__ uint32_t cluster_address(const void* shared, unsigned rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  return address;
+}
+#endif
+
+// Starts to write 4 or 16 bytes, aligned, to block `rank`, where `shared` lies in this block. They count as bytes of
+// that block's barrier, where `barrier` lies in this block, and are seen by those who have waited for it.
+template <class Vector>
+__device__ __forceinline__ void store_async(Vector* shared, unsigned rank, const Vector& value, uint64_t* barrier) {
+  static_assert((sizeof(Vector) == 4 || sizeof(Vector) == 16) && std::is_trivially_copyable_v<Vector>);
+#ifdef PYNN_SIM
+  sim::store_async(shared, rank, value, barrier);
+#else
+  const uint32_t to = cluster_address(shared, rank), counter = cluster_address(barrier, rank);
+  if constexpr (sizeof(Vector) == 4) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+                 "r"(bit_cast<uint32_t>(value)), "r"(counter)
+                 : "memory");
+  } else {
+    const uint4 v = bit_cast<uint4>(value);
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(counter)
+        : "memory");
+  }
+#endif
+}
+
 }  // namespace pynn::cuda
 
 #undef CALL_SITE
+#undef CALL_SITE_ALONE

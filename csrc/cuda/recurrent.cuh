@@ -1,17 +1,10 @@
-// Recurrent layers on a GPU: which of three kinds of kernels runs, and what they work on.
-//
-//   block        a block of threads for 16 rows of the batch, weights in its shared memory   (recurrent_block.cuh)
-//   cooperative  weights in the shared memory of all processors, blocks wait for each other  (recurrent_steps.cuh)
-//   steps        one launch per step, two with a projection                                  (recurrent_steps.cuh)
-//
-// All three compute the same bits, so the choice is free. 16-bit products run on tensor cores in all of them.
+// Recurrent layers on a GPU: what the kernels that recurrent_tiers.cuh chooses work on, and their launches.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
-#include "recurrent_block.cuh"
 #include "recurrent_prepare.cuh"
-#include "recurrent_steps.cuh"
+#include "recurrent_tiers.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -37,9 +30,6 @@ class Scratch {
   char* memory_;
   int64_t used_ = 0;
 };
-
-inline int64_t unit_tiles_of(int64_t units) { return ceil_div(units, kTileUnits); }
-inline int64_t strips_of(int64_t batch) { return ceil_div(batch, kStripRows); }
 
 // Calls body with the number of gates of a cell, as a constant.
 template <class Body>
@@ -70,39 +60,6 @@ Operands<T> operands_of(const T* left, int64_t left_stride, const T* right, int6
 template <class T, int gates>
 int64_t left_width(int64_t length) {
   return round_up(length, Tile<T, gates>::kDepth);
-}
-
-// ---------------------------------------------------------------- which kernels
-
-enum class Tier { block, cooperative, steps };
-
-// Blocks of a cooperative launch per tile of units. 0 where not even one for each tile is resident, and where each
-// would have more than two strips of rows: then a step's launch costs less than what the blocks wait for each other's.
-template <class Kernel>
-int team_groups(Kernel* kernel, size_t shared_bytes, int64_t unit_tiles, int64_t batch, const Device& device) {
-  if (shared_bytes > device.shared_bytes) return 0;
-  const int64_t blocks = int64_t(resident_blocks(kernel, kThreads, shared_bytes)) * device.processors;
-  const int64_t strips = strips_of(batch), groups = std::min(blocks / unit_tiles, strips);
-  return 2 * groups < strips ? 0 : int(groups);
-}
-
-// A single step has no use for weights that stay, a projection comes between two products, and fp64 is for reference.
-template <class T>
-bool may_stay(const RecurrentShape& s) {
-  return sizeof(T) < 8 && !s.projected && s.steps > 1;
-}
-
-// The tier, by the shared memory that a block needs in the first and the blocks that the second finds resident.
-template <class T, class Groups>
-Tier tier_of(const RecurrentShape& s, const BlockLayout& layout, const Device& device, const Groups& groups) {
-  if (!may_stay<T>(s)) return Tier::steps;
-  if (layout.bytes() <= int64_t(device.shared_bytes)) return Tier::block;
-  return groups() > 0 ? Tier::cooperative : Tier::steps;
-}
-
-template <class T, int gates>
-size_t team_bytes(const Operands<T>& o) {
-  return kTeamBytes<T, gates> + size_t(o.stages) * Pipeline<T, gates, 1, true>::kRightBytes;
 }
 
 template <class T>
@@ -194,13 +151,20 @@ void forward(const RecurrentForward<T>& call, const RecurrentShape& s, void* mem
     const BlockLayout layout = BlockLayout::of<T>(s.state, int(s.hidden), gates);
     const size_t bytes = team_bytes<T, gates>(o);
     const int tiles = int(unit_tiles_of(s.hidden));
+    const ClusterLayout cluster = forward_cluster_layout<T, gates>(s, device);
+    const auto forward_cluster = forward_cluster_kernel_of<T, gates>(cluster);
     int groups = 0;
-    const Tier tier = tier_of<T>(s, layout, device, [&] {
-      return groups = team_groups(&forward_team_kernel<T, gates>, bytes, tiles, s.batch, device);
-    });
+    const Tier tier = tier_of<T>(
+        s, layout, device, [&] { return cluster.blocks > 0 && can_run(forward_cluster, cluster, gates, s.batch); },
+        [&] { return groups = team_groups(&forward_team_kernel<T, gates>, bytes, tiles, s.batch, device); });
     if (tier == Tier::block) {
       LAUNCH((forward_block_kernel<T, gates>), unsigned(strips_of(s.batch)), kThreads, size_t(layout.bytes()), stream,
              f, o);
+      return;
+    }
+    if (tier == Tier::cluster) {
+      LAUNCH_CLUSTERS(forward_cluster, cluster.blocks, unsigned(strips_of(s.batch) * cluster.blocks), kThreads,
+                      size_t(cluster.bytes(gates)), stream, f, o, cluster);
       return;
     }
     if (tier == Tier::cooperative) {
@@ -319,13 +283,20 @@ void backward(const RecurrentBackward<T>& call, const RecurrentShape& s, void* m
     const BlockLayout layout = BlockLayout::of<T>(scratch.length, int(s.hidden), 1);
     const size_t bytes = team_bytes<T, 1>(o);
     const int tiles = int(unit_tiles_of(s.hidden));
+    const ClusterLayout cluster = backward_cluster_layout<T>(s, device);
+    const auto backward_cluster = backward_cluster_kernel_of<T>(cluster);
     int groups = 0;
-    const Tier tier = tier_of<T>(s, layout, device, [&] {
-      return groups = team_groups(&backward_team_kernel<T>, bytes, tiles, s.batch, device);
-    });
+    const Tier tier = tier_of<T>(
+        s, layout, device, [&] { return cluster.blocks > 0 && can_run(backward_cluster, cluster, 1, s.batch); },
+        [&] { return groups = team_groups(&backward_team_kernel<T>, bytes, tiles, s.batch, device); });
     if (tier == Tier::block) {
       LAUNCH(backward_block_kernel<T>, unsigned(strips_of(s.batch)), kThreads, size_t(layout.bytes()), stream, b, o,
              int(scratch.length));
+      return;
+    }
+    if (tier == Tier::cluster) {
+      LAUNCH_CLUSTERS(backward_cluster, cluster.blocks, unsigned(strips_of(s.batch) * cluster.blocks), kThreads,
+                      size_t(cluster.bytes(1)), stream, b, o, cluster);
       return;
     }
     if (tier == Tier::cooperative) {

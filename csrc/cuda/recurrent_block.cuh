@@ -27,50 +27,57 @@ struct BlockLayout {
   __host__ __device__ int64_t bytes() const { return weights + 2 * kStripRows * int64_t(stride); }
 };
 
-// Rows of `packs` packs to rows of the layout; from(row) is where a row begins, or nullptr for zeros.
+// Rows of `packs` packs to rows of `pairs` pairs of them, `stride` bytes apart; from(row) is where a row begins, or
+// nullptr for zeros.
 template <class T, class From>
-__device__ __forceinline__ void copy_rows(unsigned char* to, const BlockLayout& layout, int rows, int packs,
+__device__ __forceinline__ void copy_rows(unsigned char* to, int pairs, int stride, int rows, int packs,
                                           const T* tensor, const From& from) {
-  const int width = 2 * layout.pairs;
+  const int width = 2 * pairs;
   for (int i = threadIdx.x; i < rows * width; i += kThreads) {
     const int row = i / width, pack = i % width;
     const T* const begin = from(row);
     const bool valid = begin && pack < packs;
-    cp_async<16>(to + row * layout.stride + pack * 16, valid ? begin + pack * (16 / int(sizeof(T))) : tensor,
-                 valid ? 16 : 0);
+    cp_async<16>(to + row * stride + pack * 16, valid ? begin + pack * (16 / int(sizeof(T))) : tensor, valid ? 16 : 0);
   }
 }
 
 template <class T, int gates>
 __device__ __forceinline__ void load_block(const Operands<T>& o, const BlockLayout& layout, int64_t row0,
                                            unsigned char* shared) {
-  copy_rows(shared, layout, layout.groups * 8 * gates, o.right_packs, o.right, [&](int row) -> const T* {
+  const int pairs = layout.pairs, stride = layout.stride;
+  copy_rows(shared, pairs, stride, layout.groups * 8 * gates, o.right_packs, o.right, [&](int row) -> const T* {
     const int gate = row / 8 % gates, unit = row / (8 * gates) * 8 + row % 8;
     return unit < o.units ? o.right + gate * o.gate_stride + unit * o.right_stride : nullptr;
   });
   for (int buffer = 0; buffer < 2; ++buffer)
-    copy_rows(shared + layout.weights + buffer * kStripRows * layout.stride, layout, kStripRows, 2 * layout.pairs,
-              o.left, [&](int row) { return row0 + row < o.rows ? o.left + (row0 + row) * o.left_stride : nullptr; });
+    copy_rows(shared + layout.weights + buffer * kStripRows * stride, pairs, stride, kStripRows, 2 * pairs, o.left,
+              [&](int row) { return row0 + row < o.rows ? o.left + (row0 + row) * o.left_stride : nullptr; });
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
 }
 
-// The sums of a warp's eight units, from group * 8 on.
-template <class T, int gates>
-__device__ __forceinline__ void block_product(accumulate_t<T> (&sum)[gates][4], const BlockLayout& layout, int group,
-                                              const unsigned char* weights, const unsigned char* state) {
+// The sums of a warp's eight units. weights, state: where the first row of each lies, rows are right_stride and
+// left_stride bytes apart. The first pairs of packs of the weights are those in `kept`, in registers.
+template <class T, int gates, int kept>
+__device__ __forceinline__ void block_product(accumulate_t<T> (&sum)[gates][4], int pairs,
+                                              const KeptWeights<gates, kept>& weights_kept,
+                                              const unsigned char* weights, int right_stride,
+                                              const unsigned char* state, int left_stride) {
   using A = accumulate_t<T>;
   constexpr int kParts = Tile<T, gates>::kParts;
-  const unsigned char* const right = weights + group * (8 * gates) * layout.stride;
   A part[kParts][1][gates][4] = {};
-  for (int k = 0; k < layout.pairs; k += kParts) {
+  const auto left = [&](int row, int pack) { return state + row * left_stride + pack * 16; };
+  if constexpr (kept > 0)
+#pragma unroll
+    for (int k = 0; k < kept; ++k) weights_kept.template multiply<T>(part[k % kParts][0], left, k);
+  for (int k = kept; k < pairs; k += kParts) {
 #pragma unroll
     for (int p = 0; p < kParts; ++p)
-      if (k + p < layout.pairs)
+      if (k + p < pairs)
         multiply<T, 1, gates>(
-            part[p], [&](int row, int pack) { return state + row * layout.stride + pack * 16; },
-            [&](int row, int pack) { return right + row * layout.stride + pack * 16; }, 2 * (k + p));
+            part[(kept + p) % kParts], left,
+            [&](int row, int pack) { return weights + row * right_stride + (pack - 2 * kept) * 16; }, 2 * (k + p));
   }
 #pragma unroll
   for (int g = 0; g < gates; ++g)
@@ -109,7 +116,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_block_kernel(Forward<T> f
         given[i].load(f, t, row0 + row, unit, reinterpret_cast<const T*>(state + row * layout.stride) + unit);
       }
       A sum[gates][4] = {};
-      if (t < longest) block_product<T, gates>(sum, layout, group, shared, state);
+      if (t < longest)
+        block_product<T, gates, 0>(sum, layout.pairs, {}, shared + group * (8 * gates) * layout.stride, layout.stride,
+                                   state, layout.stride);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = sum_row<T>(lane, i), unit = 8 * group + sum_column<T>(lane, i);
@@ -142,7 +151,9 @@ __global__ void __launch_bounds__(kThreads, 1) backward_block_kernel(Backward<T>
       for (int i = 0; i < 4; ++i)
         given[i].load(b, step, row0 + sum_row<T>(lane, i), 8 * group + sum_column<T>(lane, i));
       A sum[1][4] = {};
-      if (fresh) block_product<T, 1>(sum, layout, group, shared, gradients);
+      if (fresh)
+        block_product<T, 1, 0>(sum, layout.pairs, {}, shared + group * 8 * layout.stride, layout.stride, gradients,
+                               layout.stride);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = sum_row<T>(lane, i), unit = 8 * group + sum_column<T>(lane, i);

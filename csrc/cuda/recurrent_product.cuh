@@ -87,6 +87,39 @@ __device__ __forceinline__ void multiply(accumulate_t<T> (&sum)[strips][blocks][
   }
 }
 
+// Weights of a warp's eight units in its registers, as the tensor cores take them: the first `kept` pairs of packs of a
+// sum over 16-bit elements. Nothing where kept is 0.
+template <int gates, int kept>
+struct KeptWeights {
+  uint32_t fragment[std::max(kept, 1)][gates][2];
+
+  // row(gate): where the weights of the lane's unit, lane / 4, begin, or nullptr for zeros.
+  template <class Row>
+  __device__ __forceinline__ void load(const Row& row) {
+#pragma unroll
+    for (int g = 0; g < gates; ++g) {
+      const auto* const from = row(g);
+#pragma unroll
+      for (int k = 0; k < kept; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          fragment[k][g][i] = 0;
+          if (from) memcpy(&fragment[k][g][i], from + 16 * k + 8 * i + threadIdx.x % 4 * 2, 4);
+        }
+    }
+  }
+
+  // Adds the products of packs 2 k and 2 k + 1.
+  template <class T, class Left>
+  __device__ __forceinline__ void multiply(accumulate_t<T> (&sum)[gates][4], const Left& left, int k) const {
+    const int lane = threadIdx.x % 32;
+    uint32_t a[4];
+    ldmatrix(a, left(lane % 16, 2 * k + lane / 16));
+#pragma unroll
+    for (int g = 0; g < gates; ++g) mma_m16n8k16<T>(sum[g], a, fragment[k][g]);
+  }
+};
+
 template <int parts, class A>
 __device__ __forceinline__ A add_parts(A (&part)[parts]) {
 #pragma unroll

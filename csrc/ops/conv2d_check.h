@@ -29,12 +29,15 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+// Of four dimensions, or of one.
 inline Tensor empty(const char* op, const Tensor& like, const Ints& shape, bool channels_last) {
   int64_t count = 16;
   for (const int64_t size : shape) count = checked_multiply(op, count, size);
-  return torch::stable::empty(
-      shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  if (shape.size() == 1) return new_dense(like, {shape[0]}, like.scalar_type());
+  if (!channels_last) return new_dense(like, {shape[0], shape[1], shape[2], shape[3]}, like.scalar_type());
+  const int64_t pixel = shape[1], row = pixel * shape[3], image = row * shape[2];
+  const int64_t strides[] = {image, 1, row, pixel};
+  return new_strided(like, 4, shape.data(), strides, like.scalar_type());
 }
 
 inline void check_list(const char* op, const char* name, const Ints& values, size_t count) {

@@ -144,21 +144,27 @@ T* mutable_pointer(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// An uninitialised contiguous tensor on the device of `like`. Several times cheaper than torch::stable::new_empty,
-// which looks the op up by name; sizes are the caller's to check.
-inline Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  constexpr size_t kMost = 8;
-  PYNN_CHECK(shape.size() <= kMost, "pynn: tensors of at most ", kMost, " dimensions");
-  int64_t strides[kMost], stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape.begin()[d], 1)) strides[d] = stride;
+// An uninitialised tensor on the device of `like`. Several times cheaper than torch::stable::empty and new_empty, which
+// look the op up by name; sizes and strides are the caller's to check.
+inline Tensor new_strided(const Tensor& like, size_t rank, const int64_t* shape, const int64_t* strides,
+                          ScalarType dtype) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides, type,
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(rank), shape, strides, type, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+// The same, contiguous.
+inline Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  constexpr size_t kMost = 8;
+  PYNN_CHECK(shape.size() <= kMost, "pynn: tensors of at most ", kMost, " dimensions");
+  int64_t strides[kMost], stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape.begin()[d], 1)) strides[d] = stride;
+  return new_strided(like, shape.size(), shape.begin(), strides, dtype);
 }
 
 // Device memory for a launcher, freed in stream order when this goes out of scope.

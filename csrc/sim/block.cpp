@@ -40,6 +40,12 @@ void prepare_threads(Block& block) {
       }
 }
 
+void start_cluster(Cluster& cluster) {
+  cluster.threads = cluster.live = cluster.count * unsigned(cluster.blocks->threads.size());
+  cluster.arrived = cluster.completed = 0;
+  cluster.tags = std::vector<char>(2);
+}
+
 void start_block(Block& block, uint3 index) {
   block.index = index;
   block.live = unsigned(block.threads.size());
@@ -50,7 +56,9 @@ void start_block(Block& block, uint3 index) {
     thread.started = false;
     thread.collective = nullptr;
     thread.async_copies.reset();
+    thread.cluster_arrivals = thread.cluster_waits = 0;
   }
+  block.mbarriers.clear();
   constexpr size_t kAlignment = 128;  // what TMA and 128-byte swizzles want
   const size_t bytes = launch_now.dynamic_shared_bytes;
   block.dynamic_shared = bytes ? new_shared(bytes, kAlignment) : nullptr;
@@ -72,6 +80,7 @@ void exit_thread() {
   if (block.waiting > 0)
     fail("exits while " + std::to_string(block.waiting) + " other threads wait at " + block.barrier_name + " (" +
          describe(block.barrier_site) + "): a barrier needs every thread of the block");
+  exit_cluster_thread();
   --block.live;
   current->state = State::done;
 }
@@ -105,8 +114,7 @@ unsigned barrier(const char* name, bool predicate, Site site) {
   return block.barrier_result;
 }
 
-void* shared_array(const void* key, size_t bytes, size_t alignment) {
-  Block& block = *current->block;
+void* shared_array(Block& block, const void* key, size_t bytes, size_t alignment) {
   size_t total = bytes;
   for (const SharedArray& array : block.shared_arrays) {
     if (array.key == key) return array.memory;
@@ -119,7 +127,7 @@ void* shared_array(const void* key, size_t bytes, size_t alignment) {
     fail("expected at most " + std::to_string(kMaxSharedBytes) + " bytes of shared memory, got " +
          std::to_string(total) + " static and " + std::to_string(launch_now.dynamic_shared_bytes) + " dynamic");
   const Unobserved scope;
-  block.shared_arrays.push_back({key, new_shared(bytes, alignment < 16 ? 16 : alignment), bytes});
+  block.shared_arrays.push_back({key, new_shared(bytes, alignment < 16 ? 16 : alignment), bytes, alignment});
   return block.shared_arrays.back().memory;
 }
 

@@ -43,11 +43,11 @@ inline int __syncthreads_and(int predicate, pynn::sim::Site site = pynn::sim::Si
 }
 
 // Static shared memory. The address of the variable `..._declaration` tells declarations and template instances apart.
-#define SHARED_ARRAY(T, name, count)                   \
-  static const char name##_declaration = 0;            \
-  using name##_array = std::type_identity_t<T>[count]; \
-  auto& name = *static_cast<name##_array*>(            \
-      ::pynn::sim::shared_array(&name##_declaration, sizeof(name##_array), alignof(name##_array)))
+#define SHARED_ARRAY(T, name, count)                                  \
+  static const char name##_declaration = 0;                           \
+  using name##_array = std::type_identity_t<T>[count];                \
+  auto& name = *static_cast<name##_array*>(::pynn::sim::shared_array( \
+      *::pynn::sim::current->block, &name##_declaration, sizeof(name##_array), alignof(name##_array)))
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::pynn::sim::dynamic_shared())
 
 namespace pynn::cuda {
@@ -57,9 +57,15 @@ template <class Kernel>
 int resident_blocks(Kernel*, int threads, size_t shared_bytes) {
   return sim::resident_blocks(threads, shared_bytes);
 }
+template <class Kernel>
+int resident_clusters(Kernel*, int blocks, int threads, size_t shared_bytes) {
+  return sim::resident_clusters(blocks, threads, shared_bytes);
+}
 }  // namespace pynn::cuda
 
+#define LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared, stream, ...) \
+  ::pynn::sim::launch(#kernel, {false, unsigned(cluster)}, (grid), (block), (shared), kernel, __VA_ARGS__)
 #define LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...) \
-  ::pynn::sim::launch<true>(#kernel, (grid), (block), (shared), kernel, __VA_ARGS__)
+  ::pynn::sim::launch(#kernel, {true, 1}, (grid), (block), (shared), kernel, __VA_ARGS__)
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
-  ::pynn::sim::launch(#kernel, (grid), (block), (shared), kernel, __VA_ARGS__)
+  ::pynn::sim::launch(#kernel, {false, 1}, (grid), (block), (shared), kernel, __VA_ARGS__)

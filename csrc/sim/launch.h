@@ -13,13 +13,15 @@ namespace pynn::sim {
 // pynn_sim_device() makes the sim such a device.
 constexpr size_t kMaxSharedBytes = 227 * 1024, kMaxStaticSharedBytes = 48 * 1024;
 constexpr unsigned kMaxBlockThreads = 1024, kMaxBlockZ = 64, kMaxGridX = 2147483647u, kMaxGridYZ = 65535;
+constexpr int kMaxClusterBlocks = 8;  // that every device with clusters has; more is not portable
 // Threads of a cooperative launch, all of which are resident here at once (an H200 has 132 * 2048).
 constexpr size_t kMaxResidentThreads = 64 * 1024;
 
 enum class Order : int { forward, reverse, shuffled };
 
 // The schedule of all launches: the order in which the threads of a block and the blocks of a grid take their turns,
-// and how many blocks run at the same time. Any choice is a legal one on a GPU, so no result may depend on it.
+// and how many blocks - or clusters, where a launch has them - run at the same time. Any choice is a legal one on a
+// GPU, so no result may depend on it.
 struct Configuration {
   Order order = Order::forward;
   uint64_t seed = 0;  // of the shuffled order
@@ -29,20 +31,30 @@ const Configuration& configuration();
 
 struct Device {
   int processors = 132;
-  size_t shared_bytes = kMaxSharedBytes;  // of a block, at most
+  size_t shared_bytes = kMaxSharedBytes;   // of a block, at most
+  int cluster_blocks = kMaxClusterBlocks;  // of a cluster, at most; 0 where the device has none
 };
 const Device& device_now();
 
 // Blocks that a processor holds at once, by threads and shared memory. The sim knows no registers.
 int resident_blocks(int threads, size_t shared_bytes);
+// Clusters that the device holds at once. The sim's processors are in one group: a device's holes are not simulated.
+int resident_clusters(int blocks, int threads, size_t shared_bytes);
 
-void run_launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, bool cooperative,
+// Which blocks of a launch run at the same time whatever the schedule: each alone, the whole grid, or as many as form a
+// cluster, neighbours in x.
+struct Together {
+  bool grid = false;
+  unsigned cluster = 1;
+};
+
+void run_launch(const char* kernel, Together together, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
                 void (*body)(const void* arguments), const void* arguments);
 
 // LAUNCH(...) under the sim. Arguments are converted to the parameters' types once, as <<<>>> does.
-template <bool cooperative = false, class... Parameters>
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*kernel)(Parameters...),
-            std::type_identity_t<Parameters>... arguments) {
+template <class... Parameters>
+void launch(const char* name, Together together, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
@@ -51,7 +63,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes
   const auto body = [](const void* call) {
     std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
   };
-  run_launch(name, grid, block, dynamic_shared_bytes, cooperative, body, &call);
+  run_launch(name, together, grid, block, dynamic_shared_bytes, body, &call);
 }
 
 }  // namespace pynn::sim
@@ -60,9 +72,11 @@ extern "C" {
 // Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled. Returns 0, or -1 when an
 // argument is out of range (then nothing changes).
 [[gnu::visibility("default")]] int pynn_sim_configure(int order, uint64_t seed, int resident_blocks);
-// Chooses the device that launchers ask about: processors, and the bytes of shared memory of a block. Returns 0, or -1
-// when an argument is out of range (then nothing changes).
-[[gnu::visibility("default")]] int pynn_sim_device(int processors, int shared_bytes);
+// Chooses the device that launchers ask about: processors, the bytes of shared memory of a block, and the blocks of the
+// largest cluster (0: it has no clusters). Returns 0, or -1 when an argument is out of range (then nothing changes).
+[[gnu::visibility("default")]] int pynn_sim_device(int processors, int shared_bytes, int cluster_blocks);
 // Launches so far, to prove that a test ran kernels.
 [[gnu::visibility("default")]] uint64_t pynn_sim_launches();
+// The kernel of the latest launch as its source spells it, to prove that a test ran that one.
+[[gnu::visibility("default")]] const char* pynn_sim_latest_kernel();
 }

@@ -1,5 +1,5 @@
-// The memory accesses of csrc/cuda/primitives.cuh: 16-byte vectors with the hardware's alignment rule, and flags that
-// blocks wait for.
+// The memory accesses of csrc/cuda/primitives.cuh: 16-byte vectors with the hardware's alignment rule, flags that
+// blocks wait for, and stores to the shared memory of the other blocks of a cluster.
 #pragma once
 #include "runtime.h"
 
@@ -21,6 +21,13 @@ void store_16_bytes(Vector* address, const Vector& value) {
 inline unsigned load_acquire(const unsigned* flag) {
   wait_as(State::polling);
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+// Written at once, so that whoever reads without waiting for the barrier, or still reads what was there, is in a race.
+template <class Vector>
+void store_async(Vector* shared, unsigned rank, const Vector& value, const void* barrier) {
+  *static_cast<Vector*>(in_cluster("store_async", shared, rank, sizeof(Vector))) = value;
+  count_bytes(rank, barrier, sizeof(Vector));
 }
 
 }  // namespace pynn::sim

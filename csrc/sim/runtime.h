@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "launch.h"
 #include "vector_types.h"
 
 namespace pynn::sim {
@@ -48,7 +49,7 @@ struct AsyncCopies {
   void reset();
 };
 
-enum class State : uint8_t { ready, polling, barrier, warp, done };
+enum class State : uint8_t { ready, polling, barrier, warp, cluster, mbarrier, done };
 
 struct Thread {
   uint3 index{};
@@ -60,12 +61,34 @@ struct Thread {
   const Collective* collective = nullptr;  // while state is warp
   AsyncCopies async_copies;
   unsigned warp_syncs = 0;
+  unsigned cluster_arrivals = 0, cluster_waits = 0;
+  Site cluster_arrive_site, wait_site;  // wait_site: of cluster_wait and mbarrier_wait
 };
 
 struct SharedArray {
   const void* key;  // identifies the declaration
   void* memory;
-  size_t bytes;
+  size_t bytes, alignment;
+};
+
+// A barrier in shared memory that counts arrivals and bytes.
+struct Mbarrier {
+  const void* place = nullptr;
+  unsigned arrivals = 0, missing = 0;  // of a phase; those that have not come yet
+  int64_t bytes = 0;                   // announced and not come yet; below 0 while they came first
+  unsigned completed = 0;              // phases
+  // What has to be complete because bytes came in it, and what a thread has seen complete.
+  unsigned written = 0, seen = 0;
+  std::vector<char> tags = std::vector<char>(2);  // what TSan is told to order by, in turn
+};
+
+// The blocks of a cluster and their barrier. In a launch without clusters each block is one.
+struct Cluster {
+  Block* blocks = nullptr;              // in the order of their ranks
+  unsigned count = 0;                   // of them
+  unsigned threads = 0, live = 0;       // of all blocks; those that have not exited
+  unsigned arrived = 0, completed = 0;  // threads at the barrier; barriers that all have arrived at
+  std::vector<char> tags;               // what TSan is told to order by, two in turn
 };
 
 // A block that is resident: its threads, its shared memory, the barrier it may be waiting at.
@@ -82,6 +105,9 @@ struct Block {
   std::vector<char> tags;
   std::vector<SharedArray> shared_arrays;
   void* dynamic_shared = nullptr;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;
+  std::vector<Mbarrier> mbarriers;
 
   Thread& thread(unsigned warp, unsigned lane) { return threads[warp * kWarpSize + lane]; }
   char* barrier_tag() { return &tags[barrier_phase & 1]; }
@@ -94,7 +120,7 @@ struct Launch {
   const char* kernel = "";
   dim3 grid, block;
   size_t dynamic_shared_bytes = 0;
-  bool cooperative = false;
+  Together together;
   void (*body)(const void* arguments) = nullptr;
   const void* arguments = nullptr;
 };
@@ -116,15 +142,31 @@ void run_grid();
 
 // block.cpp
 void prepare_threads(Block& block);  // for the block size of launch_now
+void start_cluster(Cluster& cluster);
 void start_block(Block& block, uint3 index);
 void end_block(Block& block);
 void exit_thread();
 unsigned barrier(const char* name, bool predicate, Site site);
-void* shared_array(const void* key, size_t bytes, size_t alignment);
+void* shared_array(Block& block, const void* key, size_t bytes, size_t alignment);
 void* dynamic_shared();
 // Fail unless the address is aligned, or the bytes lie in this block's shared memory.
 void check_alignment(const char* what, const void* address, size_t alignment);
 void check_shared(const char* what, const void* address, size_t bytes);
+
+// cluster.cpp. arrive and wait are the two halves of the cluster's barrier.
+unsigned cluster_rank();
+unsigned cluster_blocks();
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
+void exit_cluster_thread();  // of the thread that runs: fails where it leaves others waiting or its memory in use
+// Where `bytes` of this block's shared memory lie in the block with that rank.
+void* in_cluster(const char* what, const void* shared, unsigned rank, size_t bytes);
+
+// mbarrier.cpp
+void mbarrier_init(const void* barrier, unsigned arrivals);
+void mbarrier_arrive(const void* barrier, unsigned bytes);
+void mbarrier_wait(const void* barrier, unsigned parity, Site site);
+void count_bytes(unsigned rank, const void* barrier, unsigned bytes);  // for the barrier of another block
 
 // warp.cpp: waits for every lane of the mask to call the same operation from the same place; the last one to come calls
 // complete(operands of the lanes, mask). Lanes that the block does not have are left out of the mask.

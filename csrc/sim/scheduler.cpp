@@ -39,23 +39,25 @@ struct Random {  // splitmix64
   size_t below(size_t bound) { return size_t((unsigned __int128)(next()) * bound >> 64); }
 };
 
-// The order in which the blocks of a grid become resident. Shuffled is i -> (i step + start) mod count with a step that
-// has no common factor with count: every block once, without a table of all blocks.
-class BlockOrder {
+// The order in which the clusters of a grid - most often single blocks - become resident. Shuffled is i -> (i step +
+// start) mod count with a step that has no common factor with count: every one once, without a table of all.
+class ClusterOrder {
  public:
-  BlockOrder(Order order, size_t count, Random& random) : order_(order), count_(count) {
+  ClusterOrder(Order order, size_t count, Random& random) : order_(order), count_(count) {
     if (order != Order::shuffled || count < 3) return;
     start_ = random.below(count);
     step_ = 1 + random.below(count - 1);
     while (std::gcd(step_, count) != 1) step_ = step_ % (count - 1) + 1;
   }
   bool empty() const { return given_ == count_; }
+  // Its first block.
   uint3 next() {
     const size_t i = given_++;
     const size_t at =
         order_ == Order::reverse ? count_ - 1 - i : size_t(((unsigned __int128)(i)*step_ + start_) % count_);
     const dim3& grid = launch_now.grid;
-    return {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
+    const unsigned size = launch_now.together.cluster, width = grid.x / size;
+    return {unsigned(at % width) * size, unsigned(at / width % grid.y), unsigned(at / width / grid.y)};
   }
 
  private:
@@ -84,19 +86,20 @@ std::vector<Block> resident;
 class Grid {
  public:
   Grid()
-      : count_(size_t(launch_now.grid.x) * launch_now.grid.y * launch_now.grid.z),
+      : size_(launch_now.together.cluster),
+        count_(size_t(launch_now.grid.x) * launch_now.grid.y * launch_now.grid.z / size_),
         random_{configuration().seed},
         order_(configuration().order),
-        blocks_(order_, count_, random_) {}
+        clusters_left_(order_, count_, random_) {}
 
   // After an error: forgets the threads that have not finished.
   ~Grid() {
-    for (Block& block : resident)
-      if (block.live > 0) {
+    for (Block& block : resident) {
+      if (block.live > 0)
         for (Thread& thread : block.threads)
           if (thread.started && thread.state != State::done) thread.fiber.release_for(&end_tag);
-        end_block(block);
-      }
+      end_block(block);
+    }
     order_finished_threads();
   }
 
@@ -104,7 +107,7 @@ class Grid {
     release(&begin_tag);
     make_resident();
     unsigned idle = 0;
-    while (live_blocks_ > 0) {
+    while (live_clusters_ > 0) {
       const Pass pass = run_pass();
       if (pass == Pass::stuck) fail(describe_deadlock());
       idle = pass == Pass::polled ? idle + 1 : 0;
@@ -116,15 +119,31 @@ class Grid {
   enum class Pass { worked, polled, stuck };
 
   void make_resident() {
-    const size_t wanted = launch_now.cooperative ? count_ : size_t(configuration().resident_blocks);
-    live_blocks_ = wanted < count_ ? wanted : count_;
-    resident.resize(live_blocks_);
+    const size_t wanted = launch_now.together.grid ? count_ : size_t(configuration().resident_blocks);
+    live_clusters_ = wanted < count_ ? wanted : count_;
+    resident.resize(live_clusters_ * size_);
+    clusters_.resize(live_clusters_);
     for (Block& block : resident) {
       prepare_threads(block);
       for (Thread& thread : block.threads) visits_.push_back(&thread);
-      start_block(block, blocks_.next());
+    }
+    for (size_t i = 0; i < live_clusters_; ++i) {
+      clusters_[i].blocks = &resident[i * size_];
+      clusters_[i].count = size_;
+      start(clusters_[i]);
     }
     if (order_ == Order::reverse) std::reverse(visits_.begin(), visits_.end());
+  }
+
+  // The next cluster of the grid in the place of one that has ended.
+  void start(Cluster& cluster) {
+    start_cluster(cluster);
+    uint3 index = clusters_left_.next();
+    for (unsigned rank = 0; rank < cluster.count; ++rank, ++index.x) {
+      Block& block = cluster.blocks[rank];
+      block.cluster = &cluster, block.rank = rank;
+      start_block(block, index);
+    }
   }
 
   Pass run_pass() {
@@ -154,12 +173,13 @@ class Grid {
     thread.fiber.reset();
     Block& block = *thread.block;
     if (Fiber::retired() >= std::max(kRetiredThreads, kRetiredBlocks * block.threads.size())) order_finished_threads();
-    if (block.live > 0) return;
-    end_block(block);
-    if (blocks_.empty())
-      --live_blocks_;
+    Cluster& cluster = *block.cluster;
+    if (cluster.live > 0) return;
+    for (unsigned rank = 0; rank < cluster.count; ++rank) end_block(cluster.blocks[rank]);
+    if (clusters_left_.empty())
+      --live_clusters_;
     else
-      start_block(block, blocks_.next());
+      start(cluster);
   }
 
   // Tells TSan that all threads which have finished come before all that will start. Within a launch that is not so: it
@@ -182,6 +202,10 @@ class Grid {
         message << "\n  block " << describe(block.index) << ", thread " << describe(thread.index) << " waits at ";
         if (thread.state == State::barrier)
           message << block.barrier_name << " (" << describe(block.barrier_site) << ")";
+        else if (thread.state == State::cluster)
+          message << "cluster_wait (" << describe(thread.wait_site) << ")";
+        else if (thread.state == State::mbarrier)
+          message << "mbarrier_wait (" << describe(thread.wait_site) << ")";
         else
           message << thread.collective->name << " (" << describe(thread.collective->site)
                   << ") for the lanes of mask 0x" << std::hex << thread.collective->mask << std::dec;
@@ -189,12 +213,14 @@ class Grid {
     return message.str();
   }
 
-  size_t count_;
+  unsigned size_;  // blocks of a cluster
+  size_t count_;   // clusters of the grid
   Random random_;
   Order order_;
-  BlockOrder blocks_;
+  ClusterOrder clusters_left_;
+  std::vector<Cluster> clusters_;  // the resident ones
   std::vector<Thread*> visits_;
-  size_t live_blocks_ = 0;
+  size_t live_clusters_ = 0;
 };
 
 }  // namespace

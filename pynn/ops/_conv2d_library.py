@@ -53,13 +53,13 @@ def conv_transpose2d_fwd(
 def _finished(input, weight, bias, residual, geometry, allow_tf32: bool, activation: int, save_pre: bool, last: bool):
     fuse_bias = bias is not None and input.is_cuda  # there the convolution would add it in a pass of its own
     with _precision(input, allow_tf32):
-        sum = torch.ops.aten.convolution.default(input, weight, None if fuse_bias else bias, *geometry)
+        sum = torch.convolution(input, weight, None if fuse_bias else bias, *geometry)  # cheaper than through torch.ops
     sum = sum.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     output = torch.empty_like(sum) if save_pre else None
     if fuse_bias or activation or residual is not None:
-        added = None if residual is None else residual.expand(sum.shape)
-        remaining = bias if fuse_bias else None
-        torch.ops.pynn.conv2d_epilogue.default(sum, remaining, added, activation, output)
+        if residual is not None and residual.dim() < sum.dim():
+            residual = residual[(None,) * (sum.dim() - residual.dim())]
+        torch.ops.pynn.conv2d_epilogue.default(sum, bias if fuse_bias else None, residual, activation, output)
     elif output is not None:
         output.copy_(sum)
     return (sum, input.new_empty(0)) if output is None else (output, sum)

@@ -42,7 +42,6 @@ def define(
         _libraries["pynn"].define(f"{name}_check({arguments} -> ()")
 
     def register(fake: Callable) -> Callable:
-        run = None if library is None else _library_kernel(name, library)
         wanted = {"pynn_triton": triton, "pynn_library": library, "pynn_auto": case}
         for namespace, registrations in _libraries.items():
             if wanted.get(namespace, True) is not None:
@@ -52,11 +51,11 @@ def define(
             for key in ("CPU", "CUDA"):
                 _libraries["pynn_triton"].impl(name, _triton_kernel(triton, name, key), key)
         for key in ("CPU", "CUDA"):
-            if run is not None:
-                _libraries["pynn_library"].impl(name, run, key)
+            if library is not None:
+                _libraries["pynn_library"].impl(name, _library_kernel(name, library), key)
             if case is not None:
                 _libraries["pynn_auto"].impl(name, lambda *operands: backends.call(name, *operands), key)
-        backends.add_op(name, case, run)
+        backends.add_op(name, case, library)
         return fake
 
     return register

@@ -34,8 +34,8 @@ CONVOLUTIONS = (
     ((2, 24, 9, 11), (24, 1, 5, 5), {"padding": 2, "groups": 24}),
     ((2, 16, 9, 8), (16, 16, 3, 3), {"padding": 2, "dilation": 2, "padding_mode": "reflect"}),
 )
-# (cell, (steps, batch, input, hidden), options): one block per 16 rows, processors that wait for each other, a launch
-# per step for few rows and for many, a projection.
+# (cell, (steps, batch, input, hidden), options): one block per 16 rows, clusters, with weights in registers, processors
+# that wait for each other, a launch per step for few rows and for many, a projection.
 RECURRENT = (
     ("lstm", (5, 18, 6, 40), {}),
     ("gru", (4, 3, 5, 19), {"reverse": True}),
@@ -43,6 +43,8 @@ RECURRENT = (
     ("lstm", (4, 35, 9, 264), {"reverse": True}),
     ("gru", (4, 17, 9, 264), {}),
     ("rnn", (3, 18, 8, 530), {}),
+    ("lstm", (3, 18, 5, 512), {}),
+    ("gru", (3, 5, 4, 704), {}),
     ("lstm", (1, 70, 4, 31), {}),
     ("lstm", (3, 5, 7, 24), {"projection": 9}),
 )

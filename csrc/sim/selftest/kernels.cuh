@@ -213,4 +213,44 @@ __global__ void ring(unsigned* arrived, int* values, int steps) {
   }
 }
 
+// Clusters: every thread sends a word to all blocks and the first thread a pack as well, and goes on with those of the
+// next block, step by step from one of two buffers to the other. Whoever has all words of a step knows that all blocks
+// have read those of the one before it.
+__global__ void cluster_ring(int* out, int steps) {
+  if constexpr (kClusters) {
+    SHARED_ARRAY(int[8][64], words, 2);
+    SHARED_ARRAY(int4[8], packs, 2);
+    SHARED_ARRAY(uint64_t, arrived, 2);
+    const int thread = int(threadIdx.x);
+    const unsigned rank = cluster_rank(), blocks = cluster_blocks(), source = (rank + 1) % blocks;
+    int word = 100 * int(blockIdx.x) + thread;
+    int4 pack = make_int4(int(rank), 1, 2, 3);
+    if (thread == 0)
+      for (int i = 0; i < 2; ++i) mbarrier_init(arrived + i, 64);
+    cluster_arrive();
+    cluster_wait();
+    for (int step = 0; step < steps; ++step) {
+      const int buffer = step % 2;
+      for (unsigned to = 0; to < blocks; ++to) {
+        store_async(words[buffer][rank] + thread, to, word + 1, arrived + buffer);
+        if (thread == 0)
+          store_async(packs[buffer] + rank, to, make_int4(pack.x, pack.y + 1, pack.z + 2, pack.w + 3),
+                      arrived + buffer);
+      }
+      mbarrier_arrive(arrived + buffer, blocks * (thread == 0 ? 20 : 4));
+      mbarrier_wait(arrived + buffer, unsigned(step) / 2 % 2);
+      word = words[buffer][source][thread];
+      pack = packs[buffer][source];
+    }
+    int* const mine = out + 68 * blockIdx.x;
+    mine[thread] = word;
+    if (thread == 0) mine[64] = pack.x, mine[65] = pack.y, mine[66] = pack.z, mine[67] = pack.w;
+  }
+}
+// What it gives for clusters of `blocks`.
+inline int cluster_ring_result(int block, int i, int blocks, int steps) {
+  const int rank = (block % blocks + steps) % blocks, from = block / blocks * blocks + rank;
+  return i < 64 ? 100 * from + i + steps : i == 64 ? rank : (i - 64) * (steps + 1);
+}
+
 }  // namespace selftest

@@ -1,7 +1,9 @@
-// Every launcher of csrc/include/recurrent.h: all cells, the three kinds of kernels, lengths, both directions, a
+// Every launcher of csrc/include/recurrent.h: all cells, the four kinds of kernels, lengths, both directions, a
 // projection, tails of rows and units. Results are compared with a plain loop in float64, row by row.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -15,11 +17,11 @@ using launchers::Run;
 using namespace pynn;
 
 // Devices on which the launchers choose their kernels: an H200, devices with too little shared memory for a layer in
-// one block, and those with too few processors for a cooperative launch.
+// one block, with clusters or without, and those with too few processors for a cooperative launch.
 struct Device {
-  int processors, kilobytes;
+  int processors, kilobytes, cluster = 0;
 };
-constexpr Device kLarge{132, 227}, kTeams{132, 61}, kFew{5, 44}, kSmall{1, 61};
+constexpr Device kLarge{132, 227, 8}, kClusters{132, 61, 8}, kTeams{132, 61}, kFew{5, 44}, kSmall{1, 61};
 
 struct Case {
   Cell cell;
@@ -45,16 +47,30 @@ constexpr Case kCases[] = {
     {Cell::lstm, 0, 2, 5},
     {Cell::lstm, 3, 0, 5},
 };
-// Kinds of kernels that give the same bits.
+// Kinds of kernels that give the same bits: a device, and the kernels it runs last forward and backward.
+struct Kind {
+  Device device;
+  const char *forward, *backward;
+};
 struct Kinds {
   Case c;
-  std::vector<Device> devices;
+  std::vector<Kind> kinds;
 };
+#define BLOCK "forward_block", "backward_block"
+#define CLUSTER "forward_cluster", "backward_cluster"
+#define TEAM "forward_team", "backward_team"
+#define STEP "forward_step", "backward_step"
 const Kinds kKinds[] = {
-    {{Cell::lstm, 2, 3, 88, true, false}, {kLarge, kTeams, kSmall}},
-    {{Cell::lstm, 2, 18, 72, true, true}, {kLarge, kFew}},  // more strips of rows than teams
-    {{Cell::gru, 3, 3, 96, true, true}, {kTeams, kSmall}},
-    {{Cell::rnn_relu, 3, 3, 144, true, false}, {{132, 45}, {1, 50}}},
+    {{Cell::lstm, 2, 3, 88, true, false}, {{kLarge, BLOCK}, {kClusters, CLUSTER}, {kTeams, TEAM}, {kSmall, STEP}}},
+    // More strips of rows than teams.
+    {{Cell::lstm, 2, 18, 72, true, true}, {{kLarge, BLOCK}, {{132, 44, 8}, CLUSTER}, {kFew, TEAM}}},
+    {{Cell::gru, 3, 3, 96, true, true}, {{kClusters, CLUSTER}, {kTeams, TEAM}, {kSmall, STEP}}},
+    {{Cell::rnn_relu, 3, 3, 144, true, false}, {{{132, 45, 8}, CLUSTER}, {{132, 45}, TEAM}, {{1, 50}, STEP}}},
+    // A part of the weights in registers.
+    {{Cell::lstm, 3, 17, 200, true, true}, {{{132, 50, 8}, CLUSTER}, {kLarge, CLUSTER}, {kSmall, STEP}}},
+    {{Cell::gru, 3, 3, 216, true, false}, {{{132, 64, 8}, CLUSTER}, {kSmall, STEP}}},
+    // In float32 two groups of units for each of eight blocks: three blocks have none.
+    {{Cell::lstm, 4, 3, 72, true, false}, {{{132, 37, 8}, CLUSTER}, {kLarge, BLOCK}}},
 };
 
 struct alignas(64) Line {
@@ -220,9 +236,15 @@ struct Reference {
   }
 };
 
+void expect_kernel(const char* expected) {
+  if (expected && !std::strstr(pynn_sim_latest_kernel(), expected))
+    throw std::runtime_error(std::string("recurrent: expected the kernel ") + expected + ", got " +
+                             pynn_sim_latest_kernel());
+}
+
 template <class T>
-void launch_case(Run& run, const Case& c) {
-  pynn_sim_device(c.device.processors, c.device.kilobytes * 1024);
+void launch_case(Run& run, const Case& c, const Kind& kind = {}) {
+  pynn_sim_device(c.device.processors, c.device.kilobytes * 1024, c.device.cluster);
   using Recurrent = launch::Recurrent<T>;
   using A = accumulate_t<T>;
   const bool lstm = c.cell == Cell::lstm, projected = c.projection > 0;
@@ -259,6 +281,7 @@ void launch_case(Run& run, const Case& c) {
   in.gates = saved ? zeros(T{}, saved) : nullptr;
   in.cells = lstm ? zeros(A{}, s.rows() * s.hidden) : nullptr;
   Recurrent::fwd(in, s, scratch(Recurrent::fwd_scratch(s)), nullptr);
+  expect_kernel(kind.forward);
 
   RecurrentBackward<T> back{};
   if (c.gradients_of_output) back.grad_output = run.normals<T>(rows * size(s.state));
@@ -275,6 +298,7 @@ void launch_case(Run& run, const Case& c) {
     back.hiddens = run.output<T>(rows * size(s.hidden));
   }
   Recurrent::bwd(back, s, scratch(Recurrent::bwd_scratch(s)), nullptr);
+  expect_kernel(kind.backward);
 
   const Reference<T> expected(c, s, in, back);
   const double tolerance = kTolerance<T>;
@@ -295,11 +319,11 @@ void launch_case(Run& run, const Case& c) {
 template <class T>
 void launch_kinds(Run& run, const Kinds& kinds) {
   std::vector<char> expected;
-  for (const Device& device : kinds.devices) {
+  for (const Kind& kind : kinds.kinds) {
     Run pass(0, run.once());
     Case c = kinds.c;
-    c.device = device;
-    launch_case<T>(pass, c);
+    c.device = kind.device;
+    launch_case<T>(pass, c, kind);
     if (expected.empty()) expected = pass.results();
     if (pass.results() != expected)
       throw std::runtime_error("recurrent: the bits of results depend on the kind of kernel");
@@ -315,7 +339,8 @@ void launch_all(Run& run) {
   });
   for (const Kinds& kinds : kKinds) launch_kinds<BFloat16>(run, kinds);
   launch_kinds<float>(run, kKinds[0]);
-  pynn_sim_device(kLarge.processors, kLarge.kilobytes * 1024);
+  launch_kinds<float>(run, kKinds[std::size(kKinds) - 1]);
+  pynn_sim_device(kLarge.processors, kLarge.kilobytes * 1024, kLarge.cluster);
 }
 
 const launchers::Op op{"recurrent", &launch_all};

@@ -224,6 +224,133 @@ __global__ void too_much_static_shared(float* y) {
 
 __global__ void nothing(float* y) { y[0] = 0.0f; }
 
+// ---- Clusters of two blocks of a warp each ----
+
+// What is needed to send words to the other block.
+struct Exchange {
+  float* words;  // (2, 32)
+  uint64_t* arrived;
+  unsigned other;
+};
+#define EXCHANGE(name)                                                   \
+  SHARED_ARRAY(float, name##_words, 64);                                 \
+  SHARED_ARRAY(uint64_t, name##_arrived, 2);                             \
+  const Exchange name{name##_words, name##_arrived, 1 - cluster_rank()}; \
+  if (threadIdx.x == 0)                                                  \
+    for (int i = 0; i < 2; ++i) mbarrier_init(name.arrived + i, 32);
+#define CLUSTER_BARRIER() \
+  do {                    \
+    cluster_arrive();     \
+    cluster_wait();       \
+  } while (false)
+
+// TSan, and a wrong result in some order: reads before the other block's words have come.
+__global__ void missing_mbarrier_wait(float* y) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  store_async(x.words + threadIdx.x, x.other, float(cluster_rank()), x.arrived);
+  mbarrier_arrive(x.arrived, 4);
+  y[32 * cluster_rank() + threadIdx.x] = x.words[threadIdx.x];
+  mbarrier_wait(x.arrived, 0);
+}
+
+// TSan, and a wrong result in some order: the other block may still read what this one replaces.
+__global__ void store_before_all_have_read(float* y) {
+  EXCHANGE(x);
+  x.words[threadIdx.x] = float(cluster_rank());
+  CLUSTER_BARRIER();
+  y[32 * cluster_rank() + threadIdx.x] = x.words[31 - threadIdx.x];
+  store_async(x.words + threadIdx.x, x.other, 7.0f, x.arrived);
+  mbarrier_arrive(x.arrived, 4);
+  mbarrier_wait(x.arrived, 0);
+}
+
+// The runtime, all of the following.
+__global__ void missing_cluster_barrier(float* y) {
+  EXCHANGE(x);
+  __syncthreads();
+  store_async(x.words + threadIdx.x, x.other, 1.0f, x.arrived);
+  mbarrier_arrive(x.arrived, 4);
+  mbarrier_wait(x.arrived, 0);
+  y[threadIdx.x] = x.words[threadIdx.x];
+}
+
+__global__ void store_to_exited_block(float*) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  if (cluster_rank() == 1) store_async(x.words + threadIdx.x, x.other, 1.0f, x.arrived);
+}
+
+__global__ void exit_before_waiting(float*) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  store_async(x.words + threadIdx.x, x.other, 1.0f, x.arrived);
+  CLUSTER_BARRIER();
+}
+
+__global__ void rank_out_of_range(float*) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  store_async(x.words + threadIdx.x, x.other + 2, 1.0f, x.arrived);
+}
+
+__global__ void store_outside_shared(float* y) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  store_async(y, x.other, 1.0f, x.arrived);
+}
+
+__global__ void misaligned_store(float*) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  store_async(reinterpret_cast<float4*>(x.words + 1), x.other, make_float4(1, 2, 3, 4), x.arrived);
+}
+
+__global__ void no_mbarrier(float*) {
+  SHARED_ARRAY(float, words, 32);
+  SHARED_ARRAY(uint64_t, arrived, 1);
+  CLUSTER_BARRIER();
+  store_async(words + threadIdx.x, 1 - cluster_rank(), 1.0f, arrived);
+}
+
+__global__ void too_many_arrivals(float*) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  mbarrier_arrive(x.arrived, 4);
+  mbarrier_arrive(x.arrived, 4);
+}
+
+__global__ void too_few_bytes(float*) {
+  EXCHANGE(x);
+  CLUSTER_BARRIER();
+  mbarrier_arrive(x.arrived, 4);
+  mbarrier_wait(x.arrived, 0);
+}
+
+__global__ void arrive_twice(float*) {
+  cluster_arrive();
+  cluster_arrive();
+}
+
+__global__ void wait_without_arrive(float*) { cluster_wait(); }
+
+__global__ void exit_between_arrive_and_wait(float*) { cluster_arrive(); }
+
+__global__ void exit_before_cluster_barrier(float*) {
+  if (cluster_rank() == 1) return;
+  CLUSTER_BARRIER();
+}
+
+__global__ void divergent_cluster_barrier(float*) {
+  if (threadIdx.x < 16) {
+    CLUSTER_BARRIER();
+  } else {
+    CLUSTER_BARRIER();
+  }
+}
+
+__global__ void without_cluster(float* y) { y[0] = float(cluster_rank()); }
+
 // UBSan.
 __global__ void signed_overflow(float* y, int large) { y[threadIdx.x] = float(large + int(threadIdx.x)); }
 

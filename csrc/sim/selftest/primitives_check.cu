@@ -377,6 +377,18 @@ void check_message() {
   report("store_release, load_acquire", rounds, wrong);
 }
 
+// Words and packs through the shared memory of clusters, many times over the two phases of two barriers.
+void check_clusters(int cluster) {
+  constexpr int grid = 64, steps = 501;
+  Array<int> out(grid * 68);
+  LAUNCH_CLUSTERS(selftest::cluster_ring, cluster, grid, 64, 0, nullptr, out.device(), steps);
+  const auto& got = out.fetch();
+  size_t wrong = 0;
+  for (int b = 0; b < grid; ++b)
+    for (int i = 0; i < 68; ++i) wrong += got[b * 68 + i] != selftest::cluster_ring_result(b, i, cluster, steps);
+  report("store_async, mbarrier", got.size(), wrong, "clusters of " + std::to_string(cluster));
+}
+
 // ---- the launch macros ----
 
 __global__ void dynamic_shared_kernel(int* out, int count) {
@@ -443,6 +455,10 @@ int main() {
   check_streaming();
   check_between_blocks();
   check_message();
+  if (resident_clusters(selftest::cluster_ring, 8, 64, 0) > 0)
+    for (const int cluster : {2, 4, 8}) check_clusters(cluster);
+  else
+    std::printf("clusters of blocks: not on this device, or not compiled for it\n");
   check_dynamic_shared(16 * 1024);
   check_dynamic_shared(int(properties.sharedMemPerBlockOptin));
   check_gemm<Half>("gemm of fp16");

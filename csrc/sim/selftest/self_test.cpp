@@ -192,6 +192,17 @@ void check_between_blocks() {
   bool right = true;
   for (int b = 0; b < blocks; ++b) right = right && values[b] == 100 * ((b + 4) % blocks) + 4;
   expect(right, "ring");
+
+  for (const int cluster : {2, 4}) {
+    constexpr int grid = 8, steps = 5;
+    std::vector<int> got(grid * 68);
+    LAUNCH_CLUSTERS(selftest::cluster_ring, cluster, grid, 64, 0, nullptr, got.data(), steps);
+    right = true;
+    for (int b = 0; b < grid; ++b)
+      for (int i = 0; i < 68; ++i)
+        right = right && got[b * 68 + i] == selftest::cluster_ring_result(b, i, cluster, steps);
+    expect(right, "cluster_ring");
+  }
 }
 
 int run_correct() {
@@ -232,6 +243,14 @@ struct Planted {
     name, {                                                                           \
       [](const float*, float* y) { LAUNCH(kernel, grid, block, shared, nullptr, y); } \
     }                                                                                 \
+  }
+
+// One cluster of two blocks.
+#define PLANTED_CLUSTER(name)                                                                 \
+  {                                                                                           \
+    #name, {                                                                                  \
+      [](const float*, float* y) { LAUNCH_CLUSTERS(planted::name, 2, 2, 32, 0, nullptr, y); } \
+    }                                                                                         \
   }
 
 const std::map<std::string, Planted>& planted_bugs() {
@@ -301,6 +320,31 @@ const std::map<std::string, Planted>& planted_bugs() {
        {[](const float*, float* y) { LAUNCH_COOPERATIVE(planted::nothing, 65, 1024, 0, nullptr, y); }}},
       {"too_many_resident_by_shared_memory",
        {[](const float*, float* y) { LAUNCH_COOPERATIVE(planted::nothing, 133, 32, 150 * 1024, nullptr, y); }}},
+      {"missing_mbarrier_wait",
+       {[](const float*, float* y) { LAUNCH_CLUSTERS(planted::missing_mbarrier_wait, 2, 2, 32, 0, nullptr, y); },
+        [](int i) { return 1.0 - i / 32; }, 64}},
+      {"store_before_all_have_read",
+       {[](const float*, float* y) { LAUNCH_CLUSTERS(planted::store_before_all_have_read, 2, 2, 32, 0, nullptr, y); },
+        [](int i) { return double(i / 32); }, 64}},
+      PLANTED_CLUSTER(missing_cluster_barrier),
+      PLANTED_CLUSTER(store_to_exited_block),
+      PLANTED_CLUSTER(exit_before_waiting),
+      PLANTED_CLUSTER(rank_out_of_range),
+      PLANTED_CLUSTER(store_outside_shared),
+      PLANTED_CLUSTER(misaligned_store),
+      PLANTED_CLUSTER(no_mbarrier),
+      PLANTED_CLUSTER(too_many_arrivals),
+      PLANTED_CLUSTER(too_few_bytes),
+      PLANTED_CLUSTER(arrive_twice),
+      PLANTED_CLUSTER(wait_without_arrive),
+      PLANTED_CLUSTER(exit_between_arrive_and_wait),
+      PLANTED_CLUSTER(exit_before_cluster_barrier),
+      PLANTED_CLUSTER(divergent_cluster_barrier),
+      PLANTED_Y(without_cluster),
+      {"cluster_too_large",
+       {[](const float*, float* y) { LAUNCH_CLUSTERS(planted::nothing, 9, 9, 32, 0, nullptr, y); }}},
+      {"part_of_a_cluster",
+       {[](const float*, float* y) { LAUNCH_CLUSTERS(planted::nothing, 2, 3, 32, 0, nullptr, y); }}},
       {"signed_overflow",
        {[](const float*, float* y) { LAUNCH(planted::signed_overflow, 1, 32, 0, nullptr, y, 2147483640); },
         [](int i) { return double(float(2147483640.0 + i)); }}},
