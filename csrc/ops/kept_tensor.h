@@ -7,25 +7,13 @@
 
 namespace pynn {
 
-// new_dense, with strides.
-inline Tensor new_strided(const Tensor& like, Sizes shape, Sizes strides, ScalarType dtype) {
-  int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type,
-                                                         device_type, device_index, &handle));
-  return Tensor(handle);
-}
-
 #if defined(PYNN_CUDA) || defined(PYNN_SIM)
 // The device's allocator keeps memory itself.
 inline Tensor new_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return new_dense(like, shape, dtype);
 }
 inline Tensor new_kept(const Tensor& like, Sizes shape, Sizes strides, ScalarType dtype, int64_t) {
-  return new_strided(like, shape, strides, dtype);
+  return new_strided(like, shape.size(), shape.data(), strides.data(), dtype);
 }
 #else
 // The gradients of weights, and what forward keeps for backward, are megabytes that come and go with every step of a
@@ -72,7 +60,7 @@ class __attribute__((visibility("hidden"))) KeptBlocks {
 inline Tensor new_kept(const Tensor& like, Sizes shape, Sizes strides, ScalarType dtype, int64_t large) {
   int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (const int64_t size : shape) bytes *= size;
-  if (bytes < large) return new_strided(like, shape, strides, dtype);
+  if (bytes < large) return new_strided(like, shape.size(), shape.data(), strides.data(), dtype);
   LargeMemory block = KeptBlocks::of_process().take(bytes);
   const int64_t size = block.bytes;
   const auto give_back = [size](void* memory) {
