@@ -70,10 +70,10 @@ PYNN_HD void add_kernel_rows(const A* row, const A* weights, const Filter<A>& f,
 }
 
 // R output rows x J vectors. rows: the packed rows of the first output row; at: the vectors in a packed row; places:
-// in an output row. bias: null, or a value for all lanes (planes) or for each lane.
+// in an output row. bias: null, or a value for all lanes (planes) or for each lane. stream: past the caches.
 template <int K, int R, int J, bool kPlanes, class A>
 [[gnu::noinline]] void compute_tile(const A* const* rows, const Filter<A>& f, const int64_t* at, const A* bias, A* to,
-                                    int64_t row_stride, const int64_t* places) {
+                                    int64_t row_stride, const int64_t* places, bool stream) {
   constexpr int kTap = kPlanes ? 1 : kLanes<A>;
   int64_t from[J];
   for (int j = 0; j < J; ++j) from[j] = at[j];
@@ -101,12 +101,15 @@ template <int K, int R, int J, bool kPlanes, class A>
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) store(to + r * row_stride + places[j], biased(total[r][j]));
+    for (int j = 0; j < J; ++j) {
+      A* const place = to + r * row_stride + places[j];
+      stream ? stream_compute(place, biased(total[r][j])) : store(place, biased(total[r][j]));
+    }
 }
 
 // The tile for K kernel columns of each height and width.
 template <bool kPlanes, class A>
-using Tile = void (*)(const A* const*, const Filter<A>&, const int64_t*, const A*, A*, int64_t, const int64_t*);
+using Tile = void (*)(const A* const*, const Filter<A>&, const int64_t*, const A*, A*, int64_t, const int64_t*, bool);
 template <int K, bool kPlanes, class A>
 Tile<kPlanes, A> tile_of(int64_t rows, int64_t vectors) {
   Tile<kPlanes, A> found = nullptr;
@@ -160,6 +163,7 @@ class DepthwiseCorrelation {
     }
     const bool plain = !epilogue.residual && !epilogue.pre && epilogue.activation == Activation::none;
     direct_ = plain && sizeof(E) == sizeof(A) && (kPlanes ? epilogue.s.w == 1 && width >= L : epilogue.s.c == 1);
+    stream_ = direct_ && !kPlanes && streams(epilogue);
     together_ = window.h.stride == 1 && window.h.dilation == 1 ? std::clamp<int64_t>(window.h.kernel, 1, kMostRows) : 1;
     cut_bands();
   }
@@ -176,13 +180,23 @@ class DepthwiseCorrelation {
         A* packed = scratch.get() + slot * (input_size + output_size);
         std::fill_n(packed, input_size, A(0));
         for (int64_t i = slot; i < work; i += slots)
-          run_unit(i / bands_ / inputs_, i / bands_ % inputs_, i % bands_ * rows_, packed, lists.get() + slot * rows,
+          run_unit(i / bands_ / inputs_, kPlanes ? i / bands_ % inputs_ : i % inputs_,
+                   (kPlanes ? i % bands_ : i / inputs_ % bands_) * rows_, packed, lists.get() + slot * rows,
                    packed + input_size);
       }
+      if (stream_) stream_end();
     });
   }
 
  private:
+  // Whether whole lines are written, of a result that would not stay in the caches.
+  bool streams(const Epilogue<E>& epilogue) const {
+    constexpr int64_t kStreamBytes = 4 << 20;
+    const Strides4& s = epilogue.s;
+    return window_.batch * channels_ * window_.h.out * window_.w.out * int64_t(sizeof(E)) >= kStreamBytes &&
+           (s.n | s.h | s.w) % L == 0 && reinterpret_cast<uintptr_t>(epilogue.y) % sizeof(Vec<A>) == 0;
+  }
+
   void pack_weights(const T* w, const WeightView& view) {
     const int64_t kw = window_.w.kernel, taps = window_.taps(), outputs = window_.out_channels;
     if (channels_ % kBlock) std::fill_n(weights_.get() + channels_ / kBlock * filter_size_, filter_size_, A(0));
@@ -245,7 +259,8 @@ class DepthwiseCorrelation {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t v = vectors * tile / tiles, width = vectors * (tile + 1) / tiles - v;
         tile_of<kPlanes, A>(window_.w.kernel, count, width)(list + row * window_.h.stride, filter, at_.data() + v, bias,
-                                                            to, direct ? s.h : pitch, places.data() + v);
+                                                            to, direct ? s.h : pitch, places.data() + v,
+                                                            direct && stream_);
       }
       waiting += count;
       if (!direct && (waiting + together_ > output_rows() || step + 1 == steps)) {
@@ -274,7 +289,7 @@ class DepthwiseCorrelation {
   int64_t channels_, inputs_, filter_size_;
   Buffer<A> weights_;
   std::vector<int64_t> columns_, at_, places_, direct_places_;
-  bool direct_;
+  bool direct_, stream_;
   int64_t together_, rows_, bands_;
 };
 

@@ -1,18 +1,21 @@
 // group_norm on the CPU.
 //
-// Statistics take one pass over a group, the moments around a guess of the mean from a few of its elements, so a large
-// mean costs no digits; a second pass around the mean follows where the guess turns out far from it.
+// Statistics take one pass over a group, the moments around 0; where the mean turns out large against the deviations, a
+// second pass around the mean follows, so a large mean costs no digits.
 // Sums run in fp32 lanes for at most kFlush steps and move to double. The normalised value is (x - center) * scale +
 // shift in fp32; center is the rounded mean when the mean is large (then the difference is exact) and 0 otherwise, and
 // shift, computed in double, carries what center leaves of the mean.
 //
 // (N, C, pixels): one task is one group, a contiguous run, or several small ones; coefficients are broadcast per
-// channel. (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds;
-// lanes are
-//                 channels. A group wider than kColumns is a block of its own, walked in chunks of kColumns channels.
+// channel. (N, pixels, C): one task is a block of whole groups of one sample, as many as the second-level cache holds,
+// if it can be the sample; lanes are channels. A group wider than kColumns is a block of its own, walked in chunks of
+// kColumns channels. With an activation, the gradient before it (dz) is kept from the pass that sums it up for the one
+// that writes dx. Results that would not stay in the caches are written past them.
 // A task owns its groups' statistics and its part of y or dx; the backward leaves per-sample channel sums in scratch,
 // which a last step adds over samples in order. So no result depends on the number of threads.
 #include "group_norm.h"
+
+#include <vector>
 
 #include "group_norm_loops.h"
 #include "parallel.h"
@@ -22,118 +25,234 @@ namespace {
 
 using namespace group_norm;
 
-constexpr int64_t kTaskElements = 16384;  // elements that are worth another thread
+constexpr int64_t kTaskElements = 16384;    // elements that are worth another thread
+constexpr int64_t kStreamBytes = 4 << 20;   // results from this size on are written past the caches
+constexpr int64_t kKeptBytes = 512 << 10;   // of dz, in the second-level cache
+constexpr int64_t kInputBytes = 448 << 10;  // of x, read twice, likewise
 
-// Statistics from the moments around a guess.
-GroupStats stats_around(double guess, const Sums& moments, double count, double eps) {
-  const double delta = (guess * count + moments.first) / count - guess;  // exact for small integers
-  const double variance = (moments.second - moments.first * delta) / count;
-  return {delta, 1 / sqrt((variance < 0 ? 0 : variance) + eps), guess};
-}
-// Whether the guess is so far from the mean that the variance lost digits.
-bool is_poor(const Sums& moments, double count) { return moments.first * moments.first > 0.5 * count * moments.second; }
+// Statistics of groups, for loops over groups: divisions and roots of one group after the other would wait.
+template <int64_t kMost>
+struct GroupLists {
+  double center[kMost], delta[kMost], rstd[kMost];
+  double weighted[2][kMost];  // backward: sums of weight * dz and of weight * dz * (x - mean) * rstd
+  GroupStats operator[](int64_t g) const { return {delta[g], rstd[g], center[g]}; }
+};
 
-template <class A>
-void set_affine(const GroupStats& stats, const A* weight, const A* bias, int64_t first, int64_t channels, A* scales,
-                A* shifts) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const Affine values = affine(stats, weight, bias, first + c);
-    scales[c] = A(values.scale), shifts[c] = A(values.shift);
+// moments(centers, first, second) sums up x - center and its square. The first sums are around 0; where that is so far
+// from the mean that the variance lost digits, they are taken again around the mean.
+template <class A, int64_t kMost, class Moments>
+void compute_statistics(int64_t groups, double count, double eps, GroupLists<kMost>& s, A* mean, A* rstd,
+                        const Moments& moments) {
+  double first[kMost], second[kMost];
+  std::fill_n(s.center, groups, 0.0);
+  moments(s.center, first, second);
+  bool again = false;
+  for (int64_t g = 0; g < groups; ++g)
+    if (first[g] * first[g] > 0.5 * count * second[g]) again = true, s.center[g] = A(first[g] / count);
+  if (again) moments(s.center, first, second);
+  for (int64_t g = 0; g < groups; ++g) {
+    const double delta = (s.center[g] * count + first[g]) / count - s.center[g];  // exact for small integers
+    const double variance = (second[g] - first[g] * delta) / count;
+    s.delta[g] = delta;
+    s.rstd[g] = 1 / sqrt((variance < 0 ? 0 : variance) + eps);
   }
+  for (int64_t g = 0; g < groups; ++g) {
+    const GroupStats r = recenter<A>(s[g]);
+    mean[g] = A(s.center[g] + s.delta[g]), rstd[g] = A(s.rstd[g]);
+    s.center[g] = r.center, s.delta[g] = r.delta;
+  }
+}
+
+// The same in the backward pass, from what forward left; moments(centers, first) where the mean is large.
+template <class A, int64_t kMost, class Moments>
+void read_statistics(int64_t groups, double count, const A* mean, const A* rstd, GroupLists<kMost>& s,
+                     const Moments& moments) {
+  bool centered = false;
+  for (int64_t g = 0; g < groups; ++g) {
+    s.center[g] = center_of<A>(mean[g], rstd[g]), s.rstd[g] = rstd[g];
+    s.delta[g] = mean[g] - s.center[g];
+    s.weighted[0][g] = s.weighted[1][g] = 0;
+    centered |= s.center[g] != 0;
+  }
+  if (!centered) return;
+  double first[kMost];
+  moments(s.center, first);
+  for (int64_t g = 0; g < groups; ++g)
+    if (s.center[g] != 0) s.delta[g] = first[g] / count;
+}
+
+// What both layouts share. A task's groups follow each other in the batch, `first_group` is the first of them; its
+// channels come in chunks, whose columns `first` .. first + count are counted from the task's first channel.
+template <class T>
+struct Channels {
+  using A = accumulate_t<T>;
+  const GroupNormShape& shape;
+  const A *weight, *bias;
+
+  // Calls body(first, count) for the chunks of that many groups.
+  template <class Body>
+  void each_chunk(int64_t groups, const Body& body) const {
+    const int64_t channels = groups * shape.width;
+    for (int64_t c = 0; c < channels; c += kColumns<T>) body(c, std::min(channels - c, kColumns<T>));
+  }
+  // Calls body(g, begin, end) for the groups of a chunk: g counted from the task's first group, columns from the
+  // chunk's first.
+  template <class Body>
+  void each_group(int64_t first, int64_t count, const Body& body) const {
+    for (int64_t g = first / shape.width; g * shape.width < first + count; ++g)
+      body(g, std::max<int64_t>(g * shape.width - first, 0), std::min((g + 1) * shape.width - first, count));
+  }
+  // Calls body(begin, end, c) for the columns of a chunk that are of one sample; column j is its channel c + j.
+  template <class Body>
+  void each_sample(int64_t first_group, int64_t first, int64_t count, const Body& body) const {
+    int64_t c = (first_group * shape.width + first) % shape.channels();
+    for (int64_t j = 0; j < count; c = 0) {
+      const int64_t end = std::min(count, j + shape.channels() - c);
+      body(j, end, c - j);
+      j = end;
+    }
+  }
+
+  template <int64_t kMost>
+  void set_forward(int64_t first_group, const GroupLists<kMost>& lists, int64_t first, int64_t count,
+                   Coefficients<T>& k) const {
+    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        k.center[j] = A(lists.center[g]), k.delta[j] = lists.delta[g], k.rstd[j] = lists.rstd[g];
+    });
+    each_sample(first_group, first, count, [&](int64_t begin, int64_t end, int64_t c) {
+      for (int64_t j = begin; j < end; ++j) {
+        const Affine values = affine({k.delta[j], k.rstd[j], 0}, weight, bias, c + j);
+        k.scale[j] = A(values.scale), k.shift[j] = A(values.shift);
+      }
+    });
+  }
+  // Sums of dz and dz * (x - center) of a chunk's channels go to to_dz and to_dzx, with (x - mean) * rstd instead, and
+  // into the sums of their groups, weighted. The sums given are used up.
+  template <int64_t kMost>
+  void finish_sums(int64_t first_group, GroupLists<kMost>& lists, int64_t first, int64_t count,
+                   const Coefficients<T>& k, double* sum_dz, double* sum_dzx, double* to_dz, double* to_dzx) const {
+    to_dz += first_group * shape.width + first, to_dzx += first_group * shape.width + first;
+    each_sample(first_group, first, count, [&](int64_t begin, int64_t end, int64_t c) {
+      for (int64_t j = begin; j < end; ++j) {
+        const double dz = sum_dz[j], dzx = (sum_dzx[j] - k.delta[j] * dz) * k.rstd[j],
+                     w = weight ? weight[c + j] : A(1);
+        to_dz[j] = dz, to_dzx[j] = dzx;
+        sum_dz[j] = w * dz, sum_dzx[j] = w * dzx;
+      }
+    });
+    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+      double dz = lists.weighted[0][g], dzx = lists.weighted[1][g];
+      for (int64_t j = begin; j < end; ++j) dz += sum_dz[j], dzx += sum_dzx[j];
+      lists.weighted[0][g] = dz, lists.weighted[1][g] = dzx;
+    });
+  }
+  // From the weighted sums to what they contribute to dx: slope * (x - center) + constant.
+  template <int64_t kMost>
+  void finish_groups(GroupLists<kMost>& lists, int64_t groups) const {
+    for (int64_t g = 0; g < groups; ++g) {
+      const Sums weighted = {lists.weighted[0][g], lists.weighted[1][g]};
+      const Affine back = backward_affine(lists[g], weighted, double(shape.group_size()));
+      lists.weighted[0][g] = back.scale, lists.weighted[1][g] = back.shift;
+    }
+  }
+  template <int64_t kMost>
+  void set_backward(const GroupLists<kMost>& lists, int64_t first, int64_t count, Coefficients<T>& k) const {
+    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        k.slope[j] = A(lists.weighted[0][g]), k.constant[j] = A(lists.weighted[1][g]);
+    });
+  }
+};
+
+// Where dz of a task, in the compute type, waits for the second pass, which then does not compute it again: in dx, or
+// in memory of this thread; nullptr where that would be too much for the cache.
+template <class A, class T>
+A* kept_memory(T* dx, int64_t count) {
+  if constexpr (std::is_same_v<A, T>) return dx;
+  if (count * int64_t(sizeof(A)) > kKeptBytes) return nullptr;
+  thread_local std::vector<A> memory;
+  if (int64_t(memory.size()) < count) memory.resize(size_t(count));
+  return memory.data();
+}
+
+// Calls body with the value as std::bool_constant.
+template <class Body>
+void with_constant(bool value, const Body& body) {
+  value ? body(std::true_type{}) : body(std::false_type{});
 }
 
 // ---------------------------------------------------------------- (N, C, pixels)
 
 template <bool kSilu, class T>
-struct Contiguous {
+struct Contiguous : Channels<T> {
   using A = accumulate_t<T>;
-  static constexpr bool kKeep = kSilu && std::is_same_v<T, A>;  // dz fits dx without rounding
-  const GroupNormShape& shape;
-  const A *weight, *bias;
+  using Channels<T>::shape;
 
   // A task takes several small groups, one step for all of them after the other: a group's few operations on scalars,
   // each of which waits for the last, then run beside those of the next group.
   static constexpr int64_t kTogether = 8;
-  int64_t block() const { return std::clamp<int64_t>(kTaskElements / 2 / shape.group_size(), 1, kTogether); }
+  int64_t block() const {
+    const int64_t groups = std::min(kTaskElements / 2 / shape.group_size(), kColumns<T> / shape.width);
+    return std::clamp<int64_t>(groups, 1, kTogether);
+  }
   int64_t groups() const { return shape.batch * shape.groups; }
   int64_t tasks() const { return (groups() + block() - 1) / block(); }
   int64_t task_elements() const { return block() * shape.group_size(); }
+  bool whole_vectors() const { return shape.pixels % kComputeLanes<T> == 0; }
 
-  // Calls body(i, group) for the groups of a task.
-  template <class Body>
-  void each_group(int64_t task, const Body& body) const {
-    const int64_t first = task * block(), count = std::min(block(), groups() - first);
-    for (int64_t i = 0; i < count; ++i) body(i, first + i);
-  }
-  // Calls body(offset, channel, channels, scales, shifts) for the channels of a group, kColumns at a time; the channel
-  // counts through the batch.
-  template <class Body>
-  void each_chunk(const GroupStats& stats, int64_t group, const Body& body) const {
-    for (int64_t c = 0; c < shape.width; c += kColumns<T>) {
-      const int64_t channels = std::min(kColumns<T>, shape.width - c), channel = group * shape.width + c;
-      A scales[kColumns<T>], shifts[kColumns<T>];
-      set_affine(stats, weight, bias, channel % shape.channels(), channels, scales, shifts);
-      body(channel * shape.pixels, channel, channels, scales, shifts);
-    }
-  }
-
-  void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd) const {
+  template <bool kSecond>
+  void moments(int64_t count, const T* x, const double* centers, double* first, double* second) const {
     const int64_t size = shape.group_size();
-    const double count = double(size);
-    A centers[kTogether];
-    Sums moments[kTogether];
-    GroupStats stats[kTogether];
-    each_group(task, [&](int64_t i, int64_t group) { centers[i] = run_center(x + group * size, size); });
-    each_group(task,
-               [&](int64_t i, int64_t group) { moments[i] = run_moments<true>(x + group * size, size, centers[i]); });
-    each_group(task, [&](int64_t i, int64_t group) {
-      if (is_poor(moments[i], count)) {
-        centers[i] = A(centers[i] + moments[i].first / count);
-        moments[i] = run_moments<true>(x + group * size, size, centers[i]);
-      }
-      stats[i] = stats_around(centers[i], moments[i], count, eps);
-      mean[group] = A(stats[i].center + stats[i].delta), rstd[group] = A(stats[i].rstd);
-      stats[i] = recenter<A>(stats[i]);
+    add_lanes_of(count, first, second, [&](int64_t i) __attribute__((always_inline)) {
+      return run_moments<kSecond>(x + i * size, size, A(centers[i]));
     });
-    each_group(task, [&](int64_t i, int64_t group) {
-      each_chunk(stats[i], group, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
-        run_forward<kSilu>(x + at, y + at, channels, shape.pixels, A(stats[i].center), scales, shifts);
-      });
+  }
+
+  void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd, bool stream) const {
+    const int64_t size = shape.group_size(), group = task * block(), count = std::min(block(), groups() - group);
+    x += group * size, y += group * size;
+    GroupLists<kTogether> lists;
+    compute_statistics(
+        count, double(size), eps, lists, mean + group, rstd + group,
+        [&](const double* centers, double* first, double* second) { moments<true>(count, x, centers, first, second); });
+    this->each_chunk(count, [&](int64_t first, int64_t channels) {
+      Coefficients<T> k(channels);
+      this->set_forward(group, lists, first, channels, k);
+      const int64_t at = first * shape.pixels;
+      with_constant(stream,
+                    [&](auto streams) { run_forward<kSilu, streams>(x + at, y + at, channels, shape.pixels, k); });
     });
   }
 
   void backward(int64_t task, const T* dy, const T* x, const A* mean, const A* rstd, T* dx, double* sum_dz,
-                double* sum_dzx) const {
-    const int64_t size = shape.group_size();
-    const double count = double(size);
-    GroupStats stats[kTogether];
-    Affine back[kTogether];
-    each_group(task, [&](int64_t i, int64_t group) {
-      GroupStats& s = stats[i] = {double(mean[group]), double(rstd[group]), 0};
-      if (center_of<A>(s.delta, s.rstd) != 0) {
-        s.center = s.delta;
-        s.delta = run_moments<false>(x + group * size, size, A(s.center)).first / count;
-      }
+                double* sum_dzx, bool stream) const {
+    const int64_t size = shape.group_size(), group = task * block(), count = std::min(block(), groups() - group);
+    dy += group * size, x += group * size, dx += group * size;
+    GroupLists<kTogether> lists;
+    read_statistics(count, double(size), mean + group, rstd + group, lists, [&](const double* centers, double* first) {
+      double unused[kTogether];
+      moments<false>(count, x, centers, first, unused);
     });
-    each_group(task, [&](int64_t i, int64_t group) {
-      const GroupStats& s = stats[i];
-      Sums weighted;
-      each_chunk(s, group, [&](int64_t at, int64_t c, int64_t channels, const A* scales, const A* shifts) {
-        double *to_dz = sum_dz + c, *to_dzx = sum_dzx + c;
-        run_backward_sums<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(s.center), scales, shifts,
-                                        to_dz, to_dzx);
-        for (int64_t j = 0; j < channels; ++j) {
-          const double w = weight ? weight[c % shape.channels() + j] : A(1);
-          to_dzx[j] = (to_dzx[j] - s.delta * to_dz[j]) * s.rstd;
-          weighted.first += w * to_dz[j], weighted.second += w * to_dzx[j];
-        }
+    A* const kept = kSilu ? kept_memory<A>(dx, count * size) : nullptr;
+    with_constant(kept, [&](auto keep) {
+      constexpr bool kKeep = kSilu && keep;
+      Coefficients<T> k(std::min(count * shape.width, kColumns<T>));
+      this->each_chunk(count, [&](int64_t first, int64_t channels) {
+        double dz[kColumns<T>], dzx[kColumns<T>];
+        this->set_forward(group, lists, first, channels, k);
+        const int64_t at = first * shape.pixels;
+        run_backward_sums<kSilu, kKeep>(dy + at, x + at, kept + at, channels, shape.pixels, k, dz, dzx);
+        this->finish_sums(group, lists, first, channels, k, dz, dzx, sum_dz, sum_dzx);
       });
-      back[i] = backward_affine(s, weighted, count);
-    });
-    each_group(task, [&](int64_t i, int64_t group) {
-      each_chunk(stats[i], group, [&](int64_t at, int64_t, int64_t channels, const A* scales, const A* shifts) {
-        run_backward<kSilu, kKeep>(dy + at, x + at, dx + at, channels, shape.pixels, A(stats[i].center), scales, shifts,
-                                   back[i]);
+      this->finish_groups(lists, count);
+      this->each_chunk(count, [&](int64_t first, int64_t channels) {
+        if (count * shape.width > kColumns<T>) this->set_forward(group, lists, first, channels, k);
+        this->set_backward(lists, first, channels, k);
+        const int64_t at = first * shape.pixels;
+        with_constant(stream && !(kKeep && std::is_same_v<T, A>), [&](auto streams) {
+          run_backward<kSilu, kKeep, streams>(dy + at, x + at, kept + at, dx + at, channels, shape.pixels, k);
+        });
       });
     });
   }
@@ -142,165 +261,110 @@ struct Contiguous {
 // ---------------------------------------------------------------- (N, pixels, C)
 
 template <bool kSilu, class T>
-struct ChannelsLast {
+struct ChannelsLast : Channels<T> {
   using A = accumulate_t<T>;
-  static constexpr bool kKeep = kSilu && std::is_same_v<T, A>;
-  const GroupNormShape& shape;
-  const A *weight, *bias;
-  int64_t block;  // groups of a task
+  using Channels<T>::shape;
+  static constexpr int64_t kMost = kColumns<T>;  // groups of a task
+  int64_t block;
 
-  // Groups that one task takes: x and dx of a task fit the second-level cache; fewer where threads would be idle. Every
-  // group is summed on its own, so this shows in no result.
+  // Groups that one task takes: x of a task fits the second-level cache, a whole sample if it can be; fewer where
+  // threads would be idle. Every group is summed on its own, so this shows in no result.
   int64_t groups_per_block() const {
-    constexpr int64_t kBytes = 256 << 10, kLeast = 64;
+    constexpr int64_t kLeast = 64;
     const int64_t group_bytes = shape.group_size() * int64_t(sizeof(T));
     const int64_t wanted = (thread_count() + shape.batch - 1) / shape.batch;
-    const int64_t groups = std::min({kBytes / group_bytes, kColumns<T> / shape.width, shape.groups / wanted});
+    const int64_t groups = std::min({kInputBytes / group_bytes, kMost / shape.width, shape.groups / wanted});
     return std::clamp<int64_t>(groups, std::min(shape.groups, (kLeast - 1) / shape.width + 1), shape.groups);
   }
   int64_t blocks() const { return (shape.groups + block - 1) / block; }
   int64_t tasks() const { return shape.batch * blocks(); }
   int64_t task_elements() const { return block * shape.group_size(); }
+  bool whole_vectors() const {
+    return shape.channels() % kComputeLanes<T> == 0 && block * shape.width % kComputeLanes<T> == 0;
+  }
 
   ChannelsLast(const GroupNormShape& shape, const A* weight, const A* bias)
-      : shape(shape), weight(weight), bias(bias), block(groups_per_block()) {}
+      : Channels<T>{shape, weight, bias}, block(groups_per_block()) {}
 
-  // The groups of one task, and their channels in chunks.
+  // The groups of one task: their number, the first of them in the batch, where x begins.
   struct Part {
-    int64_t sample, first_group, groups, first_channel, channels;
-    template <class Body>
-    void each_chunk(const Body& body) const {
-      for (int64_t c = 0; c < channels; c += kColumns<T>) body(c, std::min(channels - c, kColumns<T>));
-    }
+    int64_t groups, first, offset;
   };
   Part part(int64_t task) const {
     const int64_t sample = task / blocks(), first = task % blocks() * block;
-    const int64_t groups = std::min(block, shape.groups - first);
-    return {sample, first, groups, first * shape.width, groups * shape.width};
+    return {std::min(block, shape.groups - first), sample * shape.groups + first,
+            sample * shape.pixels * shape.channels() + first * shape.width};
   }
-  // Calls body(g, begin, end) for the groups of a chunk: g counted from the part's first group, columns from the
-  // chunk's first.
-  template <class Body>
-  void each_group(int64_t first, int64_t count, const Body& body) const {
-    for (int64_t g = first / shape.width; g * shape.width < first + count; ++g)
-      body(g, std::max<int64_t>(g * shape.width - first, 0), std::min((g + 1) * shape.width - first, count));
-  }
-  int64_t offset(const Part& p) const { return p.sample * shape.pixels * shape.channels() + p.first_channel; }
 
-  // Each group's sums of x - center and its square (kSecond), with the centers of `stats`.
+  // Each group's sums of x - center and its square (kSecond).
   template <bool kSecond>
-  void moments(const Part& p, const T* x, const GroupStats* stats, ColumnSums<T>& group_sums) const {
-    group_sums.reset(p.groups);
-    p.each_chunk([&](int64_t first, int64_t count) {
+  void moments(int64_t groups, const T* x, const double* group_centers, double* group_first,
+               double* group_second) const {
+    std::fill_n(group_first, groups, 0.0), std::fill_n(group_second, groups, 0.0);
+    this->each_chunk(groups, [&](int64_t first, int64_t count) {
       A centers[kColumns<T>];
       store(centers + (count - 1) / kComputeLanes<T> * kComputeLanes<T>, Vec<A>{});
-      each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-        std::fill(centers + begin, centers + end, A(stats[g].center));
+      this->each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+        std::fill(centers + begin, centers + end, A(group_centers[g]));
       });
       ColumnSums<T> sums(count);
       Block<T>(shape, count).template moments<kSecond>(x + first, centers, sums);
-      each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
+      this->each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
         Sums total;
         for (int64_t c = begin; c < end; ++c) total.first += sums.first[c], total.second += sums.second[c];
-        group_sums.add(g, total);
+        group_first[g] += total.first, group_second[g] += total.second;
       });
     });
   }
 
-  // Centers near the means; the sample is four pixels.
-  void guess_centers(const Part& p, const T* x, GroupStats* stats) const {
-    const int64_t step = (shape.pixels - 1) / 3 * shape.channels();
-    for (int64_t g = 0; g < p.groups; ++g) {
-      double first = 0, second = 0;
-      for (int64_t c = g * shape.width; c < (g + 1) * shape.width; ++c)
-        for (int64_t i = 0; i < 4; ++i) {
-          const double v = to_float(x[c + i * step]);
-          first += v, second += v * v;
-        }
-      stats[g].center = guess_center<A>(first / double(4 * shape.width), second / double(4 * shape.width));
-    }
-  }
-
-  void set_forward(const Part& p, const GroupStats* stats, int64_t first, int64_t count, Columns<T>& columns) const {
-    each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-      std::fill(columns.center + begin, columns.center + end, A(stats[g].center));
-      set_affine(stats[g], weight, bias, p.first_channel + first + begin, end - begin, columns.scale + begin,
-                 columns.shift + begin);
-    });
-  }
-
-  void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd) const {
+  void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd, bool stream) const {
     const Part p = part(task);
-    const double count = double(shape.group_size());
-    x += offset(p), y += offset(p);
-    GroupStats stats[kColumns<T>];
-    ColumnSums<T> sums(p.groups);
-    guess_centers(p, x, stats);
-    moments<true>(p, x, stats, sums);
-    bool again = false;
-    for (int64_t g = 0; g < p.groups; ++g)
-      if (is_poor(sums[g], count)) again = true, stats[g].center = A(stats[g].center + sums.first[g] / count);
-    if (again) moments<true>(p, x, stats, sums);
-    for (int64_t g = 0; g < p.groups; ++g) {
-      stats[g] = stats_around(stats[g].center, sums[g], count, eps);
-      const int64_t at = p.sample * shape.groups + p.first_group + g;
-      mean[at] = A(stats[g].center + stats[g].delta), rstd[at] = A(stats[g].rstd);
-      stats[g] = recenter<A>(stats[g]);
-    }
-    p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns(chunk);
-      set_forward(p, stats, first, chunk, columns);
-      Block<T>(shape, chunk).template forward<kSilu>(x + first, y + first, columns);
+    x += p.offset, y += p.offset;
+    GroupLists<kMost> lists;
+    compute_statistics(p.groups, double(shape.group_size()), eps, lists, mean + p.first, rstd + p.first,
+                       [&](const double* centers, double* first, double* second) {
+                         moments<true>(p.groups, x, centers, first, second);
+                       });
+    this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
+      Coefficients<T> k(chunk);
+      this->set_forward(p.first, lists, first, chunk, k);
+      with_constant(stream, [&](auto streams) {
+        Block<T>(shape, chunk).template forward<kSilu, streams>(x + first, y + first, k);
+      });
     });
   }
 
   void backward(int64_t task, const T* dy, const T* x, const A* mean, const A* rstd, T* dx, double* sum_dz,
-                double* sum_dzx) const {
+                double* sum_dzx, bool stream) const {
     const Part p = part(task);
-    const double count = double(shape.group_size());
-    dy += offset(p), x += offset(p), dx += offset(p);
-    GroupStats stats[kColumns<T>];
-    ColumnSums<T> sums(p.groups);
-    bool centered = false;
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const int64_t at = p.sample * shape.groups + p.first_group + g;
-      stats[g] = {double(mean[at]), double(rstd[at]), center_of<A>(mean[at], rstd[at])};
-      centered |= stats[g].center != 0;
-    }
-    if (centered) {
-      moments<false>(p, x, stats, sums);
-      for (int64_t g = 0; g < p.groups; ++g)
-        if (stats[g].center != 0) stats[g].delta = sums.first[g] / count;
-    }
-    sums.reset(p.groups);
-    p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns(chunk);
-      ColumnSums<T> channel_sums(chunk);
-      set_forward(p, stats, first, chunk, columns);
-      Block<T>(shape, chunk)
-          .template backward_sums<kSilu, kKeep>(dy + first, x + first, dx + first, columns, channel_sums);
-      const int64_t first_channel = p.first_channel + first, out = p.sample * shape.channels() + first_channel;
-      each_group(first, chunk, [&](int64_t g, int64_t begin, int64_t end) {
-        const GroupStats s = stats[g];
-        Sums total;
-        for (int64_t c = begin; c < end; ++c) {
-          const double dz = channel_sums.first[c], dzx = (channel_sums.second[c] - s.delta * dz) * s.rstd;
-          const double w = weight ? weight[first_channel + c] : A(1);
-          sum_dz[out + c] = dz, sum_dzx[out + c] = dzx;
-          total.first += w * dz, total.second += w * dzx;
-        }
-        sums.add(g, total);
+    dy += p.offset, x += p.offset, dx += p.offset;
+    GroupLists<kMost> lists;
+    read_statistics(p.groups, double(shape.group_size()), mean + p.first, rstd + p.first, lists,
+                    [&](const double* centers, double* first) {
+                      double unused[kMost];
+                      moments<false>(p.groups, x, centers, first, unused);
+                    });
+    const int64_t stride = std::is_same_v<T, A> ? shape.channels() : p.groups * shape.width;  // of what is kept
+    A* const kept = kSilu ? kept_memory<A>(dx, stride * shape.pixels) : nullptr;
+    with_constant(kept, [&](auto keep) {
+      constexpr bool kKeep = kSilu && keep;
+      Coefficients<T> k(std::min(p.groups * shape.width, kColumns<T>));
+      this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
+        ColumnSums<T> sums(chunk);
+        this->set_forward(p.first, lists, first, chunk, k);
+        Block<T>(shape, chunk)
+            .template backward_sums<kSilu, kKeep>(dy + first, x + first, kept + first, stride, k, sums);
+        this->finish_sums(p.first, lists, first, chunk, k, sums.first, sums.second, sum_dz, sum_dzx);
       });
-    });
-    p.each_chunk([&](int64_t first, int64_t chunk) {
-      Columns<T> columns(chunk);
-      set_forward(p, stats, first, chunk, columns);
-      each_group(first, chunk, [&](int64_t g, int64_t begin, int64_t end) {
-        const Affine back = backward_affine(stats[g], sums[g], count);
-        std::fill(columns.slope + begin, columns.slope + end, A(back.scale));
-        std::fill(columns.constant + begin, columns.constant + end, A(back.shift));
+      this->finish_groups(lists, p.groups);
+      this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
+        if (p.groups * shape.width > kColumns<T>) this->set_forward(p.first, lists, first, chunk, k);
+        this->set_backward(lists, first, chunk, k);
+        with_constant(stream && !(kKeep && std::is_same_v<T, A>), [&](auto streams) {
+          Block<T>(shape, chunk)
+              .template backward<kSilu, kKeep, streams>(dy + first, x + first, kept + first, stride, dx + first, k);
+        });
       });
-      Block<T>(shape, chunk).template backward<kSilu, kKeep>(dy + first, x + first, dx + first, columns);
     });
   }
 };
@@ -313,15 +377,20 @@ void with_layout(const GroupNormShape& shape, const accumulate_t<T>* weight, con
     if (shape.silu) return body(ChannelsLast<true, T>{shape, weight, bias});
     return body(ChannelsLast<false, T>{shape, weight, bias});
   }
-  if (shape.silu) return body(Contiguous<true, T>{shape, weight, bias});
-  return body(Contiguous<false, T>{shape, weight, bias});
+  if (shape.silu) return body(Contiguous<true, T>{{shape, weight, bias}});
+  return body(Contiguous<false, T>{{shape, weight, bias}});
 }
 
-template <class Walker, class Body>
-void each_task(const Walker& walker, const Body& body) {
+// Calls body(task, stream) for the walker's tasks; stream: whether they write `to` past the caches.
+template <class Walker, class T, class Body>
+void each_task(const Walker& walker, const T* to, const Body& body) {
+  const int64_t bytes = walker.shape.batch * walker.shape.channels() * walker.shape.pixels * int64_t(sizeof(T));
+  const bool stream = bytes >= kStreamBytes && walker.whole_vectors() &&
+                      reinterpret_cast<uintptr_t>(to) % (sizeof(T) * kComputeLanes<T>) == 0;
   const int64_t grain = std::max<int64_t>(1, kTaskElements / walker.task_elements());
   parallel_for(walker.tasks(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) body(task);
+    for (int64_t task = begin; task < end; ++task) body(task, stream);
+    if (stream) stream_end();
   });
 }
 
@@ -356,7 +425,7 @@ template <class T>
 void GroupNorm<T>::fwd(const T* x, const A* weight, const A* bias, double eps, T* y, A* mean, A* rstd, double*,
                        const GroupNormShape& shape, void*) {
   with_layout<T>(shape, weight, bias, [&](const auto& walker) {
-    each_task(walker, [&](int64_t task) { walker.forward(task, x, eps, y, mean, rstd); });
+    each_task(walker, y, [&](int64_t task, bool stream) { walker.forward(task, x, eps, y, mean, rstd, stream); });
   });
 }
 
@@ -365,7 +434,9 @@ void GroupNorm<T>::bwd(const T* dy, const T* x, const A* weight, const A* bias, 
                        A* dweight, A* dbias, double* scratch, const GroupNormShape& shape, void*) {
   double *sum_dz = scratch, *sum_dzx = scratch + shape.batch * shape.channels();
   with_layout<T>(shape, weight, bias, [&](const auto& walker) {
-    each_task(walker, [&](int64_t task) { walker.backward(task, dy, x, mean, rstd, dx, sum_dz, sum_dzx); });
+    each_task(walker, dx, [&](int64_t task, bool stream) {
+      walker.backward(task, dy, x, mean, rstd, dx, sum_dz, sum_dzx, stream);
+    });
   });
   add_samples(sum_dzx, dweight, shape.batch, shape.channels());
   add_samples(sum_dz, dbias, shape.batch, shape.channels());

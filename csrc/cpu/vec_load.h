@@ -38,9 +38,18 @@ PYNN_HD void store_compute(T* to, Vec<accumulate_t<T>> v) {
 }
 template <>
 PYNN_HD void store_compute(BFloat16* to, VecFloat v) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
+  const __m512i half_up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(half_up, odd, half_up, one), nan = _mm512_set1_epi32(0x7fc0);
+  const __m512i high = _mm512_mask_srli_epi32(nan, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), rounded, 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+#else
   const VecUint bits = VecUint(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecShort result = __builtin_convertvector(v != v ? VecUint{} + 0x7fc0u : rounded, VecShort);
   memcpy(to, &result, sizeof(result));
+#endif
 }
 template <>
 PYNN_HD void store_compute(Half* to, VecFloat v) {
@@ -50,6 +59,36 @@ PYNN_HD void store_compute(Half* to, VecFloat v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes<float>; ++i) to[i] = from_float<Half>(v[i]);
+#endif
+}
+
+// The same past the caches, where the machine has that for a vector of this size: for results that would not stay in
+// them, whose lines are then not read first. `to` is aligned to the vector; stream_end() makes the writes visible.
+template <class T>
+PYNN_HD void stream_compute(T* to, Vec<accumulate_t<T>> v) {
+  T values[kComputeLanes<T>];
+  store_compute(values, v);
+  const auto write = [&](auto bits, auto stream) {
+    memcpy(&bits, values, sizeof(bits));
+    stream(reinterpret_cast<decltype(bits)*>(to), bits);
+  };
+#if defined(__AVX512F__)
+  if constexpr (sizeof(values) == 64)
+    return write(__m512i{}, [](__m512i* p, __m512i bits) { _mm512_stream_si512(p, bits); });
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(values) == 32)
+    return write(__m256i{}, [](__m256i* p, __m256i bits) { _mm256_stream_si256(p, bits); });
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(values) == 16)
+    return write(__m128i{}, [](__m128i* p, __m128i bits) { _mm_stream_si128(p, bits); });
+#endif
+  memcpy(to, values, sizeof(values));
+}
+PYNN_HD void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 

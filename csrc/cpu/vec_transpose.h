@@ -1,5 +1,7 @@
 // Transposes of squares of vectors in registers.
 #pragma once
+#include <array>
+
 #include "vec.h"
 
 namespace pynn::cpu {
@@ -35,6 +37,29 @@ PYNN_HD void transpose(Vec<A> (&rows)[kLanes<A> / kRun]) {
       rows[i] = __builtin_shuffle(a, b, low);
       rows[i + step] = __builtin_shuffle(a, b, high);
     }
+  }
+}
+
+// The sums of the lanes of as many vectors as each has lanes, every one in the same order; the rows are used up.
+template <int kStep = 1>
+PYNN_HD VecDouble add_rows(VecDouble* rows) {
+  constexpr int L = kLanes<double>;
+  if constexpr (kStep == L) {
+    return rows[0];
+  } else {
+    using Index = typename ShuffleIndex<double>::type;
+    static constexpr auto kIndices = [] {
+      std::array<std::array<int64_t, L>, 2> of{};
+      for (int p = 0; p < L; ++p) of[0][p] = p & kStep ? L + p - kStep : p, of[1][p] = of[0][p] + kStep;
+      return of;
+    }();
+    const Index low = load_lanes<Index>(kIndices[0].data()), high = load_lanes<Index>(kIndices[1].data());
+#pragma GCC unroll 4
+    for (int i = 0; i < L / 2 / kStep; ++i) {
+      const VecDouble a = rows[2 * i], b = rows[2 * i + 1];
+      rows[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    }
+    return add_rows<2 * kStep>(rows);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "library.h"
+#include "kept_tensor.h"
 
 namespace pynn {
 namespace {
@@ -37,8 +37,20 @@ Tensor in_layout(const Tensor& tensor, MemoryFormat layout) {
   return tensor;
 }
 
+// An uninitialised tensor of like's shape and dtype in the layout. On the CPU one that would be fresh pages every time
+// is in memory that is kept: to have them cleared takes as long as the op.
 Tensor empty_in(const Tensor& like, MemoryFormat layout) {
-  return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device(), std::nullopt, layout);
+  constexpr int64_t kLarge = 1 << 20;
+  const size_t rank = size_t(like.dim());
+  std::vector<int64_t> strides(rank);
+  int64_t stride = 1;
+  for (size_t i = 0; i < rank; ++i) {  // from the innermost dimension on
+    const bool last = layout != MemoryFormat::Contiguous;
+    const size_t d = !last ? rank - 1 - i : i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
+    strides[d] = stride;
+    stride *= std::max<int64_t>(like.size(int64_t(d)), 1);
+  }
+  return new_kept(like, like.sizes(), Sizes(strides.data(), rank), like.scalar_type(), kLarge);
 }
 
 ScalarType compute_type(const Tensor& input) {
@@ -117,7 +129,7 @@ const T* pointer_or_null(const std::optional<Tensor>& tensor) {
 
 std::optional<Tensor> doubles(const Tensor& like, int64_t count) {
   if (count == 0) return std::nullopt;
-  return torch::stable::new_empty(like, {count}, ScalarType::Double);
+  return new_dense(like, {count}, ScalarType::Double);
 }
 double* scratch_pointer(std::optional<Tensor>& scratch) {
   return scratch ? mutable_pointer<double>(*scratch) : nullptr;
@@ -129,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<
   const auto w = parameter(weight, input), b = parameter(bias, input);
   const MemoryFormat layout = layout_of(input);
   Tensor output = empty_in(input, layout);
-  Tensor mean = torch::stable::new_empty(input, {shape.batch, shape.groups}, compute_type(input));
-  Tensor rstd = torch::stable::new_empty(input, {shape.batch, shape.groups}, compute_type(input));
+  Tensor mean = new_dense(input, {shape.batch, shape.groups}, compute_type(input));
+  Tensor rstd = new_dense(input, {shape.batch, shape.groups}, compute_type(input));
   if (output.numel() == 0) {
     torch::stable::fill_(mean, 0);
     torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
@@ -156,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& 
   const Tensor mean = in_layout(mean_, MemoryFormat::Contiguous), rstd = in_layout(rstd_, MemoryFormat::Contiguous);
   const MemoryFormat layout = layout_of(input);
   Tensor grad_input = empty_in(input, layout);
-  Tensor grad_weight = torch::stable::new_empty(input, {shape.channels()}, compute);
-  Tensor grad_bias = torch::stable::new_empty(input, {shape.channels()}, compute);
+  Tensor grad_weight = new_dense(input, {shape.channels()}, compute);
+  Tensor grad_bias = new_dense(input, {shape.channels()}, compute);
   if (grad_input.numel() == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);

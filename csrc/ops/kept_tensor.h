@@ -8,8 +8,12 @@
 namespace pynn {
 
 #if defined(PYNN_CUDA) || defined(PYNN_SIM)
+// The device's allocator keeps memory itself.
 inline Tensor new_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return new_dense(like, shape, dtype);  // the device's allocator keeps memory itself
+  return new_dense(like, shape, dtype);
+}
+inline Tensor new_kept(const Tensor& like, Sizes shape, Sizes strides, ScalarType dtype, int64_t) {
+  return new_strided(like, shape.size(), shape.data(), strides.data(), dtype);
 }
 #else
 // The gradients of weights, and what forward keeps for backward, are megabytes that come and go with every step of a
@@ -52,14 +56,11 @@ class __attribute__((visibility("hidden"))) KeptBlocks {
   int64_t bytes_ = 0;
 };
 
-// new_dense, in such a block if the tensor is large.
-inline Tensor new_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  constexpr int64_t kLarge = 128 << 10;  // from where the system's allocator begins to ask the system
-  int64_t strides[4], count = 1;
-  PYNN_CHECK(shape.size() <= 4, "pynn: tensors of at most 4 dimensions");
-  for (size_t d = shape.size(); d-- > 0; count *= shape.begin()[d]) strides[d] = count;
-  const int64_t bytes = count * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
-  if (bytes < kLarge) return new_dense(like, shape, dtype);
+// new_strided of a tensor without holes, in such a block from that many bytes on.
+inline Tensor new_kept(const Tensor& like, Sizes shape, Sizes strides, ScalarType dtype, int64_t large) {
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : shape) bytes *= size;
+  if (bytes < large) return new_strided(like, shape.size(), shape.data(), strides.data(), dtype);
   LargeMemory block = KeptBlocks::of_process().take(bytes);
   const int64_t size = block.bytes;
   const auto give_back = [size](void* memory) {
@@ -67,10 +68,17 @@ inline Tensor new_kept(const Tensor& like, std::initializer_list<int64_t> shape,
     returned.memory.reset(memory), returned.bytes = size;
     KeptBlocks::of_process().give(std::move(returned));
   };
-  const Tensor tensor = torch::stable::from_blob(block.memory.get(), Sizes(shape.begin(), shape.size()),
-                                                 Sizes(strides, shape.size()), like.device(), dtype, give_back);
+  const Tensor tensor = torch::stable::from_blob(block.memory.get(), shape, strides, like.device(), dtype, give_back);
   block.memory.release();
   return tensor;
+}
+// new_dense, in such a block if the tensor is large.
+inline Tensor new_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  constexpr int64_t kLarge = 128 << 10;  // from where the system's allocator begins to ask the system
+  int64_t strides[4], count = 1;
+  PYNN_CHECK(shape.size() <= 4, "pynn: tensors of at most 4 dimensions");
+  for (size_t d = shape.size(); d-- > 0; count *= shape.begin()[d]) strides[d] = count;
+  return new_kept(like, Sizes(shape.begin(), shape.size()), Sizes(strides, shape.size()), dtype, kLarge);
 }
 #endif
 
