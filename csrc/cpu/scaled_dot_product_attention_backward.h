@@ -158,9 +158,9 @@ class Backward {
       for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
-        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk<T>}, grads_, grads_finite_,
+        multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_}, grads_, grads_finite_,
                          value_sums_ + at * value_width_, value_width_, true);
-        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk<T>}, queries_, queries_finite_,
+        multiply_rows<1, kChunk<T>>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_}, queries_, queries_finite_,
                          key_sums_ + at * width_, width_, true);
       }
       if (want_query)
