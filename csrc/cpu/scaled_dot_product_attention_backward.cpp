@@ -66,8 +66,8 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
                        AttentionMaskOperand mask, PerHead per_head, Input out, const Lse* lse, AttentionShape shape,
                        void*, void*) {
   const int64_t key_heads = shape.heads / shape.group;
-  const int64_t height = block_rows(shape);
-  const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
+  const int64_t height = block_rows(shape), block = block_keys(shape);
+  const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, block);
   const int64_t blocks = query_blocks * shape.group;  // of queries, per key head
   const int64_t threads = thread_count();
   // A mask with a number for every score gets its gradient on the way, and so does any other where one thread meets all
@@ -132,7 +132,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
     });
   else {
     for_items(key_heads * key_blocks, [&](Backward<T>& backward, int64_t item) {
-      const int64_t head = item / key_blocks, k = item % key_blocks * kKeys, key_end = std::min(k + kKeys, shape.keys);
+      const int64_t head = item / key_blocks, k = item % key_blocks * block, key_end = std::min(k + block, shape.keys);
       backward.load_keys(head * shape.group, k, key_end);
       backward.clear_key_sums();
       const auto see = [&](int64_t first, int64_t rows) { return backward.sees(first, rows, k, key_end); };

@@ -8,7 +8,7 @@
 // A gradient of lse is taken off delta, since lse has the gradient P with respect to S.
 //
 // Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of queries of
-// all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
+// all query heads that share it, and for each the blocks of keys, summing dK and dV in compute precision. When
 // there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second
 // every block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same
 // bits.
@@ -58,6 +58,7 @@ class Backward {
         width_(padded<F>(shape.dim)),
         value_width_(padded<F>(shape.value_dim)),
         stride_(tile_stride(shape)),
+        block_keys_(block_keys(shape)),
         masked_(shape.windowed() || mask.kind != AttentionMask::kNone) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
@@ -78,14 +79,14 @@ class Backward {
     tile_mask_ = scratch_.take<F>(stride_);
     row_mask_ = scratch_.take<F>(stride_);
     factors_ = scratch_.take<F>(stride_);
-    keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, kKeys));
+    keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, block_keys_));
     if (failed()) return;
     for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = factors_[j] = 0;
     if (slopes_) std::fill_n(slopes_, block_rows(shape) * stride_, F(0));
   }
   bool failed() const { return scratch_.failed; }
 
-  // Packs keys [begin, end) of the key head that query head `head` uses; begin is a multiple of kKeys.
+  // Packs keys [begin, end) of the key head that query head `head` uses; begin is a multiple of block_keys.
   void load_keys(int64_t head, int64_t begin, int64_t end) {
     if (loaded_ == head / shape_.group && begin == begin_ && end == end_) return;
     loaded_ = head / shape_.group, begin_ = begin, end_ = end;
@@ -94,9 +95,9 @@ class Backward {
     keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
     key_products_.pack_right({key, in_.key.row, in_.key.column}, end - begin, panel_buffer_, key_panels_);
     value_products_.pack_right({value, in_.value.row, in_.value.column}, end - begin, panel_buffer_, value_panels_);
-    for (int64_t k = begin; k < end; k += kKeys)
-      keys_finite_[(k - begin) / kKeys] =
-          !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(kKeys, end - k), width_);
+    for (int64_t k = begin; k < end; k += block_keys_)
+      keys_finite_[(k - begin) / block_keys_] =
+          !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(block_keys_, end - k), width_);
   }
 
   void clear_key_sums() {
@@ -107,7 +108,7 @@ class Backward {
   void load_queries(int64_t head, int64_t first, int64_t rows) {
     head_ = head, first_ = first, rows_ = rows;
     seen_ = keys_of(shape_, first, rows);
-    one_block_ = seen_.begin >= seen_.end || seen_.begin / kKeys == (seen_.end - 1) / kKeys;
+    one_block_ = seen_.begin >= seen_.end || seen_.begin / block_keys_ == (seen_.end - 1) / block_keys_;
     const Read<T> query{head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row,
                         in_.query.column};
     const Read<T> grad{head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
@@ -124,7 +125,7 @@ class Backward {
   KeyRange tiles(int64_t block) {
     const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
-    const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
+    const int64_t count = read_tile_mask(scores, k, std::min({block + block_keys_, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
     key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
     value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
@@ -133,7 +134,7 @@ class Backward {
   }
 
   // The first block of the packed keys that the loaded queries may see.
-  int64_t first_block() const { return std::max(begin_, seen_.begin / kKeys * kKeys); }
+  int64_t first_block() const { return std::max(begin_, seen_.begin / block_keys_ * block_keys_); }
   // Whether queries [first, first + rows) see any of keys [begin, end).
   bool sees(int64_t first, int64_t rows, int64_t begin, int64_t end) const {
     const KeyRange seen = keys_of(shape_, first, rows);
@@ -143,7 +144,7 @@ class Backward {
   // Everything one block of queries adds to dK and dV, and its dQ.
   void block(bool want_query, bool want_key) {
     bool started = false;
-    for (int64_t block = first_block(); block < end_; block += kKeys) {
+    for (int64_t block = first_block(); block < end_; block += block_keys_) {
       const auto [k, key_end] = tiles(block);
       const int64_t count = key_end - k, at = k - begin_;
       if (count == 0) continue;
@@ -159,13 +160,13 @@ class Backward {
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
         multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_}, grads_, grads_finite_,
-                         value_sums_ + at * value_width_, value_width_, true);
+                                    value_sums_ + at * value_width_, value_width_, true);
         multiply_rows<1, kChunk<T>>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_}, queries_, queries_finite_,
-                         key_sums_ + at * width_, width_, true);
+                                    key_sums_ + at * width_, width_, true);
       }
       if (want_query)
         multiply_scores<T>(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
-                           keys_finite_[at / kKeys], query_sums_, width_, started);
+                           keys_finite_[at / block_keys_], query_sums_, width_, started);
       started = true;
     }
     if (!want_query) return;
@@ -201,7 +202,7 @@ class Backward {
     } else {
       std::fill(delta, delta + rows_, F(0));
       sum_delta_ = true;
-      for (int64_t block = first_block(); block < end_; block += kKeys) tiles(block);
+      for (int64_t block = first_block(); block < end_; block += block_keys_) tiles(block);
       sum_delta_ = false;
       for (int64_t i = 0; i < rows_; ++i) delta[i] -= grad_lse(i);
     }
@@ -209,7 +210,7 @@ class Backward {
 
   // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
   void add_mask_gradient(double* sums) {
-    for (int64_t block = first_block(); block < end_; block += kKeys) {
+    for (int64_t block = first_block(); block < end_; block += block_keys_) {
       const auto [k, key_end] = tiles(block);
       add_mask_gradient(sums, k, key_end - k);
     }
@@ -250,7 +251,8 @@ class Backward {
     }
     // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
     const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
-    auto [sum, dot] = masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    auto [sum, dot] =
+        masked ? weigh<T, true>(s, g, valid, shift, factors) : weigh<T, false>(s, g, valid, shift, factors);
     if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
     const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[at]));
     if (only_delta) {
@@ -273,7 +275,7 @@ class Backward {
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
   const RowProducts<T> key_products_, value_products_;
-  const int64_t width_, value_width_, stride_;
+  const int64_t width_, value_width_, stride_, block_keys_;
   const bool masked_;
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,

@@ -224,7 +224,7 @@ class Decode {
     if (valid == 0) return;
     const bool drop = shape_.dropout_key != nullptr;
     if (drop) dropout_factors(shape_, uint64_t((head * shape_.queries + query) * shape_.keys + begin), valid, factors);
-    total = exponentials(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
+    total = exponentials<T>(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
   }
 
   // The result of one query from those of its chunks.

@@ -48,12 +48,13 @@ class RowProducts {
     const F* const right = panels + first * depth_;
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (pairs()) {
-        attention::multiply<1, kScoreChunk<T>, MultiplyAddPairs>(rows, count, depth_, left, right, kPanel<F>, kPanel<F> * depth_, to,
-                                                 stride, false);
+        attention::multiply<1, kScoreChunk<T>, MultiplyAddPairs>(rows, count, depth_, left, right, kPanel<F>,
+                                                                 kPanel<F> * depth_, to, stride, false);
         return;
       }
     }
-    attention::multiply<1, kScoreChunk<T>>(rows, count, depth_, left, right, kPanel<F>, kPanel<F> * depth_, to, stride, false);
+    attention::multiply<1, kScoreChunk<T>>(rows, count, depth_, left, right, kPanel<F>, kPanel<F> * depth_, to, stride,
+                                           false);
   }
 
  private:

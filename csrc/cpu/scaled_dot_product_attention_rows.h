@@ -238,12 +238,21 @@ void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count,
   }
 }
 
-// s = exp(s - top), times the dropout factor; returns the sum before dropout.
-template <class F>
+// e^x for x <= 0 and results of type T.
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> weight_of(Vec<accumulate_t<T>> x) {
+  if constexpr (sizeof(T) == 2)
+    return coarse_exp(x);
+  else
+    return exp(x);
+}
+
+// s = exp(s - top), times the dropout factor; returns the sum before dropout. T is the type of the data.
+template <class T, class F>
 F exponentials(F* s, int64_t count, F top, const F* factors) {
   Vec<F> sum{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> p = exp(load(s + j) - top);
+    const Vec<F> p = weight_of<T>(load(s + j) - top);
     sum += p;
     store(s + j, factors ? p * load(factors + j) : p);
   }
@@ -252,12 +261,12 @@ F exponentials(F* s, int64_t count, F top, const F* factors) {
 
 // Weights of one row against `shift`, and G: s becomes exp(s - shift), g becomes G. Masked entries become 0 whatever
 // they held. Returns (sum_j s, sum_j s G).
-template <bool kMasked, class F>
+template <class T, bool kMasked, class F>
 std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
   Vec<F> sum{}, dot{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
     const Vec<F> x = load(s + j);
-    Vec<F> d = load(g + j), p = exp(x - shift);
+    Vec<F> d = load(g + j), p = weight_of<T>(x - shift);
     if (factors) d *= load(factors + j);
     if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
     if (count - j < kLanes<F>) {

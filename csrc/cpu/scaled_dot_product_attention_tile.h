@@ -13,21 +13,29 @@
 namespace pynn::cpu::attention {
 
 inline constexpr int64_t kRows = 64;        // query rows of a block, at most
-inline constexpr int64_t kKeys = 1024;      // keys of a block
-inline constexpr int64_t kShortKeys = 512;  // up to so many keys a score tile is narrower, and has more rows
+inline constexpr int64_t kKeys = 1024;      // keys of a block, at most
+inline constexpr int64_t kShortKeys = 512;  // the same of a tile with all kRows rows
 inline constexpr int64_t kShortStride = kShortKeys + 16,
-                         kLongStride = kKeys + 16;  // its row strides, off powers of two
+                         kLongStride = kKeys + 16;  // row strides of tiles, off powers of two
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
 template <class F>
 inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
 template <class F>
 inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
 
-// Query rows of a block: a score tile of long rows has fewer of them, so that it stays in the second-level cache.
-inline int64_t block_rows(const AttentionShape& shape) { return shape.keys <= kShortKeys ? kRows : kRows / 2; }
-inline int64_t tile_stride(const AttentionShape& shape) {
-  return shape.keys <= kShortKeys ? kShortStride : kLongStride;
+// Keys of a block. Up to kKeys are in one, since the backward of a row in one block needs no more than the row itself.
+// More than these are cut into blocks that all kRows rows of a tile can have, for which the keys are read less often.
+// The few keys of a narrow window are seldom in two blocks if these are large.
+inline int64_t block_keys(const AttentionShape& shape) {
+  const bool narrow = shape.key_ranges || shape.upper - shape.lower < kKeys;
+  return shape.keys <= kKeys || narrow ? kKeys : kShortKeys;
 }
+// Whether a score tile has short rows, and more of them, or long ones: it stays in the second-level cache.
+inline bool has_short_rows(const AttentionShape& shape) {
+  return shape.keys <= kShortKeys || block_keys(shape) == kShortKeys;
+}
+inline int64_t block_rows(const AttentionShape& shape) { return has_short_rows(shape) ? kRows : kRows / 2; }
+inline int64_t tile_stride(const AttentionShape& shape) { return has_short_rows(shape) ? kShortStride : kLongStride; }
 
 // The keys that some query of [first, first + rows) sees are among these; begin may lie behind end.
 struct KeyRange {
