@@ -35,11 +35,32 @@ PYNN_HD Vec<F> sum_each(Vec<F>* v) {
   return v[0];
 }
 
-// scores[0 .. kLanes) = query . key rows; rows from `count` on repeat the last one. One row after the other: the CPU
-// reads ahead in memory only where it is read in order.
+inline constexpr int kChains = 4;  // so many sums hide the latency of fma
+
+// scores[0 .. kLanes) = query . key rows of N vectors; rows from `count` on repeat the last one. One row after the
+// other: the CPU reads ahead in memory only where it is read in order. The query stays in registers.
+template <int N, class T, class F = accumulate_t<T>>
+void score_vectors(const T* key, int64_t row, int64_t count, const F* query, F* scores) {
+  constexpr int L = kLanes<F>;
+  Vec<F> q[N], sum[L];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) q[n] = in_register(load(query + n * L));
+  for (int j = 0; j < L; ++j) {
+    const T* const from = key + std::min<int64_t>(j, count - 1) * row;
+    Vec<F> s[kChains] = {};
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) s[n % kChains] = fma(q[n], load_compute(from + n * L), s[n % kChains]);
+    sum[j] = (s[0] + s[1]) + (s[2] + s[3]);
+  }
+  store(scores, sum_each<F>(sum));
+}
+
+// The same for rows of any length.
 template <class T, class F = accumulate_t<T>>
 void score_keys(const T* key, int64_t row, int64_t count, const F* query, int64_t dim, F* scores) {
-  constexpr int L = kLanes<F>, kChains = 4;  // so many sums hide the latency of fma
+  constexpr int L = kLanes<F>;
+  if (dim == kChains * L) return score_vectors<kChains>(key, row, count, query, scores);
+  if (dim == 2 * kChains * L) return score_vectors<2 * kChains>(key, row, count, query, scores);
   const int64_t whole = dim / L * L, unrolled = dim / (kChains * L) * (kChains * L);
   Vec<F> sum[L];
   for (int j = 0; j < L; ++j) {
