@@ -120,7 +120,7 @@ class Forward {
     for (int64_t i = 0; i < rows; ++i, out += out_.row) {
       const F divisor = total[i] == F(0) ? F(1) : total[i];
       const F* row = sums_ + i * padded<F>(shape_.value_dim);
-      for (int64_t j = 0; j < shape_.value_dim; ++j) out[j * out_.column] = from_float<T>(row[j] / divisor);
+      write_row<true>(out, out_.column, row, shape_.value_dim, divisor);
       lse_[head * shape_.queries + first + i] =
           total[i] == F(0) ? -kInfinity<Lse>
                            : Lse(top[i]) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));

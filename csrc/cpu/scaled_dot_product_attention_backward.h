@@ -20,6 +20,7 @@
 #include <cmath>
 
 #include "scaled_dot_product_attention_rows.h"
+#include "scaled_dot_product_attention_score.h"
 
 namespace pynn::cpu::attention {
 
@@ -59,7 +60,8 @@ class Backward {
         value_width_(padded<F>(shape.value_dim)),
         stride_(tile_stride(shape)),
         block_keys_(block_keys(shape)),
-        masked_(shape.windowed() || mask.kind != AttentionMask::kNone) {
+        masked_(shape.windowed() || mask.kind != AttentionMask::kNone),
+        few_(has_few_queries(shape) && in.key.column == 1 && in.value.column == 1) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -93,14 +95,20 @@ class Backward {
     const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
     const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
     keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
-    key_products_.pack_right({key, in_.key.row, in_.key.column}, end - begin, panel_buffer_, key_panels_);
-    value_products_.pack_right({value, in_.value.row, in_.value.column}, end - begin, panel_buffer_, value_panels_);
+    key_rows_ = {key, in_.key.row, in_.key.column}, value_rows_ = {value, in_.value.row, in_.value.column};
+    if (!few_) {
+      key_products_.pack_right(key_rows_, end - begin, panel_buffer_, key_panels_);
+      value_products_.pack_right(value_rows_, end - begin, panel_buffer_, value_panels_);
+    }
     for (int64_t k = begin; k < end; k += block_keys_)
       keys_finite_[(k - begin) / block_keys_] =
           !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(block_keys_, end - k), width_);
   }
 
+  // Begins new sums of dK and dV. Where no key is hidden, the first block of queries puts them in place.
   void clear_key_sums() {
+    cleared_ = masked_;
+    if (!cleared_) return;
     std::fill(key_sums_, key_sums_ + (end_ - begin_) * width_, F(0));
     std::fill(value_sums_, value_sums_ + (end_ - begin_) * value_width_, F(0));
   }
@@ -113,8 +121,10 @@ class Backward {
                         in_.query.column};
     const Read<T> grad{head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
                        in_.grad_out.column};
-    key_products_.pack_left(query, rows, query_buffer_, query_columns_);
-    value_products_.pack_left(grad, rows, grad_buffer_, grad_columns_);
+    if (!few_) {
+      key_products_.pack_left(query, rows, query_buffer_, query_columns_);
+      value_products_.pack_left(grad, rows, grad_buffer_, grad_columns_);
+    }
     queries_ = rows_of<T>(query, rows, shape_.dim, query_buffer_);
     grads_ = rows_of<T>(grad, rows, shape_.value_dim, grad_buffer_);
     queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
@@ -127,8 +137,13 @@ class Backward {
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
     const int64_t count = read_tile_mask(scores, k, std::min({block + block_keys_, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
-    key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
-    value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
+    if (few_) {
+      score_rows(key_rows_, k - begin_, count, queries_, shape_.dim, scores_);
+      score_rows(value_rows_, k - begin_, count, grads_, shape_.value_dim, score_grads_);
+    } else {
+      key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
+      value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
+    }
     for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
     return {k, k + count};
   }
@@ -160,15 +175,16 @@ class Backward {
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
         multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_}, grads_, grads_finite_,
-                                    value_sums_ + at * value_width_, value_width_, true);
+                                    value_sums_ + at * value_width_, value_width_, cleared_);
         multiply_rows<1, kChunk<T>>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_}, queries_, queries_finite_,
-                                    key_sums_ + at * width_, width_, true);
+                                    key_sums_ + at * width_, width_, cleared_);
       }
       if (want_query)
         multiply_scores<T>(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
                            keys_finite_[at / block_keys_], query_sums_, width_, started);
       started = true;
     }
+    if (want_key) cleared_ = true;
     if (!want_query) return;
     if (!started) std::fill(query_sums_, query_sums_ + rows_ * width_, F(0));
     write(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row, query_sums_,
@@ -227,6 +243,14 @@ class Backward {
         for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
     }
   }
+  // to[i * stride + j] = row i of the left . row first + j of the right.
+  void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t width,
+                  F* to) const {
+    for (int64_t j = 0; j < count; j += kLanes<F>)
+      for (int64_t i = 0; i < rows_; ++i)
+        score_keys(right.data + (first + j) * right.row, right.row, std::min<int64_t>(kLanes<F>, count - j),
+                   left.row(i), width, to + i * stride_ + j);
+  }
   // Which of the mask's own matrices belongs to the loaded queries.
   int64_t mask_matrix() const {
     int64_t matrix = 0, step = 1, head = head_;
@@ -267,7 +291,7 @@ class Backward {
   static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
                     int64_t stride, F scale) {
     for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
-      for (int64_t d = 0; d < width; ++d) to[d * layout.column] = from_float<T>(from[d] * scale);
+      write_row(to, layout.column, from, width, scale);
   }
 
   const Gradients<T>& gradients_;
@@ -276,14 +300,15 @@ class Backward {
   const AttentionShape& shape_;
   const RowProducts<T> key_products_, value_products_;
   const int64_t width_, value_width_, stride_, block_keys_;
-  const bool masked_;
+  const bool masked_, few_;  // few_: scores are formed from the rows of keys and values as they are
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
       *row_mask_, *factors_;
   bool* keys_finite_;
-  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
+  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false, cleared_ = true;
   Matrix<F> keys_{}, queries_{}, grads_{};
+  Read<T> key_rows_{}, value_rows_{};
   KeyRange seen_{};
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };

@@ -56,7 +56,9 @@ F finish_scores(F* s, int64_t count, F scale, const F* mask) {
 template <class F>
 void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count, F* to) {
   const int64_t step = mask.operand.column, offset = row * mask.operand.row + key * step;
-  const auto convert = [&](auto* data) {
+  const auto convert = [&]<class E>(const E* data) {
+    if constexpr (std::is_same_v<accumulate_t<E>, F>)
+      if (step == 1) return widen(data + offset, to, count);
     for (int64_t j = 0; j < count; ++j) to[j] = F(to_float(data[offset + j * step]));
   };
   switch (mask.kind) {
@@ -64,7 +66,10 @@ void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row,
       break;
     case AttentionMask::kBool: {
       const uint8_t* data = static_cast<const uint8_t*>(start) + offset;
-      for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
+      if (step == 1)
+        for (int64_t j = 0; j < count; ++j) to[j] = data[j] ? F(0) : -kInfinity<F>;
+      else
+        for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
       break;
     }
     case AttentionMask::kDouble:

@@ -9,6 +9,7 @@
 
 #include "multiply_add.h"
 #include "scaled_dot_product_attention.h"
+#include "vec_load.h"
 
 namespace pynn::cpu::attention {
 
@@ -100,17 +101,20 @@ Pointer head_start(const AttentionOperand<Pointer>& operand, const AttentionShap
 
 template <class T>
 void widen(const T* from, accumulate_t<T>* to, int64_t count) {
+  using F = accumulate_t<T>;
   int64_t j = 0;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, Half>)
-    for (; j + 16 <= count; j += 16)
-      _mm512_storeu_ps(to + j, _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)(from + j))));
-#elif defined(__F16C__)
-  if constexpr (std::is_same_v<T, Half>)
-    for (; j + 8 <= count; j += 8)
-      _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
-#endif
+  for (; j + kLanes<F> <= count; j += kLanes<F>) store(to + j, load_compute(from + j));
   for (; j < count; ++j) to[j] = to_float(from[j]);
+}
+
+// to[d * column] = from[d] times a number, or over it.
+template <bool kDivide = false, class T, class F = accumulate_t<T>>
+void write_row(T* to, int64_t column, const F* from, int64_t width, F number) {
+  const auto scaled = [&](auto x) { return kDivide ? x / number : x * number; };
+  int64_t d = 0;
+  if (column == 1)
+    for (; d + kLanes<F> <= width; d += kLanes<F>) store_compute(to + d, Vec<F>(scaled(load(from + d))));
+  for (; d < width; ++d) to[d * column] = from_float<T>(scaled(from[d]));
 }
 
 template <class F>
