@@ -87,6 +87,17 @@ void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row,
   }
 }
 
+// The same where it lies, if that is whole vectors of such numbers, or read into `buffer`.
+template <class F>
+const F* mask_row(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count,
+                  F* buffer) {
+  constexpr AttentionMask kSame = std::is_same_v<F, double> ? AttentionMask::kDouble : AttentionMask::kFloat;
+  if (mask.kind == kSame && mask.operand.column == 1 && count % kLanes<F> == 0)
+    return static_cast<const F*>(start) + row * mask.operand.row + key;
+  read_mask(mask, start, row, key, count, buffer);
+  return buffer;
+}
+
 inline int64_t mask_bytes(AttentionMask kind) {
   switch (kind) {
     case AttentionMask::kDouble:
@@ -169,8 +180,7 @@ FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_
   if (head.mask.kind != AttentionMask::kNone) {
     added = head.tile_mask;
     if (head.mask.operand.row != 0) {
-      read_mask(head.mask, head.mask_start, query, key, valid, head.row_mask);
-      added = head.row_mask;
+      added = mask_row(head.mask, head.mask_start, query, key, valid, head.row_mask);
     }
   }
   if (hidden > 0 || head.slope != F(0)) {
