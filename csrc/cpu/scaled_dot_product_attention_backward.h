@@ -28,9 +28,11 @@ template <class T>
 struct Gradients {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Output query, key, value;
-  // The gradient of the mask, where it comes about with the others: (heads, queries, keys) of a mask that is not
-  // broadcast, zeroed where tiles are left out, or sums in the mask's own shape, for one thread. Otherwise nullptr.
+  // The gradient of the mask, where it comes about with the others: its matrices (queries, keys), added up over the
+  // heads that share one in order if add_mask, and zeroed then or where tiles are left out; or sums in the mask's own
+  // shape. Both kinds of sums are for one thread. Otherwise nullptr.
   F* mask;
+  bool add_mask;
   double* mask_sums;
 };
 template <class T>
@@ -132,7 +134,9 @@ class Backward {
   }
 
   // P (with dropout) and dS of the loaded queries and those keys of the block from `block` on that they see.
-  KeyRange tiles(int64_t block) {
+  // finished(i, k, count) is called when row i of keys [k, k + count) is there.
+  template <class Finished>
+  KeyRange tiles(int64_t block, const Finished& finished) {
     const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
     const int64_t count = read_tile_mask(scores, k, std::min({block + block_keys_, end_, seen_.end}) - k);
@@ -144,7 +148,10 @@ class Backward {
       key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
       value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
     }
-    for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
+    for (int64_t i = 0; i < rows_; ++i) {
+      row(scores, i, k, count, sum_delta_);
+      finished(i, k, count);
+    }
     return {k, k + count};
   }
 
@@ -158,19 +165,22 @@ class Backward {
 
   // Everything one block of queries adds to dK and dV, and its dQ.
   void block(bool want_query, bool want_key) {
+    const int64_t matrix = gradients_.mask_sums || gradients_.add_mask ? mask_matrix() : head_;
+    F* const mask = want_query && gradients_.mask ? gradients_.mask + matrix * shape_.queries * shape_.keys : nullptr;
+    double* const sums = gradients_.mask_sums ? gradients_.mask_sums + matrix * mask_.rows * mask_.columns : nullptr;
+    const auto to_mask = [&](int64_t i, int64_t k, int64_t count) {
+      F* const to = mask + (first_ + i) * shape_.keys;
+      if (mask && gradients_.add_mask)
+        add_row(score_grads_ + i * stride_, count, to + k);
+      else if (mask)
+        std::copy_n(score_grads_ + i * stride_, count, to + k);
+      if (sums) add_mask_row(sums + (mask_.rows == 1 ? 0 : first_ * mask_.columns), i, k, count);
+    };
     bool started = false;
     for (int64_t block = first_block(); block < end_; block += block_keys_) {
-      const auto [k, key_end] = tiles(block);
+      const auto [k, key_end] = tiles(block, to_mask);
       const int64_t count = key_end - k, at = k - begin_;
       if (count == 0) continue;
-      if (want_query && gradients_.mask)
-        for (int64_t i = 0; i < rows_; ++i)
-          std::copy_n(score_grads_ + i * stride_, count,
-                      gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
-      if (gradients_.mask_sums) {
-        const int64_t row = mask_matrix() * mask_.rows + (mask_.rows == 1 ? 0 : first_);
-        add_mask_gradient(gradients_.mask_sums + row * mask_.columns, k, count);
-      }
       for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
@@ -218,30 +228,31 @@ class Backward {
     } else {
       std::fill(delta, delta + rows_, F(0));
       sum_delta_ = true;
-      for (int64_t block = first_block(); block < end_; block += block_keys_) tiles(block);
+      for (int64_t block = first_block(); block < end_; block += block_keys_)
+        tiles(block, [](int64_t, int64_t, int64_t) {});
       sum_delta_ = false;
       for (int64_t i = 0; i < rows_; ++i) delta[i] -= grad_lse(i);
     }
   }
 
   // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
-  void add_mask_gradient(double* sums) {
-    for (int64_t block = first_block(); block < end_; block += block_keys_) {
-      const auto [k, key_end] = tiles(block);
-      add_mask_gradient(sums, k, key_end - k);
-    }
+  template <class Sum>
+  void add_mask_gradient(Sum* sums) {
+    for (int64_t block = first_block(); block < end_; block += block_keys_)
+      tiles(block, [&](int64_t i, int64_t k, int64_t count) { add_mask_row(sums, i, k, count); });
   }
 
  private:
-  void add_mask_gradient(double* sums, int64_t k, int64_t count) const {
-    for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
-      double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
-      const F* from = score_grads_ + i * stride_;
-      if (mask_.columns == 1)
-        for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
-      else
-        for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
-    }
+  template <class Sum>
+  static void add_row(const F* from, int64_t count, Sum* to) {
+    for (int64_t j = 0; j < count; ++j) to[j] += Sum(from[j]);
+  }
+  template <class Sum>
+  void add_mask_row(Sum* sums, int64_t i, int64_t k, int64_t count) const {
+    Sum* const to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
+    const F* const from = score_grads_ + i * stride_;
+    if (mask_.columns != 1) return add_row(from, count, to + k);
+    for (int64_t j = 0; j < count; ++j) to[0] += Sum(from[j]);
   }
   // to[i * stride + j] = row i of the left . row first + j of the right.
   void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t width,

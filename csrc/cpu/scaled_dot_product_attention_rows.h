@@ -33,6 +33,15 @@ PYNN_HD F max_lanes(Vec<F> v) {
   return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
 }
 
+// The larger of top and x, top where x is NaN.
+template <class F>
+PYNN_HD Vec<F> larger(Vec<F> top, Vec<F> x) {
+  if constexpr (std::is_same_v<F, float>)
+    return at_least(top, x);
+  else
+    return x > top ? x : top;
+}
+
 // Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
 template <bool kMasked, class F>
 F finish_scores(F* s, int64_t count, F scale, const F* mask) {
@@ -47,7 +56,7 @@ F finish_scores(F* s, int64_t count, F scale, const F* mask) {
     }
     if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
     store(s + j, x);
-    top = x > top ? x : top;
+    top = larger<F>(top, x);
   }
   return max_lanes<F>(top);
 }

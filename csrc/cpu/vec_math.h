@@ -11,27 +11,28 @@ namespace pynn::cpu {
 
 typedef int64_t VecLong __attribute__((vector_size(kVectorBytes)));
 
-// The larger, or the smaller, of x and a number; NaN stays NaN. One instruction, which compilers do not find.
-PYNN_HD VecFloat at_least(VecFloat x, float least) {
+// The larger, or the smaller, of x and a limit: x where one of them is NaN. One instruction, which compilers do not
+// find.
+PYNN_HD VecFloat at_least(VecFloat x, VecFloat least) {
 #if defined(__AVX512F__)
-  return _mm512_max_ps(broadcast(least), x);
+  return _mm512_max_ps(least, x);
 #elif defined(__AVX__)
-  return _mm256_max_ps(broadcast(least), x);
+  return _mm256_max_ps(least, x);
 #elif defined(__x86_64__)
-  return _mm_max_ps(broadcast(least), x);
+  return _mm_max_ps(least, x);
 #else
-  return x < least ? broadcast(least) : x;
+  return x < least ? least : x;
 #endif
 }
-PYNN_HD VecFloat at_most(VecFloat x, float most) {
+PYNN_HD VecFloat at_most(VecFloat x, VecFloat most) {
 #if defined(__AVX512F__)
-  return _mm512_min_ps(broadcast(most), x);
+  return _mm512_min_ps(most, x);
 #elif defined(__AVX__)
-  return _mm256_min_ps(broadcast(most), x);
+  return _mm256_min_ps(most, x);
 #elif defined(__x86_64__)
-  return _mm_min_ps(broadcast(most), x);
+  return _mm_min_ps(most, x);
 #else
-  return x > most ? broadcast(most) : x;
+  return x > most ? most : x;
 #endif
 }
 
@@ -46,9 +47,9 @@ PYNN_HD VecFloat scale_by_power(VecFloat x, VecFloat n, VecFloat shifted) {
 }
 
 PYNN_HD VecFloat exp(VecFloat x) {
-  x = at_least(x, -104.5f);       // already 0 there, and 2^n stays representable in two halves
-  x = at_most(x, 89.5f);          // already infinite there
-  const float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  x = at_least(x, broadcast(-104.5f));  // already 0 there, and 2^n stays representable in two halves
+  x = at_most(x, broadcast(89.5f));     // already infinite there
+  const float magic = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
   const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic));
   const VecFloat n = shifted - magic;
   VecFloat r = fma(n, broadcast(-0x1.62e8p-1f), x);
@@ -64,7 +65,7 @@ PYNN_HD VecFloat exp(VecFloat x) {
 
 // The same for results that are rounded to 16 bits, and x <= 0: within 3e-6 of e^x.
 PYNN_HD VecFloat coarse_exp(VecFloat x) {
-  x = at_least(x * 0x1.715476p0f, -151.0f);  // already 0 there
+  x = at_least(x * 0x1.715476p0f, broadcast(-151.0f));  // already 0 there
   const float magic = 0x1.8p23f;
   const VecFloat shifted = x + magic, n = shifted - magic, f = x - n;
   VecFloat p = fma(broadcast(0x1.3a02ccp-7f), f, broadcast(0x1.c9fc46p-5f));
