@@ -63,7 +63,7 @@ class Backward {
         stride_(tile_stride(shape)),
         block_keys_(block_keys(shape)),
         masked_(shape.windowed() || mask.kind != AttentionMask::kNone),
-        few_(has_few_queries(shape) && in.key.column == 1 && in.value.column == 1) {
+        few_(has_few_queries(shape)) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -90,17 +90,20 @@ class Backward {
   }
   bool failed() const { return scratch_.failed; }
 
-  // Packs keys [begin, end) of the key head that query head `head` uses; begin is a multiple of block_keys.
+  // Packs, or finds, keys [begin, end) of the key head that query head `head` uses; begin is a multiple of block_keys.
   void load_keys(int64_t head, int64_t begin, int64_t end) {
     if (loaded_ == head / shape_.group && begin == begin_ && end == end_) return;
     loaded_ = head / shape_.group, begin_ = begin, end_ = end;
     const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
     const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
     keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
-    key_rows_ = {key, in_.key.row, in_.key.column}, value_rows_ = {value, in_.value.row, in_.value.column};
-    if (!few_) {
-      key_products_.pack_right(key_rows_, end - begin, panel_buffer_, key_panels_);
-      value_products_.pack_right(value_rows_, end - begin, panel_buffer_, value_panels_);
+    const Read<T> key_rows{key, in_.key.row, in_.key.column}, value_rows{value, in_.value.row, in_.value.column};
+    if (few_) {
+      key_rows_ = dense_rows(key_rows, end - begin, shape_.dim, key_panels_);
+      value_rows_ = dense_rows(value_rows, end - begin, shape_.value_dim, value_panels_);
+    } else {
+      key_products_.pack_right(key_rows, end - begin, panel_buffer_, key_panels_);
+      value_products_.pack_right(value_rows, end - begin, panel_buffer_, value_panels_);
     }
     for (int64_t k = begin; k < end; k += block_keys_)
       keys_finite_[(k - begin) / block_keys_] =
@@ -169,11 +172,12 @@ class Backward {
     F* const mask = want_query && gradients_.mask ? gradients_.mask + matrix * shape_.queries * shape_.keys : nullptr;
     double* const sums = gradients_.mask_sums ? gradients_.mask_sums + matrix * mask_.rows * mask_.columns : nullptr;
     const auto to_mask = [&](int64_t i, int64_t k, int64_t count) {
-      F* const to = mask + (first_ + i) * shape_.keys;
+      const F* const from = score_grads_ + i * stride_;
+      const int64_t at = (first_ + i) * shape_.keys + k;
       if (mask && gradients_.add_mask)
-        add_row(score_grads_ + i * stride_, count, to + k);
+        add_row(from, count, mask + at);
       else if (mask)
-        std::copy_n(score_grads_ + i * stride_, count, to + k);
+        std::copy_n(from, count, mask + at);
       if (sums) add_mask_row(sums + (mask_.rows == 1 ? 0 : first_ * mask_.columns), i, k, count);
     };
     bool started = false;
@@ -254,6 +258,14 @@ class Backward {
     if (mask_.columns != 1) return add_row(from, count, to + k);
     for (int64_t j = 0; j < count; ++j) to[0] += Sum(from[j]);
   }
+  // The rows where they lie, or copied where their elements lie apart.
+  static Read<T> dense_rows(const Read<T>& from, int64_t rows, int64_t width, F* buffer) {
+    if (from.column == 1) return from;
+    T* const to = reinterpret_cast<T*>(buffer);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < width; ++d) to[i * width + d] = from.data[i * from.row + d * from.column];
+    return {to, width, 1};
+  }
   // to[i * stride + j] = row i of the left . row first + j of the right.
   void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t width,
                   F* to) const {
@@ -311,7 +323,7 @@ class Backward {
   const AttentionShape& shape_;
   const RowProducts<T> key_products_, value_products_;
   const int64_t width_, value_width_, stride_, block_keys_;
-  const bool masked_, few_;  // few_: scores are formed from the rows of keys and values as they are
+  const bool masked_, few_;  // few_: scores come from rows of keys and values that are not packed
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
