@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from policy import DTYPES, assert_bitwise, assert_elementwise, assert_relative, integers, run, truth_of
+from adversary import layouts
+from policy import DTYPES, assert_bitwise, assert_elementwise, assert_relative, integers, run, threads, truth_of
 from test_scaled_dot_product_attention import magnitude, make_mask, reference, torch_results
 from test_scaled_dot_product_attention_options import operands
 from test_scaled_dot_product_attention_options import reference as formula_of_options
@@ -33,6 +34,37 @@ def test_accuracy_of_decoding(backend, dtype, shape, kind):
     assert_relative(output, truth, [p[0] for p in peers], what=kind)
     size = magnitude(query.double(), key.double(), value.double(), mask64)
     assert_elementwise(output, truth, size, keys + dim, what=kind)
+
+
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(1, 300, 64), (7, 530, 24)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_of_gradients_of_few_queries(backend, dtype, queries, keys, dim):
+    """P1 for the path of the CPU kernels that packs no keys."""
+    if backend.name != "cpu":
+        pytest.skip("GPU kernels have no such path")
+    batch = 64 // queries
+    query, key, value, grad = (torch.randn(batch, 4, n, dim).to(dtype) for n in (queries, keys, keys, queries))
+    grads = run(attention, query, key, value, grad_output=grad)[1]
+    truths = truth_of(reference, query, key, value, grad_output=grad)[1]
+    peers = torch_results(query, key, value, None, False, grad)
+    for i, name in enumerate(("query", "key", "value")):
+        assert_relative(grads[i], truths[i], [p[1][i] for p in peers], kind="gradient", what=f"grad_{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_of_few_queries(backend, dtype):
+    """P5: the same output and gradients for every layout of the operands, and for any number of threads."""
+    sizes = (2, 6) if backend.name == "cpu" else (1, 2)
+    tensors = [torch.randn(*sizes, n, 24).to(dtype) for n in (3, 100, 100, 3)]
+    expected = run(attention, *tensors[:3], grad_output=tensors[3])
+    for i, base in enumerate(tensors):
+        for name, changed in layouts(base):
+            *inputs, grad = (changed if j == i else t for j, t in enumerate(tensors))
+            for count in (1, 2, 3) if backend.name == "cpu" else (1,):
+                with threads(count):
+                    output, grads = run(attention, *inputs, grad_output=grad)
+                for a, b in zip((output, *grads), (expected[0], *expected[1]), strict=True):
+                    assert_bitwise(a, b, f"operand {i}, {name}, {count} threads")
 
 
 # heads, key heads, queries, keys, dim, value dim: several parts of the keys on a GPU, the last one short or of one key,

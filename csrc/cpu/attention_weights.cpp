@@ -34,7 +34,7 @@ class Weights {
         products_(shape.dim),
         stride_(tile_stride(shape)) {
     const int64_t width = padded<F>(shape.dim);
-    key_panels_ = scratch_.take<F>(round_up(std::min(shape.keys, kKeys), kPanel<F>) * shape.dim);
+    key_panels_ = scratch_.take<F>(round_up(std::min(shape.keys, block_keys(shape)), kPanel<F>) * shape.dim);
     key_buffer_ = scratch_.take<F>(kPanel<F> * width);
     query_buffer_ = scratch_.take<F>(kRows * width);
     query_columns_ = scratch_.take<F>(kRows * shape.dim);
@@ -80,7 +80,8 @@ class Weights {
     const T* query = head_start(query_, shape_, head, 1) + first * query_.row;
     products_.pack_left({query, query_.row, query_.column}, rows, query_buffer_, query_columns_);
     products_.multiply(rows, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
-    const bool one_block = seen.begin / kKeys == (seen.end - 1) / kKeys;
+    const int64_t block = block_keys(shape_);
+    const bool one_block = seen.begin / block == (seen.end - 1) / block;
     for (int64_t i = 0; i < rows; ++i)
       add_row(scores, head, first + i, k, count, one_block, scores_ + i * stride_, sums + i * stride_ + (k - begin_));
   }
@@ -97,7 +98,7 @@ class Weights {
     }
     // As in the backward, a row in one block is normalised by its own sum, which is more accurate than a rounded lse.
     const F shift = top == -kInfinity<F> ? F(0) : top;
-    F sum = exponentials(s, valid, shift, factors);
+    F sum = exponentials<T>(s, valid, shift, factors);
     if (per_head_.sinks) sum += exp(broadcast(per_head_.sinks[head] - shift))[0];
     const F norm = sum == F(0) ? F(0) : one_block ? 1 / sum : F(std::exp(shift - lse_[at]));
     for (int64_t j = 0; j < valid; j += kLanes<F>) {  // a masked weight stays 0 in a row of NaN
@@ -126,7 +127,7 @@ bool Attention<T>::weights(T* to, bool average, Input query, Input key, Attentio
                            const Lse* lse, AttentionShape shape, void*) {
   const int64_t together = average ? shape.batch[shape.batch_dims - 1] : 1, matrices = shape.heads / together;
   const int64_t height = kBlocks * block_rows(shape), row_tiles = divide_up(shape.queries, height);
-  const int64_t column_tiles = divide_up(shape.keys, kKeys);
+  const int64_t block = block_keys(shape), column_tiles = divide_up(shape.keys, block);
   std::atomic<bool> failed{false};
   parallel_for(matrices * row_tiles * column_tiles, 1, [&](int64_t item, int64_t last) {
     Weights<T> weights(query, key, mask, per_head, lse, shape);
@@ -136,9 +137,9 @@ bool Attention<T>::weights(T* to, bool average, Input query, Input key, Attentio
     }
     for (; item < last; ++item) {
       const int64_t matrix = item / column_tiles / row_tiles, first = item / column_tiles % row_tiles * height,
-                    begin = item % column_tiles * kKeys;
+                    begin = item % column_tiles * block;
       weights.tile(to + (matrix * shape.queries + first) * shape.keys + begin, matrix * together, together, first,
-                   std::min(height, shape.queries - first), begin, std::min(begin + kKeys, shape.keys));
+                   std::min(height, shape.queries - first), begin, std::min(begin + block, shape.keys));
     }
   });
   return !failed;

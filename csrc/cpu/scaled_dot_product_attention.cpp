@@ -1,7 +1,7 @@
 // Attention, forward: one pass over the keys with an online softmax.
 //
 // A task is a run of (head, block of queries) pairs. Keys are transposed into panels once per key head of the run;
-// for each block of kKeys keys the task forms a (rows x kKeys) tile of scores, turns it into exponentials against the
+// for each block of keys the task forms a (rows x keys) tile of scores, turns it into exponentials against the
 // running row maximum, and adds tile x values to the output rows. Keys outside of the windows of all queries of a
 // block, and those at the end that a row-broadcast mask removes, are never touched. Nothing depends on how the runs are
 // cut.
@@ -35,7 +35,8 @@ class Forward {
         per_head_(per_head),
         shape_(shape),
         products_(shape.dim),
-        stride_(tile_stride(shape)) {
+        stride_(tile_stride(shape)),
+        block_keys_(block_keys(shape)) {
     const int64_t width = padded<F>(shape.dim), value_width = padded<F>(shape.value_dim);
     key_panels_ = scratch_.take<F>(round_up(shape.keys, kPanel<F>) * shape.dim);
     key_buffer_ = scratch_.take<F>(kPanel<F> * width);
@@ -71,9 +72,9 @@ class Forward {
     const HeadScores<F> scores = scores_of(shape_, mask_, per_head_, head, tile_mask_, row_mask_);
     const KeyRange seen = keys_of(shape_, first, rows);
     bool started = false;
-    for (int64_t block = seen.begin / kKeys * kKeys; block < seen.end; block += kKeys) {
+    for (int64_t block = seen.begin / block_keys_ * block_keys_; block < seen.end; block += block_keys_) {
       const int64_t k = std::max(block, seen.begin / kPanel<F> * kPanel<F>);
-      const int64_t count = read_tile_mask(scores, k, std::min(block + kKeys, seen.end) - k);
+      const int64_t count = read_tile_mask(scores, k, std::min(block + block_keys_, seen.end) - k);
       if (count <= 0) continue;
       products_.multiply(rows, k, count, query_columns_, key_panels_, scores_, stride_);
       for (int64_t i = 0; i < rows; ++i) softmax_row(scores, head, first, i, k, count, started, top[i], total[i]);
@@ -101,7 +102,7 @@ class Forward {
       dropout_factors(shape_, element, valid, factors_);
       factors = factors_;
     }
-    const F sum = exponentials(s, valid, shift, factors);
+    const F sum = exponentials<T>(s, valid, shift, factors);
     if (started || per_head_.sinks) {
       const Vec<F> correction = exp(broadcast(top - shift));
       total *= correction[0];
@@ -119,7 +120,7 @@ class Forward {
     for (int64_t i = 0; i < rows; ++i, out += out_.row) {
       const F divisor = total[i] == F(0) ? F(1) : total[i];
       const F* row = sums_ + i * padded<F>(shape_.value_dim);
-      for (int64_t j = 0; j < shape_.value_dim; ++j) out[j * out_.column] = from_float<T>(row[j] / divisor);
+      write_row<true>(out, out_.column, row, shape_.value_dim, divisor);
       lse_[head * shape_.queries + first + i] =
           total[i] == F(0) ? -kInfinity<Lse>
                            : Lse(top[i]) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));
@@ -133,7 +134,7 @@ class Forward {
   const AttentionPerHead<F>& per_head_;
   const AttentionShape& shape_;
   const RowProducts<T> products_;
-  const int64_t stride_;
+  const int64_t stride_, block_keys_;
   Scratch scratch_;
   F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *tile_mask_,
       *row_mask_, *factors_;

@@ -10,9 +10,12 @@ namespace pynn::cpu {
 namespace {
 using namespace attention;
 
+// From so many terms of an element on, its sum is formed in double.
+constexpr int64_t kManyTerms = 9;
+
 // Gradient of the mask. A task owns one of the mask's own matrices (a block of its rows, unless there is only one) and
-// sums over the heads that share it in double, in order.
-template <class T, class Worker>
+// sums over the heads that share it in order.
+template <class T, class Sum, class Worker>
 void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask, const AttentionShape& shape,
                    const Worker& for_items) {
   int64_t matrices = 1;
@@ -36,9 +39,9 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
     const int64_t begin = mask.rows == 1 ? 0 : item % row_blocks, end = mask.rows == 1 ? blocks : begin + 1;
     const int64_t rows = mask.rows == 1 ? 1 : std::min(height, shape.queries - begin * height);
     Scratch scratch;
-    double* sums = scratch.take<double>(rows * mask.columns);
+    Sum* sums = scratch.take<Sum>(rows * mask.columns);
     if (scratch.failed) return false;
-    std::fill(sums, sums + rows * mask.columns, 0.0);
+    std::fill(sums, sums + rows * mask.columns, Sum(0));
     for (int64_t head : sharing) {
       backward.load_keys(first_head + head, 0, shape.keys);
       for (int64_t b = begin; b < end; ++b) {
@@ -66,26 +69,28 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
                        AttentionMaskOperand mask, PerHead per_head, Input out, const Lse* lse, AttentionShape shape,
                        void*, void*) {
   const int64_t key_heads = shape.heads / shape.group;
-  const int64_t height = block_rows(shape);
-  const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, kKeys);
+  const int64_t height = block_rows(shape), block = block_keys(shape);
+  const int64_t query_blocks = divide_up(shape.queries, height), key_blocks = divide_up(shape.keys, block);
   const int64_t blocks = query_blocks * shape.group;  // of queries, per key head
   const int64_t threads = thread_count();
   // A mask with a number for every score gets its gradient on the way, and so does any other where one thread meets all
   // heads in their order. Otherwise the scores are formed once more, for sums in that order.
-  const bool whole = grad_mask && mask.rows == shape.queries && mask.columns == shape.keys &&
-                     std::equal(shape.batch, shape.batch + shape.batch_dims, mask.batch);
-  if (whole && (shape.windowed() || mask.operand.row == 0))  // tiles are left out
-    std::fill_n(grad_mask, shape.heads * shape.queries * shape.keys, F(0));
+  int64_t matrices = 1;
+  for (int d = 0; d < shape.batch_dims; ++d) matrices *= mask.batch[d];
+  const bool full = grad_mask && mask.rows == shape.queries && mask.columns == shape.keys;
+  const bool whole = full && matrices == shape.heads, few_terms = full && shape.heads < kManyTerms * matrices;
+  const bool in_place = whole || (few_terms && threads == 1);
+  if (in_place && (!whole || shape.windowed() || mask.operand.row == 0))  // added to, or tiles are left out
+    std::fill_n(grad_mask, matrices * shape.queries * shape.keys, F(0));
   Scratch scratch;
   double* mask_sums = nullptr;
-  int64_t mask_size = mask.rows * mask.columns;
-  for (int d = 0; d < shape.batch_dims; ++d) mask_size *= mask.batch[d];
-  if (grad_mask && !whole && threads == 1) {
+  const int64_t mask_size = matrices * mask.rows * mask.columns;
+  if (grad_mask && !in_place && threads == 1) {
     mask_sums = scratch.take<double>(mask_size);
     if (scratch.failed) return false;
     std::fill_n(mask_sums, mask_size, 0.0);
   }
-  const Gradients<T> gradients{grad_query, grad_key, grad_value, whole ? grad_mask : nullptr, mask_sums};
+  const Gradients<T> gradients{grad_query, grad_key, grad_value, in_place ? grad_mask : nullptr, !whole, mask_sums};
   std::vector<F> delta(size_t(key_blocks > 1 || grad_sinks ? shape.heads * shape.queries : 0));
   if (grad_lse)  // of queries that see no key
     for (size_t i = 0; i < delta.size(); ++i) delta[i] = F(-grad_lse[i]);
@@ -132,7 +137,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
     });
   else {
     for_items(key_heads * key_blocks, [&](Backward<T>& backward, int64_t item) {
-      const int64_t head = item / key_blocks, k = item % key_blocks * kKeys, key_end = std::min(k + kKeys, shape.keys);
+      const int64_t head = item / key_blocks, k = item % key_blocks * block, key_end = std::min(k + block, shape.keys);
       backward.load_keys(head * shape.group, k, key_end);
       backward.clear_key_sums();
       const auto see = [&](int64_t first, int64_t rows) { return backward.sees(first, rows, k, key_end); };
@@ -149,8 +154,10 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   }
   if (mask_sums)
     for (int64_t j = 0; j < mask_size; ++j) grad_mask[j] = F(mask_sums[j]);
-  else if (grad_mask && !whole)
-    mask_gradient<T>(grad_mask, mask, shape, for_items);
+  else if (grad_mask && !in_place && few_terms)
+    mask_gradient<T, F>(grad_mask, mask, shape, for_items);
+  else if (grad_mask && !in_place)
+    mask_gradient<T, double>(grad_mask, mask, shape, for_items);
   for (int64_t head = 0; head < (grad_sinks ? shape.heads : 0); ++head) {
     double sum = 0;
     for (int64_t i = head * shape.queries; i < (head + 1) * shape.queries; ++i)

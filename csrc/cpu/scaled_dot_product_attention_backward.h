@@ -8,7 +8,7 @@
 // A gradient of lse is taken off delta, since lse has the gradient P with respect to S.
 //
 // Scores are recomputed block by block as in the forward. One task owns a key head: it walks the blocks of queries of
-// all query heads that share it, and for each the blocks of kKeys keys, summing dK and dV in compute precision. When
+// all query heads that share it, and for each the blocks of keys, summing dK and dV in compute precision. When
 // there are fewer key heads than threads, a first pass gives every block of keys its own task (dK, dV) and a second
 // every block of queries (dQ). All sums are sums of block sums in the order of the blocks, so both ways give the same
 // bits.
@@ -20,6 +20,7 @@
 #include <cmath>
 
 #include "scaled_dot_product_attention_rows.h"
+#include "scaled_dot_product_attention_score.h"
 
 namespace pynn::cpu::attention {
 
@@ -27,9 +28,11 @@ template <class T>
 struct Gradients {
   using F = accumulate_t<T>;
   typename launch::Attention<T>::Output query, key, value;
-  // The gradient of the mask, where it comes about with the others: (heads, queries, keys) of a mask that is not
-  // broadcast, zeroed where tiles are left out, or sums in the mask's own shape, for one thread. Otherwise nullptr.
+  // The gradient of the mask, where it comes about with the others: its matrices (queries, keys), added up over the
+  // heads that share one in order if add_mask, and zeroed then or where tiles are left out; or sums in the mask's own
+  // shape. Both kinds of sums are for one thread. Otherwise nullptr.
   F* mask;
+  bool add_mask;
   double* mask_sums;
 };
 template <class T>
@@ -58,7 +61,9 @@ class Backward {
         width_(padded<F>(shape.dim)),
         value_width_(padded<F>(shape.value_dim)),
         stride_(tile_stride(shape)),
-        masked_(shape.windowed() || mask.kind != AttentionMask::kNone) {
+        block_keys_(block_keys(shape)),
+        masked_(shape.windowed() || mask.kind != AttentionMask::kNone),
+        few_(has_few_queries(shape)) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -78,28 +83,37 @@ class Backward {
     tile_mask_ = scratch_.take<F>(stride_);
     row_mask_ = scratch_.take<F>(stride_);
     factors_ = scratch_.take<F>(stride_);
-    keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, kKeys));
+    keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, block_keys_));
     if (failed()) return;
     for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = factors_[j] = 0;
     if (slopes_) std::fill_n(slopes_, block_rows(shape) * stride_, F(0));
   }
   bool failed() const { return scratch_.failed; }
 
-  // Packs keys [begin, end) of the key head that query head `head` uses; begin is a multiple of kKeys.
+  // Packs, or finds, keys [begin, end) of the key head that query head `head` uses; begin is a multiple of block_keys.
   void load_keys(int64_t head, int64_t begin, int64_t end) {
     if (loaded_ == head / shape_.group && begin == begin_ && end == end_) return;
     loaded_ = head / shape_.group, begin_ = begin, end_ = end;
     const T* key = head_start(in_.key, shape_, head, shape_.group) + begin * in_.key.row;
     const T* value = head_start(in_.value, shape_, head, shape_.group) + begin * in_.value.row;
     keys_ = rows_of<T>({key, in_.key.row, in_.key.column}, end - begin, shape_.dim, key_buffer_);
-    key_products_.pack_right({key, in_.key.row, in_.key.column}, end - begin, panel_buffer_, key_panels_);
-    value_products_.pack_right({value, in_.value.row, in_.value.column}, end - begin, panel_buffer_, value_panels_);
-    for (int64_t k = begin; k < end; k += kKeys)
-      keys_finite_[(k - begin) / kKeys] =
-          !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(kKeys, end - k), width_);
+    const Read<T> key_rows{key, in_.key.row, in_.key.column}, value_rows{value, in_.value.row, in_.value.column};
+    if (few_) {
+      key_rows_ = dense_rows(key_rows, end - begin, shape_.dim, key_panels_);
+      value_rows_ = dense_rows(value_rows, end - begin, shape_.value_dim, value_panels_);
+    } else {
+      key_products_.pack_right(key_rows, end - begin, panel_buffer_, key_panels_);
+      value_products_.pack_right(value_rows, end - begin, panel_buffer_, value_panels_);
+    }
+    for (int64_t k = begin; k < end; k += block_keys_)
+      keys_finite_[(k - begin) / block_keys_] =
+          !masked_ || all_finite<F>({keys_.row(k - begin), keys_.stride}, std::min(block_keys_, end - k), width_);
   }
 
+  // Begins new sums of dK and dV. Where no key is hidden, the first block of queries puts them in place.
   void clear_key_sums() {
+    cleared_ = masked_;
+    if (!cleared_) return;
     std::fill(key_sums_, key_sums_ + (end_ - begin_) * width_, F(0));
     std::fill(value_sums_, value_sums_ + (end_ - begin_) * value_width_, F(0));
   }
@@ -107,13 +121,15 @@ class Backward {
   void load_queries(int64_t head, int64_t first, int64_t rows) {
     head_ = head, first_ = first, rows_ = rows;
     seen_ = keys_of(shape_, first, rows);
-    one_block_ = seen_.begin >= seen_.end || seen_.begin / kKeys == (seen_.end - 1) / kKeys;
+    one_block_ = seen_.begin >= seen_.end || seen_.begin / block_keys_ == (seen_.end - 1) / block_keys_;
     const Read<T> query{head_start(in_.query, shape_, head, 1) + first * in_.query.row, in_.query.row,
                         in_.query.column};
     const Read<T> grad{head_start(in_.grad_out, shape_, head, 1) + first * in_.grad_out.row, in_.grad_out.row,
                        in_.grad_out.column};
-    key_products_.pack_left(query, rows, query_buffer_, query_columns_);
-    value_products_.pack_left(grad, rows, grad_buffer_, grad_columns_);
+    if (!few_) {
+      key_products_.pack_left(query, rows, query_buffer_, query_columns_);
+      value_products_.pack_left(grad, rows, grad_buffer_, grad_columns_);
+    }
     queries_ = rows_of<T>(query, rows, shape_.dim, query_buffer_);
     grads_ = rows_of<T>(grad, rows, shape_.value_dim, grad_buffer_);
     queries_finite_ = !masked_ || all_finite(queries_, rows, width_);
@@ -121,19 +137,29 @@ class Backward {
   }
 
   // P (with dropout) and dS of the loaded queries and those keys of the block from `block` on that they see.
-  KeyRange tiles(int64_t block) {
+  // finished(i, k, count) is called when row i of keys [k, k + count) is there.
+  template <class Finished>
+  KeyRange tiles(int64_t block, const Finished& finished) {
     const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
-    const int64_t count = read_tile_mask(scores, k, std::min({block + kKeys, end_, seen_.end}) - k);
+    const int64_t count = read_tile_mask(scores, k, std::min({block + block_keys_, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
-    key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
-    value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
-    for (int64_t i = 0; i < rows_; ++i) row(scores, i, k, count, sum_delta_);
+    if (few_) {
+      score_rows(key_rows_, k - begin_, count, queries_, shape_.dim, scores_);
+      score_rows(value_rows_, k - begin_, count, grads_, shape_.value_dim, score_grads_);
+    } else {
+      key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
+      value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
+    }
+    for (int64_t i = 0; i < rows_; ++i) {
+      row(scores, i, k, count, sum_delta_);
+      finished(i, k, count);
+    }
     return {k, k + count};
   }
 
   // The first block of the packed keys that the loaded queries may see.
-  int64_t first_block() const { return std::max(begin_, seen_.begin / kKeys * kKeys); }
+  int64_t first_block() const { return std::max(begin_, seen_.begin / block_keys_ * block_keys_); }
   // Whether queries [first, first + rows) see any of keys [begin, end).
   bool sees(int64_t first, int64_t rows, int64_t begin, int64_t end) const {
     const KeyRange seen = keys_of(shape_, first, rows);
@@ -142,32 +168,37 @@ class Backward {
 
   // Everything one block of queries adds to dK and dV, and its dQ.
   void block(bool want_query, bool want_key) {
+    const int64_t matrix = gradients_.mask_sums || gradients_.add_mask ? mask_matrix() : head_;
+    F* const mask = want_query && gradients_.mask ? gradients_.mask + matrix * shape_.queries * shape_.keys : nullptr;
+    double* const sums = gradients_.mask_sums ? gradients_.mask_sums + matrix * mask_.rows * mask_.columns : nullptr;
+    const auto to_mask = [&](int64_t i, int64_t k, int64_t count) {
+      const F* const from = score_grads_ + i * stride_;
+      const int64_t at = (first_ + i) * shape_.keys + k;
+      if (mask && gradients_.add_mask)
+        add_row(from, count, mask + at);
+      else if (mask)
+        std::copy_n(from, count, mask + at);
+      if (sums) add_mask_row(sums + (mask_.rows == 1 ? 0 : first_ * mask_.columns), i, k, count);
+    };
     bool started = false;
-    for (int64_t block = first_block(); block < end_; block += kKeys) {
-      const auto [k, key_end] = tiles(block);
+    for (int64_t block = first_block(); block < end_; block += block_keys_) {
+      const auto [k, key_end] = tiles(block, to_mask);
       const int64_t count = key_end - k, at = k - begin_;
       if (count == 0) continue;
-      if (want_query && gradients_.mask)
-        for (int64_t i = 0; i < rows_; ++i)
-          std::copy_n(score_grads_ + i * stride_, count,
-                      gradients_.mask + ((head_ * shape_.queries + first_ + i) * shape_.keys + k));
-      if (gradients_.mask_sums) {
-        const int64_t row = mask_matrix() * mask_.rows + (mask_.rows == 1 ? 0 : first_);
-        add_mask_gradient(gradients_.mask_sums + row * mask_.columns, k, count);
-      }
       for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
         cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
       if (want_key) {
-        multiply_rows<1>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_, kChunk<T>}, grads_, grads_finite_,
-                         value_sums_ + at * value_width_, value_width_, true);
-        multiply_rows<1>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_, kChunk<T>}, queries_, queries_finite_,
-                         key_sums_ + at * width_, width_, true);
+        multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_}, grads_, grads_finite_,
+                                    value_sums_ + at * value_width_, value_width_, cleared_);
+        multiply_rows<1, kChunk<T>>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_}, queries_, queries_finite_,
+                                    key_sums_ + at * width_, width_, cleared_);
       }
       if (want_query)
         multiply_scores<T>(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
-                           keys_finite_[at / kKeys], query_sums_, width_, started);
+                           keys_finite_[at / block_keys_], query_sums_, width_, started);
       started = true;
     }
+    if (want_key) cleared_ = true;
     if (!want_query) return;
     if (!started) std::fill(query_sums_, query_sums_ + rows_ * width_, F(0));
     write(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row, query_sums_,
@@ -201,30 +232,47 @@ class Backward {
     } else {
       std::fill(delta, delta + rows_, F(0));
       sum_delta_ = true;
-      for (int64_t block = first_block(); block < end_; block += kKeys) tiles(block);
+      for (int64_t block = first_block(); block < end_; block += block_keys_)
+        tiles(block, [](int64_t, int64_t, int64_t) {});
       sum_delta_ = false;
       for (int64_t i = 0; i < rows_; ++i) delta[i] -= grad_lse(i);
     }
   }
 
   // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
-  void add_mask_gradient(double* sums) {
-    for (int64_t block = first_block(); block < end_; block += kKeys) {
-      const auto [k, key_end] = tiles(block);
-      add_mask_gradient(sums, k, key_end - k);
-    }
+  template <class Sum>
+  void add_mask_gradient(Sum* sums) {
+    for (int64_t block = first_block(); block < end_; block += block_keys_)
+      tiles(block, [&](int64_t i, int64_t k, int64_t count) { add_mask_row(sums, i, k, count); });
   }
 
  private:
-  void add_mask_gradient(double* sums, int64_t k, int64_t count) const {
-    for (int64_t i = 0; i < (count ? rows_ : 0); ++i) {
-      double* to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
-      const F* from = score_grads_ + i * stride_;
-      if (mask_.columns == 1)
-        for (int64_t j = 0; j < count; ++j) to[0] += double(from[j]);
-      else
-        for (int64_t j = 0; j < count; ++j) to[k + j] += double(from[j]);
-    }
+  template <class Sum>
+  static void add_row(const F* from, int64_t count, Sum* to) {
+    for (int64_t j = 0; j < count; ++j) to[j] += Sum(from[j]);
+  }
+  template <class Sum>
+  void add_mask_row(Sum* sums, int64_t i, int64_t k, int64_t count) const {
+    Sum* const to = sums + (mask_.rows == 1 ? 0 : i) * mask_.columns;
+    const F* const from = score_grads_ + i * stride_;
+    if (mask_.columns != 1) return add_row(from, count, to + k);
+    for (int64_t j = 0; j < count; ++j) to[0] += Sum(from[j]);
+  }
+  // The rows where they lie, or copied where their elements lie apart.
+  static Read<T> dense_rows(const Read<T>& from, int64_t rows, int64_t width, F* buffer) {
+    if (from.column == 1) return from;
+    T* const to = reinterpret_cast<T*>(buffer);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < width; ++d) to[i * width + d] = from.data[i * from.row + d * from.column];
+    return {to, width, 1};
+  }
+  // to[i * stride + j] = row i of the left . row first + j of the right.
+  void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t width,
+                  F* to) const {
+    for (int64_t j = 0; j < count; j += kLanes<F>)
+      for (int64_t i = 0; i < rows_; ++i)
+        score_keys(right.data + (first + j) * right.row, right.row, std::min<int64_t>(kLanes<F>, count - j),
+                   left.row(i), width, to + i * stride_ + j);
   }
   // Which of the mask's own matrices belongs to the loaded queries.
   int64_t mask_matrix() const {
@@ -250,7 +298,8 @@ class Backward {
     }
     // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
     const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
-    auto [sum, dot] = masked ? weigh<true>(s, g, valid, shift, factors) : weigh<false>(s, g, valid, shift, factors);
+    auto [sum, dot] =
+        masked ? weigh<T, true>(s, g, valid, shift, factors) : weigh<T, false>(s, g, valid, shift, factors);
     if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
     const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[at]));
     if (only_delta) {
@@ -265,7 +314,7 @@ class Backward {
   static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
                     int64_t stride, F scale) {
     for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
-      for (int64_t d = 0; d < width; ++d) to[d * layout.column] = from_float<T>(from[d] * scale);
+      write_row(to, layout.column, from, width, scale);
   }
 
   const Gradients<T>& gradients_;
@@ -273,15 +322,16 @@ class Backward {
   const AttentionMaskOperand& mask_;
   const AttentionShape& shape_;
   const RowProducts<T> key_products_, value_products_;
-  const int64_t width_, value_width_, stride_;
-  const bool masked_;
+  const int64_t width_, value_width_, stride_, block_keys_;
+  const bool masked_, few_;  // few_: scores come from rows of keys and values that are not packed
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
       *row_mask_, *factors_;
   bool* keys_finite_;
-  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false;
+  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false, cleared_ = true;
   Matrix<F> keys_{}, queries_{}, grads_{};
+  Read<T> key_rows_{}, value_rows_{};
   KeyRange seen_{};
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };

@@ -1,10 +1,12 @@
 // Attention of a few queries over many keys, as in decoding with a cache: every key and value is read once, in place
 // (rows whose elements lie apart are copied, a few at a time).
 //
-// A task is a key head and a chunk of kChunkKeys of its keys, for all queries of the heads that share it. Scores are
-// dot products along the rows of the keys; softmax and values follow while the chunk is in cache. What the chunks of a
-// head give - a maximum, a sum and a weighted sum of values per query - is combined in their order, so nothing depends
-// on which thread did which.
+// A task is a chunk of kChunkKeys keys of a key head, for all queries of the heads that share it. Scores are dot
+// products along the rows of the keys; softmax and values follow. What the chunks of a head give - a maximum, a sum and
+// a weighted sum of values per query - is combined in their order, so nothing depends on which thread did which.
+//
+// Key heads whose rows lie next to each other, as those of a projection (..., L, H, D), share a task, which takes a few
+// keys of one after those of the other: memory is read about twice as fast as when each head walks through all of it.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,45 +14,13 @@
 
 #include "parallel.h"
 #include "scaled_dot_product_attention_rows.h"
-#include "vec_load.h"
+#include "scaled_dot_product_attention_score.h"
 
 namespace pynn::cpu::attention {
 
-// From so many queries of a key head on, packing the keys for register tiles pays.
-inline constexpr int64_t kFewQueries = 8;
 inline constexpr int64_t kChunkKeys = kKeys, kChunkStride = kLongStride;
-inline constexpr int64_t kValueKeys = 32;  // keys whose values are added before the next ones are read
-
-// One vector of sums: lane i is the sum of the lanes of v[i]. Halves the number of vectors kLanes -> 1.
-template <class F>
-PYNN_HD Vec<F> sum_each(Vec<F>* v) {
-#pragma GCC unroll 4
-  for (int half = kLanes<F> / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i)
-      v[i] = interleave_low(v[i], v[i + half], LaneIndices<F>()) + interleave_high(v[i], v[i + half], LaneIndices<F>());
-  return v[0];
-}
-
-// scores[0 .. kLanes) = query . key rows; rows from `count` on repeat the last one. One row after the other: the CPU
-// reads ahead in memory only where it is read in order.
-template <class T, class F = accumulate_t<T>>
-void score_keys(const T* key, int64_t row, int64_t count, const F* query, int64_t dim, F* scores) {
-  constexpr int L = kLanes<F>, kChains = 4;  // so many sums hide the latency of fma
-  const int64_t whole = dim / L * L, unrolled = dim / (kChains * L) * (kChains * L);
-  Vec<F> sum[L];
-  for (int j = 0; j < L; ++j) {
-    const T* const from = key + std::min<int64_t>(j, count - 1) * row;
-    Vec<F> s[kChains] = {};
-    for (int64_t d = 0; d < unrolled; d += kChains * L)
-#pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) s[c] = fma(load(query + d + c * L), load_compute(from + d + c * L), s[c]);
-    for (int64_t d = unrolled; d < whole; d += L) s[0] = fma(load(query + d), load_compute(from + d), s[0]);
-    if (whole < dim) s[1] = fma(load(query + whole), load_part(from + whole, dim - whole, F(0)), s[1]);
-    sum[j] = (s[0] + s[1]) + (s[2] + s[3]);
-  }
-  store(scores, sum_each<F>(sum));
-}
+inline constexpr int64_t kValueKeys = 32;  // keys whose values are added before the next ones are read, at most
+inline constexpr int64_t kTaskHeads = 16;  // key heads of a task, at most
 
 // to[m][0 .. N vectors) += sum over j < count of weights[m][j] * value rows j, for M queries. The sum of a few keys is
 // formed before it is added: the rounding error of a long sum grows with the number of such parts.
@@ -87,7 +57,7 @@ class Decode {
   using Launcher = launch::Attention<T>;
   using Lse = typename Launcher::Lse;
 
-  static bool serves(const AttentionShape& shape) { return shape.queries * shape.group <= kFewQueries; }
+  static bool serves(const AttentionShape& shape) { return has_few_queries(shape); }
 
   Decode(typename Launcher::Output out, Lse* lse, typename Launcher::Input query, typename Launcher::Input key,
          typename Launcher::Input value, const AttentionMaskOperand& mask, const AttentionPerHead<F>& per_head,
@@ -106,35 +76,41 @@ class Decode {
     Scratch scratch;
     partial_ = scratch.take<F>(shape_.heads * shape_.queries * chunks_ * stride_);
     if (scratch.failed) return false;
-    const int64_t cost = std::min(shape_.keys, kChunkKeys) * (shape_.dim + shape_.value_dim) * rows_;
-    const int64_t key_heads = shape_.heads / shape_.group;
+    const int64_t cost = std::min(shape_.keys, kChunkKeys) * (shape_.dim + shape_.value_dim + 1) * rows_;
+    const int64_t row_heads = shape_.batch[shape_.batch_dims - 1] / shape_.group;  // key heads of one batch element
+    const int64_t all_heads = shape_.heads / shape_.group, together = heads_together(row_heads);
+    const int64_t parts = divide_up(row_heads, together);
     std::atomic<bool> failed{false};
-    parallel_for(key_heads * chunks_, std::max<int64_t>(1, 100000 / cost), [&](int64_t begin, int64_t end) {
-      Scratch own;
-      F* queries = own.take<F>(rows_ * padded<F>(shape_.dim));
-      F* scores = own.take<F>(rows_ * kChunkStride);
-      F* tile_mask = own.take<F>(kChunkStride);
-      F* row_mask = own.take<F>(kChunkStride);
-      F* factors = own.take<F>(kChunkStride);
-      T* rows = own.take<T>(is_dense() ? 0 : std::max(kLanes<F> * shape_.dim, kValueKeys * shape_.value_dim));
-      if (own.failed) {
-        failed = true;
-        return;
-      }
-      for (int64_t j = 0; j < kChunkStride; ++j) tile_mask[j] = row_mask[j] = factors[j] = 0;
-      for (int64_t task = begin; task < end; ++task)
-        chunk(task / chunks_, task % chunks_, queries, scores, tile_mask, row_mask, factors, rows);
-    });
+    parallel_for(all_heads / row_heads * parts * chunks_, std::max<int64_t>(1, 100000 / (cost * together)),
+                 [&](int64_t begin, int64_t end) {
+                   Scratch own;
+                   const Buffers buffers{
+                       own.take<F>(together * rows_ * padded<F>(shape_.dim)),
+                       own.take<F>(together * rows_ * kChunkStride),
+                       own.take<F>(kChunkStride),
+                       own.take<F>(kChunkStride),
+                       own.take<F>(kChunkStride),
+                       own.take<T>(is_dense() ? 0 : std::max(kLanes<F> * shape_.dim, value_keys_ * shape_.value_dim))};
+                   if (own.failed) {
+                     failed = true;
+                     return;
+                   }
+                   for (int64_t j = 0; j < kChunkStride; ++j)
+                     buffers.tile_mask[j] = buffers.row_mask[j] = buffers.factors[j] = 0;
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t element = task / chunks_ / parts, first = task / chunks_ % parts * together;
+                     chunk(element * row_heads + first, std::min(together, row_heads - first), task % chunks_, buffers);
+                   }
+                 });
     if (failed) return false;
     for (int64_t row = 0; row < shape_.heads * shape_.queries; ++row) combine(row);
     return true;
   }
 
  private:
-  // What a chunk gives for a query: padded<F>(value_dim) sums, then the maximum and the sum of the weights.
-  F* partial(int64_t head, int64_t query, int64_t chunk) const {
-    return partial_ + ((head * shape_.queries + query) * chunks_ + chunk) * stride_;
-  }
+  // What a chunk gives for row head * queries + query: padded<F>(value_dim) sums, then the maximum and the sum of the
+  // weights.
+  F* partial(int64_t row, int64_t chunk) const { return partial_ + (row * chunks_ + chunk) * stride_; }
 
   bool is_dense() const { return key_.column == 1 && value_.column == 1; }
   // `count` rows from `from` on, where they lie or in `buffer`.
@@ -145,48 +121,69 @@ class Decode {
     return {buffer, width, 1};
   }
 
-  void chunk(int64_t key_head, int64_t number, F* queries, F* scores, F* tile_mask, F* row_mask, F* factors,
-             T* rows) const {
-    const int64_t head = key_head * shape_.group, width = padded<F>(shape_.dim), chunk_begin = number * kChunkKeys;
-    for (int64_t r = 0; r < rows_; ++r) start(head + r / shape_.queries, r % shape_.queries, number);
+  // Key heads of a task out of `count` of a batch element: more than one where their rows are neighbours and there are
+  // tasks enough for all threads.
+  int64_t heads_together(int64_t count) const {
+    const int last = shape_.batch_dims - 1;
+    const bool neighbours = std::abs(key_.batch[last]) < std::abs(key_.row);
+    const int64_t tasks = shape_.heads / shape_.group * chunks_;
+    return neighbours ? std::clamp<int64_t>(tasks / thread_count(), 1, std::min(count, kTaskHeads)) : 1;
+  }
+
+  struct Buffers {
+    F *queries, *scores, *tile_mask, *row_mask, *factors;
+    T* rows;
+  };
+
+  void chunk(int64_t first_head, int64_t heads, int64_t number, const Buffers& to) const {
+    const int64_t width = padded<F>(shape_.dim), chunk_begin = number * kChunkKeys, first_row = first_head * rows_,
+                  rows = heads * rows_;
+    for (int64_t r = 0; r < rows; ++r) start(first_row + r, number);
     const KeyRange seen = keys_of(shape_, 0, shape_.queries);
     const int64_t begin = std::max(chunk_begin, seen.begin / kValueKeys * kValueKeys),
                   count = std::min(chunk_begin + kChunkKeys, seen.end) - begin;
     if (count <= 0) return;
-    for (int64_t r = 0; r < rows_; ++r) {
-      const T* from = head_start(query_, shape_, head + r / shape_.queries, 1) + r % shape_.queries * query_.row;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = first_row + r;
+      const T* from = head_start(query_, shape_, row / shape_.queries, 1) + row % shape_.queries * query_.row;
       for (int64_t d = 0; d < width; ++d)
-        queries[r * width + d] = d < shape_.dim ? to_float(from[d * query_.column]) : F(0);
+        to.queries[r * width + d] = d < shape_.dim ? to_float(from[d * query_.column]) : F(0);
     }
-    const T* key = head_start(key_, shape_, head, shape_.group) + begin * key_.row;
-    for (int64_t j = 0; j < count; j += kLanes<F>) {
-      const int64_t some = std::min<int64_t>(kLanes<F>, count - j);
-      const Read<T> of = rows_at(key_, key + j * key_.row, some, shape_.dim, rows);
-      for (int64_t r = 0; r < rows_; ++r)
-        score_keys(of.data, of.row, some, queries + r * width, shape_.dim, scores + r * kChunkStride + j);
+    const T *keys[kTaskHeads], *values[kTaskHeads];
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t head = (first_head + h) * shape_.group;
+      keys[h] = head_start(key_, shape_, head, shape_.group) + begin * key_.row;
+      values[h] = head_start(value_, shape_, head, shape_.group) + begin * value_.row;
     }
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t own = head + r / shape_.queries;
-      const HeadScores<F> of_head = scores_of(shape_, mask_, per_head_, own, tile_mask, row_mask);
-      read_tile_mask(of_head, begin, count);
-      softmax(of_head, own, r % shape_.queries, number, begin, count, scores + r * kChunkStride, factors);
-    }
-    const T* value = head_start(value_, shape_, head, shape_.group) + begin * value_.row;
-    for (int64_t j = 0; j < count; j += kValueKeys) {
-      const int64_t some = std::min(kValueKeys, count - j);
-      const Read<T> of = rows_at(value_, value + j * value_.row, some, shape_.value_dim, rows);
-      for (int64_t r = 0; r < rows_;) {
-        // The rows of one head are neighbours in partial_, chunks_ * stride_ apart, and so are those of the next head.
-        const int64_t height = rows_ - r >= 4 ? 4 : rows_ - r >= 2 ? 2 : 1;
-        const auto values = [&]<int M>(std::integral_constant<int, M>) {
-          add<M>(of, some, scores + r * kChunkStride + j, partial(head, r, number));
-        };
-        height == 4   ? values(std::integral_constant<int, 4>())
-        : height == 2 ? values(std::integral_constant<int, 2>())
-                      : values(std::integral_constant<int, 1>());
-        r += height;
+    for (int64_t j = 0; j < count; j += kLanes<F>)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t some = std::min<int64_t>(kLanes<F>, count - j);
+        const Read<T> of = rows_at(key_, keys[h] + j * key_.row, some, shape_.dim, to.rows);
+        for (int64_t r = h * rows_; r < (h + 1) * rows_; ++r)
+          score_keys(of.data, of.row, some, to.queries + r * width, shape_.dim, to.scores + r * kChunkStride + j);
       }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = (first_row + r) / shape_.queries, query = (first_row + r) % shape_.queries;
+      const HeadScores<F> of_head = scores_of(shape_, mask_, per_head_, head, to.tile_mask, to.row_mask);
+      read_tile_mask(of_head, begin, count);
+      softmax(of_head, head, query, number, begin, count, to.scores + r * kChunkStride, to.factors);
     }
+    for (int64_t j = 0; j < count; j += value_keys_)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t some = std::min(value_keys_, count - j);
+        const Read<T> of = rows_at(value_, values[h] + j * value_.row, some, shape_.value_dim, to.rows);
+        for (int64_t r = h * rows_; r < (h + 1) * rows_;) {
+          // Rows of the same key head are neighbours in partial_, chunks_ * stride_ apart.
+          const int64_t left = (h + 1) * rows_ - r, height = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+          const auto add_some = [&]<int M>(std::integral_constant<int, M>) {
+            add<M>(of, some, to.scores + r * kChunkStride + j, partial(first_row + r, number));
+          };
+          height == 4   ? add_some(std::integral_constant<int, 4>())
+          : height == 2 ? add_some(std::integral_constant<int, 2>())
+                        : add_some(std::integral_constant<int, 1>());
+          r += height;
+        }
+      }
   }
 
   template <int M>
@@ -207,8 +204,8 @@ class Decode {
   }
 
   // The partial result of a query to which nothing has been added.
-  void start(int64_t head, int64_t query, int64_t number) const {
-    F* to = partial(head, query, number);
+  void start(int64_t row, int64_t number) const {
+    F* to = partial(row, number);
     const int64_t width = padded<F>(shape_.value_dim);
     for (int64_t d = 0; d < width; ++d) to[d] = 0;
     to[width] = -kInfinity<F>, to[width + 1] = 0;
@@ -217,14 +214,14 @@ class Decode {
   // Turns the scores of one query into weights against their own maximum.
   void softmax(const HeadScores<F>& of_head, int64_t head, int64_t query, int64_t number, int64_t begin, int64_t count,
                F* s, F* factors) const {
-    F* to = partial(head, query, number) + padded<F>(shape_.value_dim);
+    F* to = partial(head * shape_.queries + query, number) + padded<F>(shape_.value_dim);
     F &top = to[0], &total = to[1];
     const auto [valid, largest, masked] = finish_row(of_head, s, query, begin, count);
     top = largest;
     if (valid == 0) return;
     const bool drop = shape_.dropout_key != nullptr;
     if (drop) dropout_factors(shape_, uint64_t((head * shape_.queries + query) * shape_.keys + begin), valid, factors);
-    total = exponentials(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
+    total = exponentials<T>(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
   }
 
   // The result of one query from those of its chunks.
@@ -248,7 +245,7 @@ class Decode {
     if (sink) total += exp(broadcast(*sink - shift))[0];
     T* out = head_start(out_, shape_, row / shape_.queries, 1) + row % shape_.queries * out_.row;
     const F divisor = total == F(0) ? F(1) : total;
-    for (int64_t d = 0; d < shape_.value_dim; ++d) out[d * out_.column] = from_float<T>(first[d] / divisor);
+    write_row<true>(out, out_.column, first, shape_.value_dim, divisor);
     const bool exact = shape_.keys > kKeys;  // as in the kernel for many queries
     lse_[row] = total == F(0) ? -kInfinity<Lse> : Lse(top) + (exact ? std::log(Lse(total)) : Lse(std::log(total)));
   }
@@ -261,6 +258,8 @@ class Decode {
   const AttentionShape& shape_;
   const int64_t rows_ = shape_.queries * shape_.group, chunks_ = divide_up(shape_.keys, kChunkKeys);
   const int64_t stride_ = padded<F>(shape_.value_dim) + kLanes<F>;
+  // Of long rows fewer: so many streams at once read memory best.
+  const int64_t value_keys_ = shape_.value_dim * int64_t(sizeof(T)) <= 256 ? kValueKeys : kValueKeys / 2;
   F* partial_ = nullptr;
 };
 

@@ -44,16 +44,17 @@ class RowProducts {
   // The products of the left rows with `count` right ones from `first` on, which begins a panel.
   void multiply(int64_t rows, int64_t first, int64_t count, const F* columns, const F* panels, F* to,
                 int64_t stride) const {
-    const Left<F> left{columns, kRows, kScoreChunk<T>};
+    const Left<F> left{columns, kRows};
     const F* const right = panels + first * depth_;
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (pairs()) {
-        attention::multiply<1, MultiplyAddPairs>(rows, count, depth_, left, right, kPanel<F>, kPanel<F> * depth_, to,
-                                                 stride, false);
+        attention::multiply<1, kScoreChunk<T>, MultiplyAddPairs>(rows, count, depth_, left, right, kPanel<F>,
+                                                                 kPanel<F> * depth_, to, stride, false);
         return;
       }
     }
-    attention::multiply<1>(rows, count, depth_, left, right, kPanel<F>, kPanel<F> * depth_, to, stride, false);
+    attention::multiply<1, kScoreChunk<T>>(rows, count, depth_, left, right, kPanel<F>, kPanel<F> * depth_, to, stride,
+                                           false);
   }
 
  private:

@@ -33,6 +33,15 @@ PYNN_HD F max_lanes(Vec<F> v) {
   return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
 }
 
+// The larger of top and x, top where x is NaN.
+template <class F>
+PYNN_HD Vec<F> larger(Vec<F> top, Vec<F> x) {
+  if constexpr (std::is_same_v<F, float>)
+    return at_least(top, x);
+  else
+    return x > top ? x : top;
+}
+
 // Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
 template <bool kMasked, class F>
 F finish_scores(F* s, int64_t count, F scale, const F* mask) {
@@ -47,7 +56,7 @@ F finish_scores(F* s, int64_t count, F scale, const F* mask) {
     }
     if (count - j < kLanes<F>) x = keep_first<F>(x, count - j, -kInfinity<F>);
     store(s + j, x);
-    top = x > top ? x : top;
+    top = larger<F>(top, x);
   }
   return max_lanes<F>(top);
 }
@@ -56,7 +65,9 @@ F finish_scores(F* s, int64_t count, F scale, const F* mask) {
 template <class F>
 void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count, F* to) {
   const int64_t step = mask.operand.column, offset = row * mask.operand.row + key * step;
-  const auto convert = [&](auto* data) {
+  const auto convert = [&]<class E>(const E* data) {
+    if constexpr (std::is_same_v<accumulate_t<E>, F>)
+      if (step == 1) return widen(data + offset, to, count);
     for (int64_t j = 0; j < count; ++j) to[j] = F(to_float(data[offset + j * step]));
   };
   switch (mask.kind) {
@@ -64,7 +75,10 @@ void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row,
       break;
     case AttentionMask::kBool: {
       const uint8_t* data = static_cast<const uint8_t*>(start) + offset;
-      for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
+      if (step == 1)
+        for (int64_t j = 0; j < count; ++j) to[j] = data[j] ? F(0) : -kInfinity<F>;
+      else
+        for (int64_t j = 0; j < count; ++j) to[j] = data[j * step] ? F(0) : -kInfinity<F>;
       break;
     }
     case AttentionMask::kDouble:
@@ -80,6 +94,17 @@ void read_mask(const AttentionMaskOperand& mask, const void* start, int64_t row,
       convert(static_cast<const BFloat16*>(start));
       break;
   }
+}
+
+// The same where it lies, if that is whole vectors of such numbers, or read into `buffer`.
+template <class F>
+const F* mask_row(const AttentionMaskOperand& mask, const void* start, int64_t row, int64_t key, int64_t count,
+                  F* buffer) {
+  constexpr AttentionMask kSame = std::is_same_v<F, double> ? AttentionMask::kDouble : AttentionMask::kFloat;
+  if (mask.kind == kSame && mask.operand.column == 1 && count % kLanes<F> == 0)
+    return static_cast<const F*>(start) + row * mask.operand.row + key;
+  read_mask(mask, start, row, key, count, buffer);
+  return buffer;
 }
 
 inline int64_t mask_bytes(AttentionMask kind) {
@@ -164,8 +189,7 @@ FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_
   if (head.mask.kind != AttentionMask::kNone) {
     added = head.tile_mask;
     if (head.mask.operand.row != 0) {
-      read_mask(head.mask, head.mask_start, query, key, valid, head.row_mask);
-      added = head.row_mask;
+      added = mask_row(head.mask, head.mask_start, query, key, valid, head.row_mask);
     }
   }
   if (hidden > 0 || head.slope != F(0)) {
@@ -238,12 +262,21 @@ void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count,
   }
 }
 
-// s = exp(s - top), times the dropout factor; returns the sum before dropout.
-template <class F>
+// e^x for x <= 0 and results of type T.
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> weight_of(Vec<accumulate_t<T>> x) {
+  if constexpr (sizeof(T) == 2)
+    return coarse_exp(x);
+  else
+    return exp(x);
+}
+
+// s = exp(s - top), times the dropout factor; returns the sum before dropout. T is the type of the data.
+template <class T, class F>
 F exponentials(F* s, int64_t count, F top, const F* factors) {
   Vec<F> sum{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> p = exp(load(s + j) - top);
+    const Vec<F> p = weight_of<T>(load(s + j) - top);
     sum += p;
     store(s + j, factors ? p * load(factors + j) : p);
   }
@@ -252,12 +285,12 @@ F exponentials(F* s, int64_t count, F top, const F* factors) {
 
 // Weights of one row against `shift`, and G: s becomes exp(s - shift), g becomes G. Masked entries become 0 whatever
 // they held. Returns (sum_j s, sum_j s G).
-template <bool kMasked, class F>
+template <class T, bool kMasked, class F>
 std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
   Vec<F> sum{}, dot{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
     const Vec<F> x = load(s + j);
-    Vec<F> d = load(g + j), p = exp(x - shift);
+    Vec<F> d = load(g + j), p = weight_of<T>(x - shift);
     if (factors) d *= load(factors + j);
     if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
     if (count - j < kLanes<F>) {

@@ -9,25 +9,34 @@
 
 #include "multiply_add.h"
 #include "scaled_dot_product_attention.h"
+#include "vec_load.h"
 
 namespace pynn::cpu::attention {
 
 inline constexpr int64_t kRows = 64;        // query rows of a block, at most
-inline constexpr int64_t kKeys = 1024;      // keys of a block
-inline constexpr int64_t kShortKeys = 512;  // up to so many keys a score tile is narrower, and has more rows
+inline constexpr int64_t kKeys = 1024;      // keys of a block, at most
+inline constexpr int64_t kShortKeys = 512;  // the same of a tile with all kRows rows
 inline constexpr int64_t kShortStride = kShortKeys + 16,
-                         kLongStride = kKeys + 16;  // its row strides, off powers of two
+                         kLongStride = kKeys + 16;  // row strides of tiles, off powers of two
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
 template <class F>
 inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
 template <class F>
 inline constexpr F kInfinity = std::numeric_limits<F>::infinity();
 
-// Query rows of a block: a score tile of long rows has fewer of them, so that it stays in the second-level cache.
-inline int64_t block_rows(const AttentionShape& shape) { return shape.keys <= kShortKeys ? kRows : kRows / 2; }
-inline int64_t tile_stride(const AttentionShape& shape) {
-  return shape.keys <= kShortKeys ? kShortStride : kLongStride;
+// Keys of a block. Up to kKeys are in one, since the backward of a row in one block needs no more than the row itself.
+// More than these are cut into blocks that all kRows rows of a tile can have, for which the keys are read less often.
+// The few keys of a narrow window are seldom in two blocks if these are large.
+inline int64_t block_keys(const AttentionShape& shape) {
+  const bool narrow = shape.key_ranges || shape.upper - shape.lower < kKeys;
+  return shape.keys <= kKeys || narrow ? kKeys : kShortKeys;
 }
+// Whether a score tile has short rows, and more of them, or long ones: it stays in the second-level cache.
+inline bool has_short_rows(const AttentionShape& shape) {
+  return shape.keys <= kShortKeys || block_keys(shape) == kShortKeys;
+}
+inline int64_t block_rows(const AttentionShape& shape) { return has_short_rows(shape) ? kRows : kRows / 2; }
+inline int64_t tile_stride(const AttentionShape& shape) { return has_short_rows(shape) ? kShortStride : kLongStride; }
 
 // The keys that some query of [first, first + rows) sees are among these; begin may lie behind end.
 struct KeyRange {
@@ -92,17 +101,20 @@ Pointer head_start(const AttentionOperand<Pointer>& operand, const AttentionShap
 
 template <class T>
 void widen(const T* from, accumulate_t<T>* to, int64_t count) {
+  using F = accumulate_t<T>;
   int64_t j = 0;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, Half>)
-    for (; j + 16 <= count; j += 16)
-      _mm512_storeu_ps(to + j, _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)(from + j))));
-#elif defined(__F16C__)
-  if constexpr (std::is_same_v<T, Half>)
-    for (; j + 8 <= count; j += 8)
-      _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
-#endif
+  for (; j + kLanes<F> <= count; j += kLanes<F>) store(to + j, load_compute(from + j));
   for (; j < count; ++j) to[j] = to_float(from[j]);
+}
+
+// to[d * column] = from[d] times a number, or over it.
+template <bool kDivide = false, class T, class F = accumulate_t<T>>
+void write_row(T* to, int64_t column, const F* from, int64_t width, F number) {
+  const auto scaled = [&](auto x) { return kDivide ? x / number : x * number; };
+  int64_t d = 0;
+  if (column == 1)
+    for (; d + kLanes<F> <= width; d += kLanes<F>) store_compute(to + d, Vec<F>(scaled(load(from + d))));
+  for (; d < width; ++d) to[d * column] = from_float<T>(scaled(from[d]));
 }
 
 template <class F>
@@ -196,87 +208,107 @@ void pack_panels(Matrix<F> from, int64_t rows, int64_t depth, F* to) {
 }
 
 // The left operand of a product: element (m, k) at m * kRow + k * step, with kRow known when compiling (1 for an
-// operand stored by columns). Sums of `chunk` products are added to a total: the rounding error of a long sum grows
+// operand stored by columns). Sums of kChunk products are added to a total: the rounding error of a long sum grows
 // with the number of chunks, not of products. The error of a score is multiplied by exp, so scores use shorter chunks.
-// Results of 16 bits do not notice how their sums are formed.
+// Results of 16 bits do not notice how their sums are formed: no chunks, and twice as many sums in a register tile.
 template <class F>
 struct Left {
   const F* data;
-  int64_t step, chunk;
+  int64_t step;
 };
+inline constexpr int64_t kNoChunks = INT64_MAX;
 template <class T>
-inline constexpr int64_t kScoreChunk = sizeof(T) == 2 ? kKeys : 8;
+inline constexpr int64_t kScoreChunk = sizeof(T) == 2 ? kNoChunks : 8;
 template <class T>
-inline constexpr int64_t kChunk = sizeof(T) == 2 ? kKeys : 16;
+inline constexpr int64_t kChunk = sizeof(T) == 2 ? kNoChunks : 16;
 
-inline constexpr int kAccumulators = kVectorRegisters == 32 ? 12 : 6;  // as many again hold the totals
-inline constexpr int rows_of_tile(int vectors) { return kAccumulators / vectors; }
+inline constexpr int kAccumulators = kVectorRegisters == 32 ? 24 : 12;  // sums and totals
+template <int64_t kChunk>
+constexpr int rows_of_tile(int vectors) {
+  return std::min(12, kAccumulators / (kChunk == kNoChunks ? 1 : 2) / vectors);
+}
+inline constexpr int64_t kLastSteps = 8;  // of a sum, for which a register tile is done a few rows at a time
 
-// Keeps the compiler from loading a vector again for every use, which it takes to be free as an operand of fma.
-template <class V>
-PYNN_HD void keep_in_register(V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#endif
+// Adds products [begin, end) of each sum of M rows.
+template <int M, int64_t kRow, class Product, int N, class F>
+PYNN_HD void add_products(int64_t begin, int64_t end, Left<F> a, const F* b, int64_t b_stride, Vec<F> (*sum)[N]) {
+  for (int64_t k = begin; k < end; ++k) {
+    Vec<F> row[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) row[n] = in_register(load(b + k * b_stride + n * kLanes<F>));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vec<F> element = Product::element(a.data + m * kRow + k * a.step);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] = Product::add(element, row[n], sum[m][n]);
+    }
+  }
+}
+
+// The last products of a register tile, a few rows after the others: stores of a whole tile at once would hold up what
+// follows. c gets total + sum, added to what it held or not.
+template <int M, int64_t kRow, bool kTotals, class Product, int N, class F>
+PYNN_HD void finish_rows(int64_t begin, int64_t end, Left<F> a, const F* b, int64_t b_stride, Vec<F> (*total)[N],
+                         Vec<F> (*sum)[N], F* c, int64_t c_stride, bool add) {
+  constexpr int kGroup = std::min(M, std::max(1, 8 / N));  // rows with enough sums to hide the latency of fma
+  add_products<kGroup, kRow, Product, N>(begin, end, a, b, b_stride, sum);
+#pragma GCC unroll 16
+  for (int m = 0; m < kGroup; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      F* const to = c + m * c_stride + n * kLanes<F>;
+      if constexpr (kTotals) sum[m][n] = total[m][n] + sum[m][n];
+      store(to, add ? load(to) + sum[m][n] : sum[m][n]);
+    }
+  if constexpr (M > kGroup)
+    finish_rows<M - kGroup, kRow, kTotals, Product, N>(begin, end, {a.data + kGroup * kRow, a.step}, b, b_stride,
+                                                       total + kGroup, sum + kGroup, c + kGroup * c_stride, c_stride,
+                                                       add);
 }
 
 // One register tile: M rows, N vectors.
-template <int64_t kRow, int M, int N, class Product, class F>
+template <int64_t kRow, int64_t kChunk, int M, int N, class Product, class F>
 void tile(int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add) {
-  Vec<F> total[M][N] = {};
-  for (int64_t begin = 0; begin < depth; begin += a.chunk) {
-    const int64_t end = depth - begin < a.chunk ? depth : begin + a.chunk;
-    Vec<F> sum[M][N] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      Vec<F> row[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        row[n] = load(b + k * b_stride + n * kLanes<F>);
-        keep_in_register(row[n]);
-      }
+  constexpr bool kTotals = kChunk != kNoChunks;
+  Vec<F> total[M][N] = {}, sum[M][N] = {};
+  int64_t k = 0;
+  if constexpr (kTotals) {
+    for (; k + kChunk < depth; k += kChunk) {
+      add_products<M, kRow, Product, N>(k, k + kChunk, a, b, b_stride, sum);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vec<F> element = Product::element(a.data + m * kRow + k * a.step);
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = Product::add(element, row[n], sum[m][n]);
-      }
+        for (int n = 0; n < N; ++n) {
+          total[m][n] += sum[m][n];
+          sum[m][n] = Vec<F>{};
+        }
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) total[m][n] += sum[m][n];
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      F* to = c + m * c_stride + n * kLanes<F>;
-      store(to, add ? load(to) + total[m][n] : total[m][n]);
-    }
+  const int64_t last = std::max(k, depth - kLastSteps);
+  add_products<M, kRow, Product, N>(k, last, a, b, b_stride, sum);
+  finish_rows<M, kRow, kTotals, Product, N>(last, depth, a, b, b_stride, total, sum, c, c_stride, add);
 }
 
-template <int64_t kRow, int N, class Product, class F, int... I>
+template <int64_t kRow, int64_t kChunk, int N, class Product, class F, int... I>
 void tile_column(int64_t rows, int64_t depth, Left<F> a, const F* b, int64_t b_stride, F* c, int64_t c_stride, bool add,
                  std::integer_sequence<int, I...>) {
   using Tile = void (*)(int64_t, Left<F>, const F*, int64_t, F*, int64_t, bool);
-  static constexpr Tile tiles[] = {&tile<kRow, I + 1, N, Product, F>...};
+  static constexpr Tile tiles[] = {&tile<kRow, kChunk, I + 1, N, Product, F>...};
   const int64_t height = divide_up(rows, divide_up(rows, int64_t(sizeof...(I))));
   for (int64_t m = 0; m < rows; m += height) {
     const int64_t count = rows - m < height ? rows - m : height;
-    tiles[count - 1](depth, {a.data + m * kRow, a.step, a.chunk}, b, b_stride, c + m * c_stride, c_stride, add);
+    tiles[count - 1](depth, {a.data + m * kRow, a.step}, b, b_stride, c + m * c_stride, c_stride, add);
   }
 }
 
 // C (rows x width) = A B, or C += A B. `panel` is the distance between column panels of B.
-template <int64_t kRow, class Product = MultiplyAdd, class F>
+template <int64_t kRow, int64_t kChunk, class Product = MultiplyAdd, class F>
 void multiply(int64_t rows, int64_t width, int64_t depth, Left<F> a, const F* b, int64_t b_stride, int64_t panel, F* c,
               int64_t c_stride, bool add) {
   for (int64_t j = 0; j < width; j += kPanel<F>, b += panel, c += kPanel<F>) {
     const auto run = [&]<int N>(std::integral_constant<int, N>) {
-      tile_column<kRow, N, Product>(rows, depth, a, b, b_stride, c, c_stride, add,
-                                    std::make_integer_sequence<int, rows_of_tile(N)>());
+      tile_column<kRow, kChunk, N, Product>(rows, depth, a, b, b_stride, c, c_stride, add,
+                                            std::make_integer_sequence<int, rows_of_tile<kChunk>(N)>());
     };
     const int64_t vectors = divide_up(width - j, kLanes<F>);
     if (vectors == 1)
@@ -293,15 +325,16 @@ void multiply(int64_t rows, int64_t width, int64_t depth, Left<F> a, const F* b,
 }
 
 // C += A B where a zero in A takes nothing from B, not even NaN: for operands with non-finite rows that are masked.
-template <int64_t kRow, class F>
+template <int64_t kRow, int64_t kChunk, class F>
 void multiply_skipping(int64_t rows, int64_t width, int64_t depth, Left<F> a, Matrix<F> b, F* c, int64_t c_stride,
                        bool add) {
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t j = 0; j < width; j += kLanes<F>) {
       Vec<F> total{};
-      for (int64_t begin = 0; begin < depth; begin += a.chunk) {
+      for (int64_t begin = 0, end; begin < depth; begin = end) {
+        end = depth - begin < kChunk ? depth : begin + kChunk;
         Vec<F> sum{};
-        for (int64_t k = begin; k < depth && k < begin + a.chunk; ++k) {
+        for (int64_t k = begin; k < end; ++k) {
           const F scalar = a.data[m * kRow + k * a.step];
           if (scalar != F(0)) sum = fma(broadcast(scalar), load(b.row(k) + j), sum);
         }
@@ -313,24 +346,24 @@ void multiply_skipping(int64_t rows, int64_t width, int64_t depth, Left<F> a, Ma
 }
 
 // C (+)= A B for B given as rows; `finite` tells whether every element of B is.
-template <int64_t kRow, class F>
+template <int64_t kRow, int64_t kChunk, class F>
 void multiply_rows(int64_t rows, int64_t width, int64_t depth, Left<F> a, Matrix<F> b, bool finite, F* c,
                    int64_t c_stride, bool add) {
   if (finite)
-    multiply<kRow>(rows, width, depth, a, b.data, b.stride, kPanel<F>, c, c_stride, add);
+    multiply<kRow, kChunk>(rows, width, depth, a, b.data, b.stride, kPanel<F>, c, c_stride, add);
   else
-    multiply_skipping<kRow>(rows, width, depth, a, b, c, c_stride, add);
+    multiply_skipping<kRow, kChunk>(rows, width, depth, a, b, c, c_stride, add);
 }
 
 // The same for A a score tile of row stride `stride`; T is the type of the data.
 template <class T, class F>
 void multiply_scores(int64_t rows, int64_t width, int64_t depth, const F* scores, int64_t stride, Matrix<F> b,
                      bool finite, F* c, int64_t c_stride, bool add) {
-  const Left<F> a{scores, 1, kChunk<T>};
+  const Left<F> a{scores, 1};
   if (stride == kShortStride)
-    multiply_rows<kShortStride>(rows, width, depth, a, b, finite, c, c_stride, add);
+    multiply_rows<kShortStride, kChunk<T>>(rows, width, depth, a, b, finite, c, c_stride, add);
   else
-    multiply_rows<kLongStride>(rows, width, depth, a, b, finite, c, c_stride, add);
+    multiply_rows<kLongStride, kChunk<T>>(rows, width, depth, a, b, finite, c, c_stride, add);
 }
 
 }  // namespace pynn::cpu::attention
