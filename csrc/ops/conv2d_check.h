@@ -35,7 +35,7 @@ inline Tensor empty(const char* op, const Tensor& like, const Ints& shape, bool 
   for (const int64_t size : shape) count = checked_multiply(op, count, size);
   if (shape.size() == 1) return new_dense(like, {shape[0]}, like.scalar_type());
   if (!channels_last) return new_dense(like, {shape[0], shape[1], shape[2], shape[3]}, like.scalar_type());
-  const int64_t pixel = shape[1], row = pixel * shape[3], image = row * shape[2];
+  const int64_t pixel = std::max<int64_t>(shape[1], 1), row = pixel * shape[3], image = row * shape[2];
   const int64_t strides[] = {image, 1, row, pixel};
   return new_strided(like, 4, shape.data(), strides, like.scalar_type());
 }
