@@ -5,6 +5,9 @@
 mean and variance are over the channels of a group and all pixels, act is the identity or silu(z) = z * sigmoid(z).
 Saved for backward: the inputs, mean and rstd; the normalised value is computed again. The paper: Wu and He, "Group
 Normalization", https://arxiv.org/abs/1803.08494.
+
+On the CPU the memory of results of 1 MiB and more is kept for later ones when they are gone, 64 MiB at most: fresh
+memory takes the system as long as the op. Such a result is a tensor like any other, but resize_() cannot enlarge it.
 """
 
 from __future__ import annotations
