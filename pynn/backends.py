@@ -275,7 +275,7 @@ def _op(name: str, tensor: torch.Tensor, case: choices.Case | None, plain: bool)
         if device == "meta":  # runs the shape rule of the op
             return getattr(torch.ops.pynn, name).default
         raise RuntimeError(f"pynn.{name}: expected a CPU or CUDA tensor, got one on {device}")
-    measured = _fastest(name, tensor, case) if case is not None and _forced == "auto" else None
+    measured = _fastest(name, tensor, case) if case is not None else None
     chosen = measured or (_default(name, device) if _forced == "auto" else _forced)
     if device not in _TARGETS[chosen][0]:
         raise RuntimeError(f"pynn.{name}: backend {chosen!r} was forced but the tensor is on {device}")

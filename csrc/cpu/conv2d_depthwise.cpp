@@ -191,7 +191,6 @@ class DepthwiseCorrelation {
  private:
   // Whether whole lines are written, of a result that would not stay in the caches.
   bool streams(const Epilogue<E>& epilogue) const {
-    constexpr int64_t kStreamBytes = 4 << 20;
     const Strides4& s = epilogue.s;
     return window_.batch * channels_ * window_.h.out * window_.w.out * int64_t(sizeof(E)) >= kStreamBytes &&
            (s.n | s.h | s.w) % L == 0 && reinterpret_cast<uintptr_t>(epilogue.y) % sizeof(Vec<A>) == 0;

@@ -26,7 +26,6 @@ namespace {
 using namespace group_norm;
 
 constexpr int64_t kTaskElements = 16384;    // elements that are worth another thread
-constexpr int64_t kStreamBytes = 4 << 20;   // results from this size on are written past the caches
 constexpr int64_t kKeptBytes = 512 << 10;   // of dz, in the second-level cache
 constexpr int64_t kInputBytes = 448 << 10;  // of x, read twice, likewise
 

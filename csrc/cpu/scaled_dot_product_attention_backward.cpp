@@ -13,15 +13,20 @@ using namespace attention;
 // From so many terms of an element on, its sum is formed in double.
 constexpr int64_t kManyTerms = 9;
 
+// Matrices (rows, columns) of the mask, each shared by some heads.
+int64_t matrices_of(const AttentionMaskOperand& mask, const AttentionShape& shape) {
+  int64_t count = 1;
+  for (int d = 0; d < shape.batch_dims; ++d) count *= mask.batch[d];
+  return count;
+}
+
 // Gradient of the mask. A task owns one of the mask's own matrices (a block of its rows, unless there is only one) and
 // sums over the heads that share it in order.
 template <class T, class Sum, class Worker>
 void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask, const AttentionShape& shape,
                    const Worker& for_items) {
-  int64_t matrices = 1;
   std::vector<int64_t> sharing{0};  // heads that share a matrix, relative to the first of them
   for (int64_t d = shape.batch_dims - 1, step = 1; d >= 0; step *= shape.batch[d], --d) {
-    matrices *= mask.batch[d];
     if (mask.batch[d] != 1) continue;
     std::vector<int64_t> more;
     for (int64_t index = 0; index < shape.batch[d]; ++index)
@@ -30,7 +35,7 @@ void mask_gradient(accumulate_t<T>* grad_mask, const AttentionMaskOperand& mask,
   }
   const int64_t height = block_rows(shape), blocks = divide_up(shape.queries, height),
                 row_blocks = mask.rows == 1 ? 1 : blocks;
-  for_items(matrices * row_blocks, [&](Backward<T>& backward, int64_t item) {
+  for_items(matrices_of(mask, shape) * row_blocks, [&](Backward<T>& backward, int64_t item) {
     int64_t matrix = item / row_blocks, first_head = 0;
     for (int64_t d = shape.batch_dims - 1, step = 1; d >= 0; step *= shape.batch[d], --d) {
       first_head += matrix % mask.batch[d] * step;
@@ -75,8 +80,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   const int64_t threads = thread_count();
   // A mask with a number for every score gets its gradient on the way, and so does any other where one thread meets all
   // heads in their order. Otherwise the scores are formed once more, for sums in that order.
-  int64_t matrices = 1;
-  for (int d = 0; d < shape.batch_dims; ++d) matrices *= mask.batch[d];
+  const int64_t matrices = matrices_of(mask, shape);
   const bool full = grad_mask && mask.rows == shape.queries && mask.columns == shape.keys;
   const bool whole = full && matrices == shape.heads, few_terms = full && shape.heads < kManyTerms * matrices;
   const bool in_place = whole || (few_terms && threads == 1);

@@ -62,8 +62,11 @@ PYNN_HD void store_compute(Half* to, VecFloat v) {
 #endif
 }
 
-// The same past the caches, where the machine has that for a vector of this size: for results that would not stay in
-// them, whose lines are then not read first. `to` is aligned to the vector; stream_end() makes the writes visible.
+// Results from this size on would not stay in the caches.
+inline constexpr int64_t kStreamBytes = 4 << 20;
+
+// The same past the caches, where the machine has that for a vector of this size: for results of kStreamBytes and more,
+// whose lines are then not read first. `to` is aligned to the vector; stream_end() makes the writes visible.
 template <class T>
 PYNN_HD void stream_compute(T* to, Vec<accumulate_t<T>> v) {
   T values[kComputeLanes<T>];

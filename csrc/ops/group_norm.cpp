@@ -10,13 +10,17 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
+// The i-th dimension of a channels-last tensor from the innermost on: channels, then the pixels from the last dimension
+// on, then the batch.
+int64_t channels_last_dimension(int64_t i, int64_t rank) { return i == 0 ? 1 : i == rank - 1 ? 0 : rank - i; }
+
 // The layout of input's strides, as torch's suggest_memory_format sees it.
 MemoryFormat layout_of(const Tensor& input) {
   const int64_t rank = input.dim();
   if ((rank != 4 && rank != 5) || input.stride(1) == 0) return MemoryFormat::Contiguous;
   int64_t least = 0;
-  for (int64_t i = 0; i < rank; ++i) {  // channels, then the pixels from the last dimension on, then the batch
-    const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t d = channels_last_dimension(i, rank);
     const int64_t size = input.size(d), stride = input.stride(d);
     if (size == 0 || stride < least || (d == 0 && least == input.stride(1))) return MemoryFormat::Contiguous;
     least = size > 1 ? stride * size : stride;
@@ -30,7 +34,7 @@ Tensor in_layout(const Tensor& tensor, MemoryFormat layout) {
   int64_t expected = 1;
   const int64_t rank = tensor.dim();
   for (int64_t i = 0; i < rank; ++i) {
-    const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
+    const int64_t d = channels_last_dimension(i, rank);
     if (tensor.size(d) > 1 && tensor.stride(d) != expected) return torch::stable::contiguous(tensor, layout);
     expected *= tensor.size(d);
   }
@@ -41,16 +45,15 @@ Tensor in_layout(const Tensor& tensor, MemoryFormat layout) {
 // is in memory that is kept: to have them cleared takes as long as the op.
 Tensor empty_in(const Tensor& like, MemoryFormat layout) {
   constexpr int64_t kLarge = 1 << 20;
-  const size_t rank = size_t(like.dim());
-  std::vector<int64_t> strides(rank);
+  const int64_t rank = like.dim();
+  std::vector<int64_t> strides(static_cast<size_t>(rank));
   int64_t stride = 1;
-  for (size_t i = 0; i < rank; ++i) {  // from the innermost dimension on
-    const bool last = layout != MemoryFormat::Contiguous;
-    const size_t d = !last ? rank - 1 - i : i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
-    strides[d] = stride;
-    stride *= std::max<int64_t>(like.size(int64_t(d)), 1);
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t d = layout == MemoryFormat::Contiguous ? rank - 1 - i : channels_last_dimension(i, rank);
+    strides[size_t(d)] = stride;
+    stride *= std::max<int64_t>(like.size(d), 1);
   }
-  return new_kept(like, like.sizes(), Sizes(strides.data(), rank), like.scalar_type(), kLarge);
+  return new_kept(like, like.sizes(), Sizes(strides.data(), strides.size()), like.scalar_type(), kLarge);
 }
 
 ScalarType compute_type(const Tensor& input) {
