@@ -24,9 +24,11 @@
 
 namespace pynn::cuda {
 
+// The error is taken back, or the next launch would report it once more.
 inline void check_launch(const char* kernel, cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("pynn: launching ") + kernel + " failed: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("pynn: launching ") + kernel + " failed: " + cudaGetErrorString(error));
 }
 
 // More than 48 KB of dynamic shared memory has to be asked for.

@@ -70,8 +70,8 @@ void launch(const char* name, Together together, dim3 grid, dim3 block, size_t d
 }  // namespace pynn::sim
 
 extern "C" {
-// Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled, 3 uneven. Returns 0, or -1 when an
-// argument is out of range (then nothing changes).
+// Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled, 3 uneven. Returns 0, or
+// -1 when an argument is out of range (then nothing changes).
 [[gnu::visibility("default")]] int pynn_sim_configure(int order, uint64_t seed, int resident_blocks);
 // Chooses the device that launchers ask about: processors, the bytes of shared memory of a block, and the blocks of the
 // largest cluster (0: it has no clusters). Returns 0, or -1 when an argument is out of range (then nothing changes).
