@@ -1,9 +1,10 @@
-"""python -m bench.choose [--device cuda] [--part PART] [--out DIR]: which backend is the fastest for which shapes here.
+"""python -m bench.choose [--device cuda] [--part PART] [--time-limit S] [--out DIR]: which backend is the fastest for
+which shapes here.
 
 Every backend that can run an op is timed on a grid of shapes, interleaved, after its results were compared; the table
 goes to pynn/choices/<architecture>.csv, from where `auto` reads it. The default backend keeps a shape unless another
 one is more than three per cent faster. With --part only that part of the grid is measured, and the rows of all other
-calls stay what they are.
+calls stay what they are. With --time-limit a sample of the grid is measured, as much of it as there is time for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import time
+import traceback
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +132,13 @@ def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_
     return choices.Row(name, str(dtype).removeprefix("torch."), case.category, sizes, best, ratio)
 
 
+def _grid(options: argparse.Namespace) -> list[tuple[torch.dtype, Point]]:
+    """What is to be measured, in the order in which it is: with a time limit one that is fair to all parts."""
+    shapes = list(itertools.islice(points(options.device, options.part or SHAPES), None, None, options.every))
+    grid = list(itertools.product(DTYPES[options.device], shapes))
+    return sorted(grid, key=lambda at: zlib.crc32(str(at).encode())) if options.time_limit else grid
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.choose", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -135,25 +146,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.06, metavar="S", help="seconds of timing per call")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="measure every N-th point only")
     parser.add_argument("--part", choices=tuple(SHAPES), action="append", help="repeatable; the whole grid without")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="start no point in the last sixth of this time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: dict[tuple, choices.Row] = {}
-    for dtype in DTYPES[options.device]:
-        for point in itertools.islice(points(options.device, options.part or SHAPES), None, None, options.every):
-            for name, operands in calls(point, dtype, options.device).items():
+    stop = time.monotonic() + 5 / 6 * options.time_limit if options.time_limit else float("inf")
+    left_out = failed = 0
+    for dtype, point in _grid(options):
+        if time.monotonic() > stop:
+            left_out += 1
+            continue
+        for name, operands in calls(point, dtype, options.device).items():
+            try:
                 row = measure(name, operands, dtype, options.device, options.budget)
-                if row is not None:
-                    rows.setdefault(row[:4], row)
+            except Exception:  # a wrong result of one call does not hide those of the others
+                print(f"FAILED: {name} {point} {dtype}\n{traceback.format_exc()}", flush=True)
+                failed += 1
+                continue
+            if row is not None:
+                rows.setdefault(row[:4], row)
     architecture = pynn.backends.cpu_isa if options.device == "cpu" else _gpu.architecture()
     measured = len(rows)
+    if not measured:  # the table that is there is worth more
+        print(f"nothing measured, {left_out} points left out (time limit), {failed} calls FAILED")
+        return 1
     for row in choices.rows(architecture, options.out) if options.part else ():
         rows.setdefault(row[:4], row)
     # Rows of the default too: a call must not take another backend because of a row farther away.
     others = [row for row in rows.values() if row.backend != CONTENDERS[options.device][0]]
     options.out.mkdir(parents=True, exist_ok=True)
     path = choices.write(list(rows.values()), architecture, options.out)
-    print(f"{measured} calls measured; {len(others)} rows with a backend faster than the default: {path}")
-    return 0
+    summary = f"{measured} calls measured; {len(others)} rows with a backend faster than the default: {path}"
+    summary += f", {left_out} points left out (time limit)" if left_out else ""
+    print(summary + (f", {failed} calls FAILED" if failed else ""))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
