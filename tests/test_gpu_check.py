@@ -221,3 +221,12 @@ def test_pytest_goes_on_after_a_crash_and_prints_failures_at_once(tmp_path):
 def test_pytest_ends_in_time(tmp_path):
     said = run_tests(tmp_path, True, "--time-limit", "1e-9", "-n", "1")
     assert "12 skipped" in said
+
+
+def test_tests_that_want_a_gpu_are_selected():
+    wanting = r"skipif\(not torch\.cuda\.is_available\(\).*\n(?:@.*\n)*def (\w+)"
+    names = [
+        name for file in (gpu_main.ROOT / "tests").glob("test_*.py") for name in re.findall(wanting, file.read_text())
+    ]
+    assert names
+    assert all("on_a_gpu" in name for name in names)

@@ -27,6 +27,8 @@ RESULTS = ROOT / "bench" / "results"
 CHOICES = ROOT / "pynn" / "choices"
 TOTAL_S = 460.0
 BACKENDS = ("cuda", "triton")
+# The tests of a backend, as pytest's -k selects them; with the first one's, those that want a GPU whatever the backend.
+TESTS = {"cuda": "cuda or on_a_gpu", "triton": "triton"}
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Only what kernels do counts: torch probes the driver for calls that it may lack, and pynn checks its own launches.
 SANITIZER_OPTIONS = ["--report-api-errors", "no", "--target-processes", "application-only", "--launch-timeout", "0"]
@@ -86,7 +88,10 @@ def parts_of(out: Path | str, tables: Path | str) -> list[Part]:
         Part("primitives", ["build/primitives_check"], 30, 10, judge=judge_primitives),
         Part("self-check", [*launches, "--poison", "--workers", workers, *BACKENDS], 150, 75, environment=single),
         Part("cuda graphs", [*pytest, "tests/test_cuda_graphs.py"], 90, 30, **tests),
-        *(Part(f"tests {name}", [*pytest, "-k", name, *ignored, "tests"], 120, 50, **tests) for name in BACKENDS),
+        *(
+            Part(f"tests {name}", [*pytest, "-k", which, *ignored, "tests"], 120, 50, **tests)
+            for name, which in TESTS.items()
+        ),
     ]
     tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     for name in SANITIZERS:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 NOT_AVAILABLE = 77  # exit status of a process that cannot run here
-LOG_LIMIT = 2_000_000  # bytes of one part's log that are kept in the combined log
+LOG_LIMIT = 1_000_000  # bytes of one part's log that are kept in the combined log
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
 
 OK, FAILED, TIMED_OUT, UNAVAILABLE, OUT_OF_TIME, NO_GPU = (
