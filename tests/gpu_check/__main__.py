@@ -82,11 +82,12 @@ def parts_of(out: Path | str, tables: Path | str) -> list[Part]:
     ignored = [f"--ignore=tests/{name}.py" for name in (*NOT_FOR_A_GPU, "test_cuda_graphs")]
     single = {"OMP_NUM_THREADS": "1"}
     tests = {"judge": judge_pytest, "environment": single}
+    slowest_first = reversed(BACKENDS)  # Triton compiles
     parts = [
         Part("libraries", [*python, "gpu_check.libraries"], 240, 15),
         Part("info", [*python, "pynn.info"], 40, 10),
         Part("primitives", ["build/primitives_check"], 30, 10, judge=judge_primitives),
-        Part("self-check", [*launches, "--poison", "--workers", workers, *BACKENDS], 150, 75, environment=single),
+        Part("self-check", [*launches, "--poison", "--workers", workers, *slowest_first], 150, 75, environment=single),
         Part("cuda graphs", [*pytest, "tests/test_cuda_graphs.py"], 90, 30, **tests),
         *(
             Part(f"tests {name}", [*pytest, "-k", which, *ignored, "tests"], 120, 50, **tests)
