@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from policy import relative_error, run, truth_of
 import bench.choose
 import pynn
 from pynn import choices
+from pynn.ops import _conv2d_layout, _conv2d_library
 from pynn.ops.conv2d import ACTIVATIONS
 
 MODES = ("constant", "reflect", "replicate", "circular")
@@ -266,3 +268,45 @@ def test_choose_goes_on_after_a_failure_and_ends_in_time(tmp_path, monkeypatch, 
     assert bench.choose.main(["--out", str(tmp_path), "--time-limit", "1e-9"]) == 1
     assert "nothing measured, 4 points left out" in capsys.readouterr().out
     assert (tmp_path / f"{pynn.backends.cpu_isa}.csv").read_text() == written
+
+
+@pytest.fixture
+def settings():
+    """torch's settings of float32 precision, put back afterwards."""
+    of = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in of]
+    yield of
+    for setting, value in zip(of, before, strict=True):
+        setting.fp32_precision = value
+
+
+def test_what_allows_tf32(settings):
+    """torch.get_float32_matmul_precision raises once the newer setting has been used."""
+    matmul, _ = settings
+    for precision, allowed in (("ieee", False), ("tf32", True), ("ieee", False)):
+        matmul.fp32_precision = precision
+        assert _conv2d_layout.allows_tf32() is allowed
+    for precision, allowed in (("high", True), ("medium", True), ("highest", False)):
+        torch.set_float32_matmul_precision(precision)
+        assert _conv2d_layout.allows_tf32() is allowed
+
+
+def test_a_traced_call_follows_the_setting(settings):
+    matmul, _ = settings
+    ours = torch.compile(lambda x: x + int(_conv2d_layout.allows_tf32()), fullgraph=True, backend="eager")
+    for precision, expected in (("ieee", 0), ("tf32", 1), ("ieee", 0)):
+        matmul.fp32_precision = precision
+        assert ours(torch.zeros(())) == expected
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32", "none"])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_precision_of_the_library(settings, before, allowed):
+    """Of convolutions alone, whatever is set for recurrent layers."""
+    _, conv = settings
+    conv.fp32_precision = before
+    on_a_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    with _conv2d_library._precision(on_a_gpu, allowed):
+        assert conv.fp32_precision == ("tf32" if allowed else "ieee")
+        F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))  # torch looks at it on a CPU too
+    assert conv.fp32_precision == before

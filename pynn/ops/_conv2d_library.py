@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -167,12 +168,18 @@ _AS_IT_IS = contextlib.nullcontext()
 
 def _precision(tensor: torch.Tensor, allow_tf32: bool):
     """Where torch would compute float32 convolutions in TF32 though the caller did not ask for it: forbids that."""
-    cudnn = torch.backends.cudnn
-    if not tensor.is_cuda or tensor.dtype is not torch.float32 or cudnn.allow_tf32 == allow_tf32:
+    if not tensor.is_cuda or tensor.dtype is not torch.float32:
         return _AS_IT_IS
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=allow_tf32,
-    )
+    wanted = "tf32" if allow_tf32 else "ieee"
+    return _AS_IT_IS if torch.backends.cudnn.conv.fp32_precision == wanted else _convolving_in(wanted)
+
+
+@contextlib.contextmanager
+def _convolving_in(precision: str) -> Iterator[None]:
+    """Of convolutions alone: cudnn.flags changes more, and refuses where they differ from the recurrent layers."""
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -15,7 +15,7 @@ import torch
 
 from ._conv2d_activation import ACTIVATIONS, check_activation
 from ._conv2d_functions import Conv2d, Geometry, convolve
-from ._conv2d_layout import PADDING_MODES
+from ._conv2d_layout import PADDING_MODES, allows_tf32
 from ._function import autocast
 
 __all__ = ["ACTIVATIONS", "PADDING_MODES", "conv2d"]
@@ -88,6 +88,6 @@ def conv2d(
         dilation,
         groups,
         PADDING_MODES.index(padding_mode),
-        input.is_cuda and torch.get_float32_matmul_precision() != "highest",
+        input.is_cuda and allows_tf32(),
     )
     return convolve(Conv2d, input, weight, bias, residual, geometry, activation)

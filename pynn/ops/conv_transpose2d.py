@@ -25,6 +25,7 @@ from ._conv2d_functions import (
     gradient_of_sum,
     save_forward,
 )
+from ._conv2d_layout import allows_tf32
 from ._function import autocast, call, eager
 from .conv2d import pair
 
@@ -135,6 +136,6 @@ def conv_transpose2d(
         pair(output_padding),
         pair(dilation),
         groups,
-        input.is_cuda and torch.get_float32_matmul_precision() != "highest",
+        input.is_cuda and allows_tf32(),
     )
     return convolve(ConvTranspose2d, input, weight, bias, residual, geometry, activation)
