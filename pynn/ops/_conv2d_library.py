@@ -164,6 +164,7 @@ def _unroll(grad: torch.Tensor, dim: int, before: int, after: int) -> torch.Tens
 
 
 _AS_IT_IS = contextlib.nullcontext()
+_SETTING = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # of convolutions alone
 
 
 def _precision(tensor: torch.Tensor, allow_tf32: bool):
@@ -171,15 +172,14 @@ def _precision(tensor: torch.Tensor, allow_tf32: bool):
     if not tensor.is_cuda or tensor.dtype is not torch.float32:
         return _AS_IT_IS
     wanted = "tf32" if allow_tf32 else "ieee"
-    return _AS_IT_IS if torch.backends.cudnn.conv.fp32_precision == wanted else _convolving_in(wanted)
+    return _AS_IT_IS if _SETTING.fp32_precision == wanted else _convolving_in(wanted)
 
 
 @contextlib.contextmanager
 def _convolving_in(precision: str) -> Iterator[None]:
-    """Of convolutions alone: cudnn.flags changes more, and refuses where they differ from the recurrent layers."""
-    setting = torch.backends.cudnn.conv
-    before, setting.fp32_precision = setting.fp32_precision, precision
+    """cudnn.flags changes more, and refuses where convolutions and recurrent layers differ."""
+    before, _SETTING.fp32_precision = _SETTING.fp32_precision, precision
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        _SETTING.fp32_precision = before
