@@ -7,6 +7,8 @@
 with stride s and dilation d. Outside the image x is 0, or the image continued as padding_mode says. Convolution is
 bilinear, so every derivative of every order is made of the same three ops: forward, input gradient and weight gradient.
 silu and gelu save the activation's input, the others their output.
+
+With a prologue, x' = f(x scale[c] + shift[c]) stands in place of x, as after a normalisation: see _conv2d_prologue.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from ._conv2d_activation import ACTIVATIONS, check_activation
 from ._conv2d_functions import Conv2d, Geometry, convolve
 from ._conv2d_layout import PADDING_MODES
+from ._conv2d_prologue import PrologueConv2d
 from ._function import autocast
 
 __all__ = ["ACTIVATIONS", "PADDING_MODES", "conv2d"]
@@ -59,6 +62,9 @@ def conv2d(
     padding_mode: str = "zeros",
     activation: str | None = None,
     residual: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_shift: torch.Tensor | None = None,
+    input_activation: str | None = None,
 ) -> torch.Tensor:
     """2-D convolution, with bias, residual and activation in the same pass: activation(conv + bias + residual).
 
@@ -70,12 +76,17 @@ def conv2d(
             as in torch.nn.Conv2d. No padded copy of the input is made.
         activation: relu, leaky_relu (slope 0.01), silu, gelu (exact), gelu_tanh, sigmoid or tanh.
         residual: broadcastable to the output; zero strides are read as they are, without a copy.
+        input_scale, input_shift: (C) or (N, C), in input's dtype or, for half precision, in float32. The convolution
+            is that of input_activation(input * input_scale + input_shift), which the padding "zeros" continues with
+            zeros: they are neither shifted nor activated. What it convolves is not kept for the backward pass.
+            {PASSES}
+        input_activation: as activation; may be given without the other two.
     Float32 is computed in float32; torch.set_float32_matmul_precision("high") allows TF32 tensor cores.
     Returns:
         (N, O, OH, OW) or (O, OH, OW); channels_last when input or weight is.
     Raises:
         RuntimeError: shapes, dtypes or values do not fit; the messages are torch's.
-        ValueError: unknown activation or padding_mode.
+        ValueError: unknown activation, input_activation or padding_mode.
     """
     check_activation("conv2d", activation)
     if padding_mode not in PADDING_MODES:
@@ -90,4 +101,8 @@ def conv2d(
         PADDING_MODES.index(padding_mode),
         input.is_cuda and torch.get_float32_matmul_precision() != "highest",
     )
-    return convolve(Conv2d, input, weight, bias, residual, geometry, activation)
+    if input_scale is None and input_shift is None and input_activation is None:
+        return convolve(Conv2d, input, weight, bias, residual, geometry, activation)
+    check_activation("conv2d", input_activation, "input_activation")
+    prologue = input_scale, input_shift, input_activation
+    return convolve(PrologueConv2d, input, weight, bias, residual, geometry, activation, *prologue)
