@@ -10,7 +10,8 @@ namespace pynn::cpu {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements that a thread is worth
-constexpr int64_t kBlock = 256;    // elements (of one channel) whose sum is kept in the compute type
+constexpr int64_t kBlock = 64;     // pixels of a channels-last image that a thread adds at once
+constexpr int64_t kPart = 8;       // terms of a sum that are added one by one: sums of so many are then added
 
 // Calls body(i, valid) for vectors at i < count; valid is less than a vector at the end.
 template <class A, class Body>
@@ -120,12 +121,16 @@ void Conv2dProloguePass<T>::bwd(const T* dy, const T* x, const Conv2dPrologue<T>
           for_vectors<A>(channels, [&](int64_t c, int64_t valid) {
             const Vec<A> scale = coefficients.scales_from(c, valid), shift = coefficients.shifts_from(c, valid);
             Vec<A> products{}, total{};
-            for (int64_t pixel = first; pixel < last; ++pixel) {
-              const int64_t at = (n * pixels + pixel) * channels + c;
-              const Vec<A> value = load_up_to(x + at, valid);
-              const Vec<A> g = step.template operator()<kind>(dy + at, dx + at, valid, value, scale, shift);
-              products = fma(g, value, products);
-              total += g;
+            for (int64_t part = first; part < last; part += kPart) {
+              Vec<A> part_products{}, part_total{};
+              for (int64_t pixel = part; pixel < std::min(part + kPart, last); ++pixel) {
+                const int64_t at = (n * pixels + pixel) * channels + c;
+                const Vec<A> value = load_up_to(x + at, valid);
+                const Vec<A> g = step.template operator()<kind>(dy + at, dx + at, valid, value, scale, shift);
+                part_products = fma(g, value, part_products);
+                part_total += g;
+              }
+              products += part_products, total += part_total;
             }
             if (!sums) return;
             store_up_to(partial + item * 2 * channels + c, valid, products);
@@ -149,16 +154,16 @@ void Conv2dProloguePass<T>::bwd(const T* dy, const T* x, const Conv2dPrologue<T>
         const Coefficients<A> coefficients(p, line / channels);
         const Vec<A> scale = coefficients.scale_of(line % channels), shift = coefficients.shift_of(line % channels);
         double products = 0, total = 0;
-        for (int64_t first = 0; first < pixels; first += kBlock * kLanes<A>) {
-          Vec<A> block_products{}, block_total{};
-          for_vectors<A>(std::min(kBlock * kLanes<A>, pixels - first), [&](int64_t i, int64_t valid) {
+        for (int64_t first = 0; first < pixels; first += kPart * kLanes<A>) {
+          Vec<A> part_products{}, part_total{};
+          for_vectors<A>(std::min(kPart * kLanes<A>, pixels - first), [&](int64_t i, int64_t valid) {
             const int64_t at = line * pixels + first + i;
             const Vec<A> value = load_up_to(x + at, valid);  // and the gradient are 0 beyond the last
             const Vec<A> g = step.template operator()<kind>(dy + at, dx + at, valid, value, scale, shift);
-            block_products = fma(g, value, block_products);
-            block_total += g;
+            part_products = fma(g, value, part_products);
+            part_total += g;
           });
-          products += add_lanes(block_products), total += add_lanes(block_total);
+          products += add_lanes(part_products), total += add_lanes(part_total);
         }
         if (sums) sums[line] = A(products), sums[s.batch * channels + line] = A(total);
       }
