@@ -10,8 +10,8 @@ namespace pynn::cpu {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements that a thread is worth
-constexpr int64_t kBlock = 64;     // pixels of a channels-last image that a thread adds at once
-constexpr int64_t kPart = 8;       // terms of a sum that are added one by one: sums of so many are then added
+constexpr int64_t kBlock = 256;    // pixels of a channels-last image that a thread adds at once
+constexpr int64_t kPart = 8;       // terms of a sum that are added in the compute type, the rest is in fp64
 
 // Calls body(i, valid) for vectors at i < count; valid is less than a vector at the end.
 template <class A, class Body>
@@ -96,7 +96,7 @@ void Conv2dProloguePass<T>::fwd(const T* x, const Conv2dPrologue<T>& p, T* y, co
 template <class T>
 int64_t Conv2dProloguePass<T>::bwd_scratch(const ImagesShape& s) {
   const int64_t blocks = (s.pixels + kBlock - 1) / kBlock;
-  return s.channels_last ? s.batch * blocks * 2 * s.channels * int64_t(sizeof(A)) : 0;
+  return s.channels_last ? s.batch * blocks * 2 * s.channels * int64_t(sizeof(double)) : 0;
 }
 
 template <class T>
@@ -112,7 +112,7 @@ void Conv2dProloguePass<T>::bwd(const T* dy, const T* x, const Conv2dPrologue<T>
   };
   if (s.channels_last) {
     const int64_t blocks = (pixels + kBlock - 1) / kBlock;
-    A* const partial = static_cast<A*>(scratch);
+    double* const partial = static_cast<double*>(scratch);
     with_any_activation(p.activation, [&]<Activation kind>() {
       parallel_for(s.batch * blocks, 1 + kGrain / (kBlock * channels), [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
@@ -120,7 +120,7 @@ void Conv2dProloguePass<T>::bwd(const T* dy, const T* x, const Conv2dPrologue<T>
           const Coefficients<A> coefficients(p, n);
           for_vectors<A>(channels, [&](int64_t c, int64_t valid) {
             const Vec<A> scale = coefficients.scales_from(c, valid), shift = coefficients.shifts_from(c, valid);
-            Vec<A> products{}, total{};
+            double products[kLanes<A>] = {}, total[kLanes<A>] = {};
             for (int64_t part = first; part < last; part += kPart) {
               Vec<A> part_products{}, part_total{};
               for (int64_t pixel = part; pixel < std::min(part + kPart, last); ++pixel) {
@@ -130,11 +130,11 @@ void Conv2dProloguePass<T>::bwd(const T* dy, const T* x, const Conv2dPrologue<T>
                 part_products = fma(g, value, part_products);
                 part_total += g;
               }
-              products += part_products, total += part_total;
+              for (int k = 0; k < kLanes<A>; ++k) products[k] += part_products[k], total[k] += part_total[k];
             }
             if (!sums) return;
-            store_up_to(partial + item * 2 * channels + c, valid, products);
-            store_up_to(partial + (item * 2 + 1) * channels + c, valid, total);
+            std::copy_n(products, valid, partial + item * 2 * channels + c);
+            std::copy_n(total, valid, partial + (item * 2 + 1) * channels + c);
           });
         }
       });
