@@ -183,8 +183,7 @@ void PrologueConv2d<T>::fwd(const T* x, bool channels_last, const Conv2dPrologue
   T* const image = static_cast<T*>(scratch);
   const int64_t pixels = d.in_height * d.in_width, c = d.in_channels;
   if (c > 0) Conv2dProloguePass<T>::fwd(x, prologue, image, {d.batch, c, pixels, channels_last}, stream);
-  const Strides4 strides = channels_last ? Strides4{c * pixels, 1, c * d.in_width, c}
-                                         : Strides4{c * pixels, c == 1 ? 1 : pixels, d.in_width, 1};
+  const Strides4 strides = dense_strides(c, d.in_height, d.in_width, channels_last);
   Conv2d<T>::fwd(image, strides, w, w_strides, y, y_strides, epilogue, d, nullptr, stream);
 }
 

@@ -4,6 +4,7 @@
 // rows per block of the sum and keeps that pack's tap, from which the rows' addresses follow whenever the tap changes.
 #pragma once
 #include "conv2d_gemm_output.cuh"
+#include "conv2d_prologue_value.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -88,10 +89,97 @@ struct CorrelationLoader {
   }
 };
 
+// What a correlation with a prologue does in the kernel: a short chain of the activations that normalisations precede.
+inline bool in_kernel(Activation activation) {
+  return activation == Activation::none || activation == Activation::relu || activation == Activation::silu;
+}
+
+// The same with the prologue of the image: when a pack has arrived in shared memory, the thread that copied it applies
+// the prologue in place, before any other thread reads it. Packs outside of the image stay zero. Coefficients are read
+// 16 bytes at once; those of a block's channels stay in the L1 cache.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
-    correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
-                     const __grid_constant__ Target<typename Tile::Element> to) {
+struct PrologueLoader : CorrelationLoader<Tile> {
+  using Base = CorrelationLoader<Tile>;
+  using T = typename Tile::Element;
+  static constexpr int kAhead = Tile::kStages - 1, kLeft = Base::kLeft, kPack = Base::kPack;
+
+  const Conv2dPrologue<T>& prologue;
+  int sample[kLeft];  // of the rows
+  int group_channel;
+  // Of the blocks that have been asked for, oldest first: the pack's channel, and which of the rows are in the image.
+  int channels[kAhead];
+  unsigned inside = 0;
+
+  __device__ __forceinline__ PrologueLoader(const Correlation<T>& p, const Phase& h, const Phase& w, uint32_t rows,
+                                            uint32_t first_row, int first_column, int group, int first_block,
+                                            const Conv2dPrologue<T>& prologue)
+      : Base(p, h, w, rows, first_row, first_column, group, first_block),
+        prologue(prologue),
+        group_channel(group * p.image.channels) {
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r)
+      sample[r] = this->image[r] ? pixel_of(p, h, w, first_row + this->row + r * Base::kStep).n : 0;
+  }
+
+  __device__ __forceinline__ void push(int channel, unsigned rows) {
+#pragma unroll
+    for (int i = 0; i + 1 < kAhead; ++i) channels[i] = channels[i + 1];
+    channels[kAhead - 1] = channel;
+    inside = inside >> kLeft | rows << (kLeft * (kAhead - 1));
+  }
+  __device__ __forceinline__ void skip() { push(0, 0); }
+  __device__ __forceinline__ void copy(unsigned char* stage) {
+    unsigned rows = 0;
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) rows |= unsigned(this->left[r] != nullptr) << r;
+    push(this->c, rows);
+    Base::copy(stage);
+  }
+
+  static __device__ __forceinline__ void read(float (&to)[kPack], const PerChannel<float>& from, int n, int c,
+                                              float none) {
+#pragma unroll
+    for (int k = 0; k < kPack; k += 4) {
+      float4 four = {none, none, none, none};
+      if (from.values) four = *reinterpret_cast<const float4*>(from.values + n * from.stride + c + k);
+      to[k] = four.x, to[k + 1] = four.y, to[k + 2] = four.z, to[k + 3] = four.w;
+    }
+  }
+
+  __device__ __forceinline__ void transform(unsigned char* stage) {
+    unsigned char* const first = stage + offset_of(this->row, this->pack);
+    float scale[kPack], shift[kPack];
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) {
+      if (!(inside >> r & 1)) continue;
+      unsigned char* const at = first + r * Base::kStep * kRowBytes;
+      read(scale, prologue.scale, sample[r], group_channel + channels[0], 1);
+      read(shift, prologue.shift, sample[r], group_channel + channels[0], 0);
+      const uint4 bits = *reinterpret_cast<const uint4*>(at);
+      PackOf<T, kPack> pack;
+      memcpy(&pack, &bits, sizeof(pack));
+      const auto apply = [&]<Activation kind>() {
+#pragma unroll
+        for (int k = 0; k < kPack; ++k)
+          pack.element[k] = from_float<T>(activated<T, kind>(fmaf(to_float(pack.element[k]), scale[k], shift[k])));
+      };
+      if (prologue.activation == Activation::silu)
+        apply.template operator()<Activation::silu>();
+      else if (prologue.activation == Activation::relu)
+        apply.template operator()<Activation::relu>();
+      else
+        apply.template operator()<Activation::none>();
+      uint4 result;
+      memcpy(&result, &pack, sizeof(pack));
+      *reinterpret_cast<uint4*>(at) = result;
+    }
+  }
+};
+
+// Makes a Loader of the arguments of a CorrelationLoader, and `more`.
+template <class Loader, class Tile, class... More>
+__device__ __forceinline__ void correlate_tile(const Correlation<typename Tile::Element>& p,
+                                               const Target<typename Tile::Element>& to, const More&... more) {
   DYNAMIC_SHARED(unsigned char, shared);
   const int phase = blockIdx.y / p.groups, group = blockIdx.y % p.groups;
   const Phase &h = p.h.phase[phase / p.w.phases], &w = p.w.phase[phase % p.w.phases];
@@ -103,13 +191,28 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   Tile tile(p.chunk);
   const int sum = h.taps * w.taps * p.image.channels, all_blocks = (sum + Tile::kDepth - 1) / Tile::kDepth;
   const int first_block = int(blockIdx.z) * p.split, blocks = min(p.split, all_blocks - first_block);
-  CorrelationLoader<Tile> loader(p, h, w, rows, first_row, first_column, group, first_block);
+  Loader loader(p, h, w, rows, first_row, first_column, group, first_block, more...);
   run_pipeline(tile, loader, blocks, shared, Tile::kRows * kRowBytes);
   store_tile(tile, to, shared, int64_t(rows) - first_row, group * p.columns + first_column, p.columns - first_column,
              [&](int r) {
                const Pixel pixel = pixel_of(p, h, w, first_row + r);
                return Pixel{pixel.n, h.first + pixel.h * p.h.out_stride, w.first + pixel.w * p.w.out_stride};
              });
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
+    correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
+                     const __grid_constant__ Target<typename Tile::Element> to) {
+  correlate_tile<CorrelationLoader<Tile>, Tile>(p, to);
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
+    prologue_correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
+                              const __grid_constant__ Target<typename Tile::Element> to,
+                              const __grid_constant__ Conv2dPrologue<typename Tile::Element> prologue) {
+  correlate_tile<PrologueLoader<Tile>, Tile>(p, to, prologue);
 }
 
 }  // namespace gemm

@@ -27,6 +27,13 @@ struct ImagesShape {
   int64_t count() const { return batch * channels * pixels; }
 };
 
+// Of images without gaps.
+inline Strides4 dense_strides(int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t pixels = height * width, image = channels * pixels;
+  if (channels_last) return {image, 1, width * channels, channels};
+  return {image, channels == 1 ? 1 : pixels, width, 1};
+}
+
 }  // namespace pynn
 
 namespace pynn::PYNN_LAUNCH_NAMESPACE {
