@@ -68,10 +68,16 @@ def prologue_kernel(
 
 @triton.jit
 def _derivative(u, KIND: tl.constexpr, ELEMENT: tl.constexpr):
-    """At the activation's input u."""
-    if KIND == SIGMOID or KIND == TANH:
-        u = activate(u, KIND, ELEMENT)
-    return derivative(u, KIND, ELEMENT)
+    """At the activation's input u, without cancellation where it is small."""
+    if KIND == SIGMOID:
+        q = activate(-tl.abs(u), SIGMOID, ELEMENT)
+        d = q * (1.0 - q)
+    elif KIND == TANH:
+        q = activate(-2.0 * tl.abs(u), SIGMOID, ELEMENT)
+        d = 4.0 * q * (1.0 - q)
+    else:
+        d = derivative(u, KIND, ELEMENT)
+    return d
 
 
 @_kernel

@@ -47,12 +47,16 @@ __global__ void __launch_bounds__(kThreads)
   store_pack(y + first, pack, valid, aligned);
 }
 
+// The derivative at the activation's input, without cancellation where it is small.
 template <class T, Activation kind>
 __device__ __forceinline__ accumulate_t<T> derivative_at(accumulate_t<T> u) {
-  if constexpr (kind == Activation::sigmoid || kind == Activation::tanh)
-    return derivative<T, kind>(activated<T, kind>(u));
-  else
-    return derivative<T, kind>(u);
+  using A = accumulate_t<T>;
+  if constexpr (kind == Activation::sigmoid || kind == Activation::tanh) {
+    constexpr A kFactor = kind == Activation::tanh ? 2 : 1;
+    const A q = logistic<T>(kFactor * (u < 0 ? u : -u));
+    return kFactor * kFactor * q * (1 - q);
+  }
+  return derivative<T, kind>(u);
 }
 
 constexpr int64_t kSpan = 1024;
