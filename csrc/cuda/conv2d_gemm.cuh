@@ -24,7 +24,7 @@ using LargeFma = FmaTile<8, 2, 3>;
 using SmallFma = FmaTile<4, 3, 3>;
 
 constexpr int64_t kCopyBytes = int64_t(32) << 20, kSumsBytes = int64_t(32) << 20;
-constexpr int64_t kMostRows = int64_t(1) << 30, kMostImages = 32768;
+constexpr int64_t kMostImages = 32768;
 constexpr int64_t kEnoughBlocks = 2 * 132;  // two for each processor of a large GPU
 // How often a large correlation may apply a prologue to the same pixel, once for each tap and column tile that reads it.
 constexpr int64_t kMostRepeats = 4;
@@ -182,7 +182,7 @@ Conv2dPrologue<T> from_sample(Conv2dPrologue<T> prologue, int64_t n) {
 // and many blocks keep the GPU busy, it is better applied once, in a copy of as many images as the L2 cache holds.
 template <class T>
 bool applies_in_kernel(const Plan<T>& p, const Conv2dPrologue<T>& prologue) {
-  if (!in_kernel(prologue.activation) || !is_aligned({prologue.scale.values, prologue.shift.values})) return false;
+  if (!suits_kernel(prologue, p.batch * p.groups * p.channels)) return false;
   const int64_t repeats = p.filter_height * p.filter_width * ceil_div(p.columns, 64);
   return repeats <= kMostRepeats ||
          ceil_div(p.batch * p.rows(), 64) * ceil_div(p.columns, 64) * p.groups < kEnoughBlocks;

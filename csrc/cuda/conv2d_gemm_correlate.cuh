@@ -89,9 +89,12 @@ struct CorrelationLoader {
   }
 };
 
-// What a correlation with a prologue does in the kernel: a short chain of the activations that normalisations precede.
-inline bool in_kernel(Activation activation) {
-  return activation == Activation::none || activation == Activation::relu || activation == Activation::silu;
+// What the kernel can do: the activations that follow normalisations, with scale and shift that lie alike.
+template <class T>
+bool suits_kernel(const Conv2dPrologue<T>& p, int64_t coefficients) {
+  const bool alike = !p.scale.values || !p.shift.values || p.scale.stride == p.shift.stride;
+  return alike && is_aligned({p.scale.values, p.shift.values}) && coefficients < kMostRows &&
+         (p.activation == Activation::none || p.activation == Activation::relu || p.activation == Activation::silu);
 }
 
 // The same with the prologue of the image: when a pack has arrived in shared memory, the thread that copied it applies
@@ -101,78 +104,73 @@ template <class Tile>
 struct PrologueLoader : CorrelationLoader<Tile> {
   using Base = CorrelationLoader<Tile>;
   using T = typename Tile::Element;
-  static constexpr int kAhead = Tile::kStages - 1, kLeft = Base::kLeft, kPack = Base::kPack;
+  static constexpr int kAhead = Tile::kStages - 1, kLeft = Base::kLeft;
 
   const Conv2dPrologue<T>& prologue;
-  int sample[kLeft];  // of the rows
-  int group_channel;
-  // Of the blocks that have been asked for, oldest first: the pack's channel, and which of the rows are in the image.
-  int channels[kAhead];
-  unsigned inside = 0;
+  int first[kLeft];     // where the coefficients of the row's sample and group begin
+  int channel;          // of the oldest block's pack, in the group
+  unsigned inside = 0;  // which rows are in the image, for each block that has been asked for, oldest first
 
   __device__ __forceinline__ PrologueLoader(const Correlation<T>& p, const Phase& h, const Phase& w, uint32_t rows,
                                             uint32_t first_row, int first_column, int group, int first_block,
                                             const Conv2dPrologue<T>& prologue)
       : Base(p, h, w, rows, first_row, first_column, group, first_block),
         prologue(prologue),
-        group_channel(group * p.image.channels) {
+        channel(this->c) {
+    const int stride = int(max(prologue.scale.stride, prologue.shift.stride));
 #pragma unroll
-    for (int r = 0; r < kLeft; ++r)
-      sample[r] = this->image[r] ? pixel_of(p, h, w, first_row + this->row + r * Base::kStep).n : 0;
+    for (int r = 0; r < kLeft; ++r) {
+      first[r] = group * p.image.channels;
+      if (this->image[r]) first[r] += stride * pixel_of(p, h, w, first_row + this->row + r * Base::kStep).n;
+    }
   }
 
-  __device__ __forceinline__ void push(int channel, unsigned rows) {
-#pragma unroll
-    for (int i = 0; i + 1 < kAhead; ++i) channels[i] = channels[i + 1];
-    channels[kAhead - 1] = channel;
-    inside = inside >> kLeft | rows << (kLeft * (kAhead - 1));
-  }
-  __device__ __forceinline__ void skip() { push(0, 0); }
+  __device__ __forceinline__ void push(unsigned rows) { inside = inside >> kLeft | rows << (kLeft * (kAhead - 1)); }
+  __device__ __forceinline__ void skip() { push(0); }
   __device__ __forceinline__ void copy(unsigned char* stage) {
     unsigned rows = 0;
 #pragma unroll
     for (int r = 0; r < kLeft; ++r) rows |= unsigned(this->left[r] != nullptr) << r;
-    push(this->c, rows);
+    push(rows);
     Base::copy(stage);
   }
 
-  static __device__ __forceinline__ void read(float (&to)[kPack], const PerChannel<float>& from, int n, int c,
-                                              float none) {
-#pragma unroll
-    for (int k = 0; k < kPack; k += 4) {
-      float4 four = {none, none, none, none};
-      if (from.values) four = *reinterpret_cast<const float4*>(from.values + n * from.stride + c + k);
-      to[k] = four.x, to[k + 1] = four.y, to[k + 2] = four.z, to[k + 3] = four.w;
-    }
+  static __device__ __forceinline__ void read(float (&to)[4], const PerChannel<float>& from, int at, float none) {
+    if (from.values)
+      load_vector(to, from.values + at);
+    else
+      to[0] = to[1] = to[2] = to[3] = none;
   }
 
   __device__ __forceinline__ void transform(unsigned char* stage) {
-    unsigned char* const first = stage + offset_of(this->row, this->pack);
-    float scale[kPack], shift[kPack];
+    unsigned char* const pack = stage + offset_of(this->row, this->pack);
 #pragma unroll
     for (int r = 0; r < kLeft; ++r) {
       if (!(inside >> r & 1)) continue;
-      unsigned char* const at = first + r * Base::kStep * kRowBytes;
-      read(scale, prologue.scale, sample[r], group_channel + channels[0], 1);
-      read(shift, prologue.shift, sample[r], group_channel + channels[0], 0);
-      const uint4 bits = *reinterpret_cast<const uint4*>(at);
-      PackOf<T, kPack> pack;
-      memcpy(&pack, &bits, sizeof(pack));
-      const auto apply = [&]<Activation kind>() {
+      T* const values = reinterpret_cast<T*>(pack + r * Base::kStep * kRowBytes);
+#pragma unroll 1
+      for (int k = 0; k < Base::kPack; k += 4) {  // four at a time: registers are scarce
+        float scale[4], shift[4];
+        read(scale, prologue.scale, first[r] + channel + k, 1);
+        read(shift, prologue.shift, first[r] + channel + k, 0);
+        T four[4];
+        load_vector(four, values + k);
+        const auto apply = [&]<Activation kind>() {
 #pragma unroll
-        for (int k = 0; k < kPack; ++k)
-          pack.element[k] = from_float<T>(activated<T, kind>(fmaf(to_float(pack.element[k]), scale[k], shift[k])));
-      };
-      if (prologue.activation == Activation::silu)
-        apply.template operator()<Activation::silu>();
-      else if (prologue.activation == Activation::relu)
-        apply.template operator()<Activation::relu>();
-      else
-        apply.template operator()<Activation::none>();
-      uint4 result;
-      memcpy(&result, &pack, sizeof(pack));
-      *reinterpret_cast<uint4*>(at) = result;
+          for (int i = 0; i < 4; ++i)
+            four[i] = from_float<T>(activated<T, kind>(fmaf(to_float(four[i]), scale[i], shift[i])));
+        };
+        if (prologue.activation == Activation::silu)
+          apply.template operator()<Activation::silu>();
+        else if (prologue.activation == Activation::relu)
+          apply.template operator()<Activation::relu>();
+        else
+          apply.template operator()<Activation::none>();
+        store_vector(values + k, four);
+      }
     }
+    channel += Tile::kDepth;
+    while (channel >= this->p.image.channels) channel -= this->p.image.channels;
   }
 };
 
