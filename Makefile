@@ -41,6 +41,7 @@ test: build
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
 # per element and the exact tests hold as they are).
 ISA_TESTS := tests/test_additive_attention.py tests/test_conv2d.py tests/test_conv2d_depthwise.py \
+	tests/test_conv2d_prologue.py \
 	tests/test_conv2d_narrow.py tests/test_conv2d_winograd.py tests/test_conv_transpose2d.py \
 	tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py tests/test_scaled_dot_product_attention_decode.py \

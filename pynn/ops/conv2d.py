@@ -79,7 +79,8 @@ def conv2d(
         input_scale, input_shift: (C) or (N, C), in input's dtype or, for half precision, in float32. The convolution
             is that of input_activation(input * input_scale + input_shift), which the padding "zeros" continues with
             zeros: they are neither shifted nor activated. What it convolves is not kept for the backward pass.
-            {PASSES}
+            The matrix products on a GPU apply it to what they load, or in the copy of a few images that they read;
+            the CPU, the library and the kernels for few channels read what a pass over the input wrote.
         input_activation: as activation; may be given without the other two.
     Float32 is computed in float32; torch.set_float32_matmul_precision("high") allows TF32 tensor cores.
     Returns:

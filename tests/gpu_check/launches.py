@@ -151,6 +151,9 @@ def convolution(device: str, dtype: torch.dtype, number: int) -> Results:
         y = pynn.ops.conv2d(*leaves[:3], **geometry, activation="silu", residual=leaves[3])
         results[name] = y
         results |= {f"{name} gradient {i}": gradient for i, gradient in enumerate(_gradients(y, leaves))}
+        scale, shift = weight.new_full(shape[1:2], 0.5), weight.new_full(shape[1:2], 0.25)
+        prologue = {"input_scale": scale, "input_shift": shift, "input_activation": "silu"}
+        results[f"{name} of silu"] = pynn.ops.conv2d(*leaves[:3], **geometry, **prologue)
     back = {name: value for name, value in geometry.items() if name != "padding_mode"}
     results["transposed convolution"] = pynn.ops.conv_transpose2d(y.detach(), weight, **back, activation="relu")
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
