@@ -50,6 +50,25 @@ def _padding(weight: torch.Tensor, stride, padding, dilation) -> tuple[int, ...]
     return padding * 2
 
 
+def geometry_of(input, weight, stride, padding, dilation, groups, padding_mode) -> Geometry:
+    """The arguments of torch.nn.functional.conv2d as the ops take them.
+
+    Raises:
+        ValueError: unknown padding_mode. RuntimeError: a padding that is none.
+    """
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"conv2d: expected padding_mode to be one of {PADDING_MODES}, got {padding_mode!r}")
+    stride, dilation = pair(stride), pair(dilation)
+    return Geometry(
+        stride,
+        _padding(weight, stride, padding, dilation),
+        dilation,
+        groups,
+        PADDING_MODES.index(padding_mode),
+        input.is_cuda and torch.get_float32_matmul_precision() != "highest",
+    )
+
+
 def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -90,18 +109,8 @@ def conv2d(
         ValueError: unknown activation, input_activation or padding_mode.
     """
     check_activation("conv2d", activation)
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"conv2d: expected padding_mode to be one of {PADDING_MODES}, got {padding_mode!r}")
     input, weight, bias, residual = autocast(input, weight, bias, residual)
-    stride, dilation = pair(stride), pair(dilation)
-    geometry = Geometry(
-        stride,
-        _padding(weight, stride, padding, dilation),
-        dilation,
-        groups,
-        PADDING_MODES.index(padding_mode),
-        input.is_cuda and torch.get_float32_matmul_precision() != "highest",
-    )
+    geometry = geometry_of(input, weight, stride, padding, dilation, groups, padding_mode)
     if input_scale is None and input_shift is None and input_activation is None:
         return convolve(Conv2d, input, weight, bias, residual, geometry, activation)
     check_activation("conv2d", input_activation, "input_activation")
