@@ -33,7 +33,11 @@ def _chain(x, scale, shift, weight, bias):
 
 def _case(batch, channels, outputs, size, kernel, mode) -> Case:
     backward = mode != "forward"
-    x, scale, shift = torch.randn(batch, channels, size, size), torch.rand(batch, channels), torch.randn(batch, channels)
+    x, scale, shift = (
+        torch.randn(batch, channels, size, size),
+        torch.rand(batch, channels),
+        torch.randn(batch, channels),
+    )
     operands = x, scale, shift, torch.randn(outputs, channels, kernel, kernel), torch.randn(outputs)
 
     def run(fn, memory_format, dtype=torch.float32):

@@ -20,7 +20,6 @@ from pynn.ops.conv2d import ACTIVATIONS, conv2d
 GRADIENTS = ("input", "weight", "bias", "scale", "shift", "residual")
 
 
-
 def prologue(x, scale=None, shift=None, activation=None):
     """In torch operations, in the compute type, rounded as often as torch rounds."""
     u = x
@@ -89,7 +88,7 @@ def test_accuracy(backend, layer, dtype):
     compare(backend, (x, w, b, *coefficients(shape, dtype, per_sample=layer % 3 > 0)), **geometry)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(backend, activation, dtype):
     """Of the input and of the output, with bias and residual."""
@@ -100,9 +99,9 @@ def test_activations(backend, activation, dtype):
     compare(backend, tensors, input_activation=activation, activation="gelu", padding=1)
 
 
-@pytest.mark.parametrize("scaled", (False, True))
-@pytest.mark.parametrize("shifted", (False, True))
-@pytest.mark.parametrize("activation", (None, "relu"))
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
 def test_each_part_is_optional(backend, scaled, shifted, activation):
     if not (scaled or shifted or activation):
         pytest.skip("no prologue")
@@ -121,8 +120,8 @@ def test_borders(backend, case):
     compare(backend, (x, w, b, *coefficients(shape)), **geometry)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", ((3, 16, 7, 9), (2, 40, 4, 4)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 7, 9), (2, 40, 4, 4)])
 def test_coefficients_of_float32(backend, dtype, shape):
     """As a normalisation of half-precision images gives them: they are not rounded."""
     x, w, b = operands(shape, (24, shape[1], 3, 3), dtype)
@@ -148,7 +147,7 @@ def test_pass(backend, activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", (3, 8, 16, 20))
+@pytest.mark.parametrize("channels", [3, 8, 16, 20])
 def test_zero_padding_stays_zero(backend, dtype, channels):
     """Integers are exact in every dtype, and a shift of 5 would show in every sum that has a padded pixel."""
     interpret_only(backend, dtype in (torch.bfloat16, torch.float32))
@@ -158,13 +157,13 @@ def test_zero_padding_stays_zero(backend, dtype, channels):
         arguments = {"padding": padding, "stride": (1, 2), "input_activation": activation}
         expected = reference(*(t.double() for t in (x, w)), None, scale.double(), shift.double(), **arguments)
         for memory_format in (torch.contiguous_format, LAST):
-            y, _ = run_on(backend, lambda *t: ours(*t, **arguments), x.to(memory_format=memory_format), w, None, scale,
+            y, _ = run_on(backend, lambda *t, a=arguments: ours(*t, **a), x.to(memory_format=memory_format), w, None, scale,
                           shift)  # fmt: skip
             assert_bitwise(y.double(), expected.to(dtype).double(), f"{activation} {padding} {memory_format}")
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("kernel", (1, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
 def test_same_bits(backend, dtype, kernel):
     """Run to run, for each image alone, in any layout, and as the pass and the convolution one after the other."""
     x, w, b = operands((3, 16, 6, 7), (24, 16, kernel, kernel), dtype)
@@ -200,7 +199,7 @@ def test_gradients_have_the_same_bits(backend):
             assert_bitwise(one[i], expected[i][:1], f"gradient of {GRADIENTS[i]} of one image")
 
 
-@pytest.mark.parametrize("shape", ((2, 3, 40, 40), (1, 70, 9, 5), (2, 1, 7, 3), (2, 5, 1, 1), (1, 64, 33, 32)))
+@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (1, 70, 9, 5), (2, 1, 7, 3), (2, 5, 1, 1), (1, 64, 33, 32)])
 def test_strides_of_the_pass(backend, shape):
     """The pass and its gradient on views, zero strides and odd sizes."""
     op, gradient = backend.ops.conv2d_prologue_fwd, backend.ops.conv2d_prologue_bwd
@@ -226,7 +225,7 @@ def test_strides_of_the_pass(backend, shape):
             assert empty.numel() == 0
 
 
-@pytest.mark.parametrize("shape", ((0, 4, 5, 5), (2, 0, 5, 5)))
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 0, 5, 5)])
 def test_empty(backend, shape):
     x, w = torch.randn(shape), torch.randn(6, shape[1], 3, 3)
     scale, shift = coefficients(shape)
@@ -238,7 +237,7 @@ def test_empty(backend, shape):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("per_sample", (False, True))
+@pytest.mark.parametrize("per_sample", [False, True])
 def test_gradcheck(cpu_kernels, activation, per_sample):
     x, w, b = operands((2, 3, 4, 3), (2, 3, 2, 2), torch.float64)
     r = torch.randn(2, 2, 5, 4, dtype=torch.float64)
@@ -251,7 +250,7 @@ def test_gradcheck(cpu_kernels, activation, per_sample):
     assert gradgradcheck(fn, tensors)
 
 
-@pytest.mark.parametrize("name", ("library", "auto"))
+@pytest.mark.parametrize("name", ["library", "auto"])
 def test_other_backends(name):
     """The library convolves what our pass gives; auto chooses as for the convolution alone."""
     with pynn.backend(name):
@@ -287,8 +286,8 @@ def test_without_a_prologue_nothing_changes(cpu_kernels):
     assert [call.op for call in ran] == ["conv2d_fwd"]
 
 
-@pytest.mark.parametrize("activation", (None, "relu", "silu"))
-@pytest.mark.parametrize("per_sample", (False, True))
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("per_sample", [False, True])
 def test_transforms(cpu_kernels, activation, per_sample):
     x, w, b = operands((2, 4, 5, 5), (6, 4, 3, 3), torch.float64)
     scale, shift = coefficients(x.shape, torch.float64, per_sample)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conv2d_reference import LAST, interpret_only, on, operands
 from conv2d_reference import reference as convolution
-from policy import DTYPES, assert_bitwise, assert_relative, run, truth_of
+from policy import DTYPES, LOW_PRECISION, assert_bitwise, assert_relative, run, truth_of
 from torch.autograd import gradcheck, gradgradcheck
 from transforms import assert_all, assert_compiles
 
@@ -41,11 +41,13 @@ def block(shape, outputs, kernel=3, dtype=torch.float32, groups=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ((2, 16, 7, 6), (1, 32, 12, 12), (3, 8, 5, 4)))
-@pytest.mark.parametrize("silu", (False, True))
+@pytest.mark.parametrize("shape", [(2, 16, 7, 6), (1, 32, 12, 12), (3, 8, 5, 4)])
+@pytest.mark.parametrize("silu", [False, True])
 def test_accuracy(backend, shape, dtype, silu):
     """The output: P1. The gradients: the bits of the gradients of the convolution and of group_norm."""
     interpret_only(backend, dtype in (torch.bfloat16, torch.float32) and silu)
+    if dtype in LOW_PRECISION and not silu:
+        pytest.skip("torch's chain rounds as often: nothing tells the errors apart")
     tensors = block(shape, 24, dtype=dtype)
     truth, _ = truth_of(lambda *t: reference(*t, silu=silu, padding=1), *tensors)
     peer, _ = run(lambda *t: reference(*t, silu=silu, padding=1), *tensors)
@@ -64,7 +66,7 @@ def test_accuracy(backend, shape, dtype, silu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ((2, 16, 9, 7), (1, 4, 130, 90), (3, 24, 1, 1), (2, 64, 33, 20)))
+@pytest.mark.parametrize("shape", [(2, 16, 9, 7), (1, 4, 130, 90), (3, 24, 1, 1), (2, 64, 33, 20)])
 def test_statistics(backend, shape, dtype):
     """Where the groups fit registers, and where not; a mean far from 0."""
     for offset, last in itertools.product((0, 30), (False, True)):
@@ -78,8 +80,8 @@ def test_statistics(backend, shape, dtype):
         torch.testing.assert_close(rstd.cpu().double(), expected, **tight)
 
 
-@pytest.mark.parametrize("silu", (False, True))
-@pytest.mark.parametrize("affine", (False, True))
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
 def test_gradcheck(cpu_kernels, silu, affine):
     """Through mean and rstd, once and twice."""
     x, *norm, w, b = block((2, 4, 3, 3), 2, 2, torch.float64)
@@ -118,7 +120,7 @@ def test_partial_gradients(cpu_kernels, wanted):
     assert [call.op for call in ran] == expected
 
 
-@pytest.mark.parametrize("silu", (False, True))
+@pytest.mark.parametrize("silu", [False, True])
 def test_transforms(cpu_kernels, silu):
     tensors = block((2, 4, 5, 5), 6, dtype=torch.float64, groups=2)
     assert_all(lambda *t: ours(*t, silu=silu, num_groups=2, groups=2, padding=1, activation="relu"), *tensors)
@@ -145,7 +147,7 @@ def test_opcheck():
 
 
 def test_messages():
-    x, *norm, w, b = block((2, 8, 5, 5), 6)
+    x, *norm, w, _ = block((2, 8, 5, 5), 6)
     with pytest.raises(ValueError, match='expected norm_activation to be None or "silu"'):
         group_norm_conv2d(x, 4, *norm, w, norm_activation="relu")
     with pytest.raises(RuntimeError, match="divisible by num_groups"):

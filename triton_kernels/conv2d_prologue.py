@@ -34,9 +34,7 @@ def _coefficients(input: torch.Tensor, scale, shift) -> dict[str, object]:
     """scale and shift in the type that is computed in, as the kernels take them."""
     dtype = compute_dtype(input)
     scale, shift = (None if t is None else t.to(dtype).contiguous() for t in (scale, shift))
-    per_sample = {
-        f"{name}_SAMPLES": t is not None and t.dim() == 2 for name, t in (("SCALE", scale), ("SHIFT", shift))
-    }
+    per_sample = {f"{name}_SAMPLES": t is not None and t.dim() == 2 for name, t in (("SCALE", scale), ("SHIFT", shift))}
     return {"scale": scale, "shift": shift, **per_sample}
 
 

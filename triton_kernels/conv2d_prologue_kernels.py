@@ -1,4 +1,4 @@
-"""The prologue of a convolution, activation(x * scale + shift) per channel: for a block, as a pass, and its gradient."""
+"""The prologue of a convolution, activation(x * scale + shift) per channel: of a block, a pass, and its gradient."""
 
 import triton
 import triton.language as tl
@@ -48,7 +48,7 @@ def prologue_kernel(
     X_UNIT: tl.constexpr, X_PACK: tl.constexpr, Y_UNIT: tl.constexpr, Y_PACK: tl.constexpr, PACK: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = activation(x * scale + shift). Strides x are those of y, strides y those of x, as `elementwise` gives them."""
+    """y = activation(x * scale + shift). Strides x are those of y and the other way round, as elementwise() has it."""
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
     block, c, in_channels = block_of(units, PACK, BLOCK_C, INDEX)
     n, i, j, _, _, in_image = pixels_of(block, batch, height, width, height, width, 1, 1, 0, 0, BLOCK_P, INDEX)

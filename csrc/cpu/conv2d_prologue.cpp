@@ -40,12 +40,8 @@ struct Coefficients {
   // Of one channel, or of those along a vector.
   Vec<A> scale_of(int64_t c) const { return broadcast(scale ? scale[c] : A(1)); }
   Vec<A> shift_of(int64_t c) const { return broadcast(shift ? shift[c] : A(0)); }
-  Vec<A> scales_from(int64_t c, int64_t valid) const {
-    return scale ? load_up_to(scale + c, valid) : broadcast(A(1));
-  }
-  Vec<A> shifts_from(int64_t c, int64_t valid) const {
-    return shift ? load_up_to(shift + c, valid) : broadcast(A(0));
-  }
+  Vec<A> scales_from(int64_t c, int64_t valid) const { return scale ? load_up_to(scale + c, valid) : broadcast(A(1)); }
+  Vec<A> shifts_from(int64_t c, int64_t valid) const { return shift ? load_up_to(shift + c, valid) : broadcast(A(0)); }
 };
 
 template <class Body>
@@ -187,7 +183,7 @@ void PrologueConv2d<T>::fwd(const T* x, bool channels_last, const Conv2dPrologue
   Conv2d<T>::fwd(image, strides, w, w_strides, y, y_strides, epilogue, d, nullptr, stream);
 }
 
-#define INSTANTIATE(T)                    \
+#define INSTANTIATE(T)                   \
   template struct Conv2dProloguePass<T>; \
   template struct PrologueConv2d<T>;
 INSTANTIATE(double)

@@ -73,7 +73,8 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
                     const Conv2dEpilogue<T>& epilogue, const Conv2dShape& s, void* scratch, void* stream) {
   const Output<T> out{y, y_strides, epilogue};
   if constexpr (!std::is_same_v<T, double>) {
-    if (gemm::suits_forward<T>(s)) return gemm::forward<T>(out, x, x_strides, w, w_strides, s, nullptr, scratch, stream);
+    if (gemm::suits_forward<T>(s))
+      return gemm::forward<T>(out, x, x_strides, w, w_strides, s, nullptr, scratch, stream);
   }
   if (is_depthwise<T>(s)) {
     depthwise(DepthwiseCall<T>{out, x, x_strides, w, w_strides, rows_of(s), columns_of(s), s.batch, s.out_channels,

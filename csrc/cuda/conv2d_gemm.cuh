@@ -20,13 +20,17 @@ template <class T>
 using Medium = MmaTile<T, 128, 64, 32, 32, 2, 4, true>;
 template <class T>
 using Small = MmaTile<T, 64, 64, 32, 32, 4, 4, true>;
+// Large has no registers left for a prologue. Medium adds in the same order.
+template <class Tile>
+constexpr bool kTakesPrologue = Tile::kTotals;
 using LargeFma = FmaTile<8, 2, 3>;
 using SmallFma = FmaTile<4, 3, 3>;
 
 constexpr int64_t kCopyBytes = int64_t(32) << 20, kSumsBytes = int64_t(32) << 20;
 constexpr int64_t kMostImages = 32768;
 constexpr int64_t kEnoughBlocks = 2 * 132;  // two for each processor of a large GPU
-// How often a large correlation may apply a prologue to the same pixel, once for each tap and column tile that reads it.
+// How often a large correlation may apply a prologue to the same pixel, once for each tap and column tile that reads
+// it.
 constexpr int64_t kMostRepeats = 4;
 
 // The chunk of an fp32 sum, in steps: the square root of the length of the sum balances the rounding errors of chunks
@@ -157,10 +161,13 @@ void launch_correlation(Correlation<T> c, const Target<T>& to, int64_t rows, int
                         const Conv2dPrologue<T>* prologue, void* stream) {
   c.column_tiles = int(ceil_div(c.columns, Tile::kColumns));
   const dim3 grid(unsigned(ceil_div(rows, Tile::kRows) * c.column_tiles), unsigned(phases * c.groups), unsigned(parts));
-  if (prologue)
-    LAUNCH(prologue_correlate_kernel<Tile>, grid, Tile::kThreads, kSharedBytes<Tile>, stream, c, to, *prologue);
-  else
-    LAUNCH(correlate_kernel<Tile>, grid, Tile::kThreads, kSharedBytes<Tile>, stream, c, to);
+  if constexpr (kTakesPrologue<Tile>) {
+    if (prologue) {
+      LAUNCH(prologue_correlate_kernel<Tile>, grid, Tile::kThreads, kSharedBytes<Tile>, stream, c, to, *prologue);
+      return;
+    }
+  }
+  LAUNCH(correlate_kernel<Tile>, grid, Tile::kThreads, kSharedBytes<Tile>, stream, c, to);
 }
 
 template <class T, class Out>
@@ -188,11 +195,11 @@ bool applies_in_kernel(const Plan<T>& p, const Conv2dPrologue<T>& prologue) {
          ceil_div(p.batch * p.rows(), 64) * ceil_div(p.columns, 64) * p.groups < kEnoughBlocks;
 }
 
-// Sums of a correlation, of x' if there is a prologue, to `out`: of type T with any strides, or fp32 with dense NHWC strides.
+// Sums of a correlation, of x' if there is a prologue, to `out`: of type T with any strides, or fp32 with dense NHWC
+// strides.
 template <class T, class Out>
 void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const Strides4& image_strides, const T* w,
-               const Strides4& w_strides, bool forward, const Conv2dPrologue<T>* prologue, void* memory,
-               void* stream) {
+               const Strides4& w_strides, bool forward, const Conv2dPrologue<T>* prologue, void* memory, void* stream) {
   const Strides4 s = used_strides(image_strides, p.batch, p.image_height, p.image_width);
   const bool copying = !in_packs(image, s, p.channels) || (prologue && !applies_in_kernel(p, *prologue));
   const int64_t slice = p.slice(copying), channels = p.groups * p.columns;
@@ -242,9 +249,11 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
                      int(split ? p.split : p.split * p.parts),
                      p.padding_mode};
     const int64_t parts = split ? p.parts : 1;
-    const auto run = [&]<class Tile>(Tile*) { launch_correlation<Tile>(c, to, rows, p.phases(), parts, in_kernel, stream); };
+    const auto run = [&]<class Tile>(Tile*) {
+      launch_correlation<Tile>(c, to, rows, p.phases(), parts, in_kernel, stream);
+    };
     if constexpr (sizeof(T) == 2) {
-      if (p.parts == 1 && p.columns > 64 && tiles(128, 128) >= kEnoughBlocks)
+      if (p.parts == 1 && p.columns > 64 && !in_kernel && tiles(128, 128) >= kEnoughBlocks)
         run(static_cast<Large<T>*>(nullptr));
       else if (many)
         run(static_cast<Medium<T>*>(nullptr));

@@ -114,9 +114,7 @@ struct PrologueLoader : CorrelationLoader<Tile> {
   __device__ __forceinline__ PrologueLoader(const Correlation<T>& p, const Phase& h, const Phase& w, uint32_t rows,
                                             uint32_t first_row, int first_column, int group, int first_block,
                                             const Conv2dPrologue<T>& prologue)
-      : Base(p, h, w, rows, first_row, first_column, group, first_block),
-        prologue(prologue),
-        channel(this->c) {
+      : Base(p, h, w, rows, first_row, first_column, group, first_block), prologue(prologue), channel(this->c) {
     const int stride = int(max(prologue.scale.stride, prologue.shift.stride));
 #pragma unroll
     for (int r = 0; r < kLeft; ++r) {

@@ -1,8 +1,8 @@
 // The prologue of a convolution as a pass of its own on a GPU, and its gradient.
 //
-// The pass is elementwise: 16 bytes to a thread. Gradient: a block owns 32 channels and kSpan pixels of a sample, writes
-// their dx and adds the gradients of scale and shift as the bias gradient is added (conv2d_bias.cuh): in classes of
-// pixels, in an order that the layout has no part in. add_partials adds the spans of a sample.
+// The pass is elementwise: 16 bytes to a thread. Gradient: a block owns 32 channels and kSpan pixels of a sample,
+// writes their dx and adds the gradients of scale and shift as the bias gradient is added (conv2d_bias.cuh): in classes
+// of pixels, in an order that the layout has no part in. add_partials adds the spans of a sample.
 #pragma once
 #include "conv2d_bias.cuh"
 #include "conv2d_prologue_value.cuh"
@@ -18,18 +18,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = thread_index() * kPack;
   if (first >= count) return;
   const int valid = int(min(count - first, int64_t(kPack)));
-  PackOf<T, kPack> pack;
-  load_pack(pack, x + first, valid, aligned);
   // Channel and sample of the element, and how many that follow have the same.
-  int64_t c, n, left;
+  int64_t c, n, left = 1, pixels_left = 0;
   if (s.channels_last) {
     const int64_t pixel = first / s.channels;
-    c = first - pixel * s.channels, n = pixel / s.pixels, left = 1;
+    c = first - pixel * s.channels, n = pixel / s.pixels, pixels_left = (n + 1) * s.pixels - pixel;
   } else {
     const int64_t plane = first / s.pixels;
     n = plane / s.channels, c = plane - n * s.channels, left = (plane + 1) * s.pixels - first;
   }
-  int64_t pixels_left = s.channels_last ? (n + 1) * s.pixels - first / s.channels : 0;
+  PackOf<T, kPack> pack;
+  load_pack(pack, x + first, valid, aligned);
   ChannelPrologue<T> channel(prologue, n, c);
   with_any_activation(prologue.activation, [&]<Activation kind>() {
 #pragma unroll
@@ -64,8 +63,8 @@ constexpr int64_t kSpan = 1024;
 // partial (spans, 2, batch, channels), or null. blockIdx.x: sample, span, 32 channels.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    prologue_gradient_kernel(double* partial, T* dx, const T* dy, const T* x, Conv2dPrologue<T> prologue,
-                             ImagesShape s, unsigned spans, unsigned channel_blocks) {
+    prologue_gradient_kernel(double* partial, T* dx, const T* dy, const T* x, Conv2dPrologue<T> prologue, ImagesShape s,
+                             unsigned spans, unsigned channel_blocks) {
   using A = accumulate_t<T>;
   using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
   SHARED_ARRAY(double[kBiasChannels + 1], products, kClasses);

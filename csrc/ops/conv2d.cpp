@@ -120,11 +120,12 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& input, const Tensor& weight, std::o
   return {y, pre};
 }
 
-std::tuple<Forward, Activation> check_prologue_fwd(
-    const Tensor& input, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-    int64_t input_activation, const Tensor& weight, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, const Ints& stride, const Ints& padding, const Ints& dilation,
-    int64_t groups, int64_t padding_mode, bool allow_tf32, int64_t activation) {
+std::tuple<Forward, Activation> check_prologue_fwd(const Tensor& input, const std::optional<Tensor>& scale,
+                                                   const std::optional<Tensor>& shift, int64_t input_activation,
+                                                   const Tensor& weight, const std::optional<Tensor>& bias,
+                                                   const std::optional<Tensor>& residual, const Ints& stride,
+                                                   const Ints& padding, const Ints& dilation, int64_t groups,
+                                                   int64_t padding_mode, bool allow_tf32, int64_t activation) {
   const Activation kind = check_prologue(kOp, input, scale, shift, input_activation);
   return {
       check_fwd(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation),

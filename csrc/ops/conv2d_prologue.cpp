@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& input, s
   const ImagesShape shape = images_of(input, last);
   Tensor dx = empty(kOp, input, sizes_of(input), last);
   const ScalarType compute = compute_type_of(input);
-  Tensor sums = with_sums ? new_dense(input, {2, shape.batch, shape.channels}, compute) : new_dense(input, {0}, compute);
+  Tensor sums =
+      with_sums ? new_dense(input, {2, shape.batch, shape.channels}, compute) : new_dense(input, {0}, compute);
   if (dx.numel() == 0) {
     torch::stable::zero_(sums);
     return {dx, sums};

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ._conv2d_activation import ACTIVATIONS
-from ._conv2d_functions import ConvGradients, Conv2d, gradient_of_residual, gradient_of_sum, save_forward
+from ._conv2d_functions import Conv2d, ConvGradients, gradient_of_residual, gradient_of_sum, save_forward
 from ._conv2d_vmap import batch_first
 from ._function import call, compute_dtype, double_backward, eager
 
@@ -146,9 +146,7 @@ class PrologueConv2d(torch.autograd.Function):
     """Conv2d of Prologue."""
 
     @staticmethod
-    def forward(
-        input, weight, bias, residual, geometry, activation, save_pre, scale, shift, input_activation
-    ):
+    def forward(input, weight, bias, residual, geometry, activation, save_pre, scale, shift, input_activation):
         return backends.call(
             "prologue_conv2d_fwd", input, scale, shift, ACTIVATIONS.index(input_activation),
             weight, bias, residual, *geometry, ACTIVATIONS.index(activation), save_pre,

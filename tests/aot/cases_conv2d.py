@@ -101,7 +101,9 @@ def conv2d() -> Iterator[Case]:
     for dtype, outputs, kernel in ((_BF16, 32, 1), (_BF16, 128, 1), (_BF16, 64, 3), (_FP32, 64, 1)):
         layer = _Layer(dtype, True, 64, outputs, kernel)
         name = {_BF16: "bf16", _FP32: "fp32"}[dtype]
-        yield Case(f"{name} nhwc {outputs} k{kernel}, silu on the input", _prologue(layer, 1 if kernel > 1 else 8), _PLAIN)
+        yield Case(
+            f"{name} nhwc {outputs} k{kernel}, silu on the input", _prologue(layer, 1 if kernel > 1 else 8), _PLAIN
+        )
     yield Case("bf16 nchw 64 k1, silu on the input", _prologue(_Layer(_BF16, False, 64, 64, 1), 8), _PLAIN)
     for dtype, last in ((_BF16, True), (_FP32, False), (_FP64, True)):
         x = dense(dtype, 64, last).x

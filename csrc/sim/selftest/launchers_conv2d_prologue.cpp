@@ -31,8 +31,9 @@ void launch_case(Run& run, const Case& c, bool channels_last, Activation activat
   using A = accumulate_t<T>;
   const int64_t channels = c.groups * c.in, outputs = c.groups * c.out;
   const int64_t out_h = c.height + 2 * c.pad - c.kernel + 1, out_w = c.width + 2 * c.pad - c.kernel + 1;
-  const Conv2dShape s{c.batch, c.groups, channels, c.height, c.width, outputs, out_h, out_w, c.kernel, c.kernel, 1, 1,
-                      c.pad,   c.pad,    c.pad,    c.pad,    1,       1,       PaddingMode::zeros, false};
+  const Conv2dShape s{
+      c.batch, c.groups, channels, c.height, c.width, outputs, out_h, out_w, c.kernel,           c.kernel,
+      1,       1,        c.pad,    c.pad,    c.pad,   c.pad,   1,     1,     PaddingMode::zeros, false};
   const ImagesShape images{c.batch, channels, c.height * c.width, channels_last};
   const size_t count = size_t(images.count()), values = size_t(per_sample ? c.batch * channels : channels);
   const T *x = run.normals<T>(count), *dy = run.normals<T>(count);
