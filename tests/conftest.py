@@ -1,8 +1,8 @@
 """Fixtures shared by every test: one thread, a fixed seed, and the backend an op runs on.
 
-A test that takes `backend` has a variant for each backend that this process can run: cpu and sim, and with a GPU cuda and
-triton. The Triton kernels are interpreted in a process of their own: TRITON_INTERPRET=1 python -m pytest -k interpret.
-The head of the report tells why the others are left out.
+A test that takes `backend` has a variant for each backend that this process can run: cpu and sim, with a GPU cuda and
+triton too. The Triton kernels are interpreted in a process of their own (TRITON_INTERPRET=1 python -m pytest -k
+interpret). The head of the report tells why others are left out.
 """
 
 from __future__ import annotations
