@@ -157,8 +157,8 @@ def test_zero_padding_stays_zero(backend, dtype, channels):
         arguments = {"padding": padding, "stride": (1, 2), "input_activation": activation}
         expected = reference(*(t.double() for t in (x, w)), None, scale.double(), shift.double(), **arguments)
         for memory_format in (torch.contiguous_format, LAST):
-            y, _ = run_on(backend, lambda *t, a=arguments: ours(*t, **a), x.to(memory_format=memory_format), w, None, scale,
-                          shift)  # fmt: skip
+            operands_ = x.to(memory_format=memory_format), w, None, scale, shift
+            y, _ = run_on(backend, lambda *t, a=arguments: ours(*t, **a), *operands_)
             assert_bitwise(y.double(), expected.to(dtype).double(), f"{activation} {padding} {memory_format}")
 
 

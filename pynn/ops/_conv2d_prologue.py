@@ -91,14 +91,16 @@ class PrologueGradient(torch.autograd.Function):
             for t, d in zip((scale, shift), in_dims[2:4], strict=True)
         ]
         results = call(PrologueGradient, grad.flatten(0, 1), input.flatten(0, 1), *given, activation, mask)
-        outputs, dims = [results[0].unflatten(0, (size, samples))], [0]
+        outputs, dims = (
+            [results[0].unflatten(0, (size, samples))],
+            [0 if wanted else None for wanted in (True, *mask[1:])],
+        )
         for result, t, d, wanted in zip(results[1:], (scale, shift), in_dims[2:4], mask[1:], strict=True):
             if wanted:
                 result = result.unflatten(0, (size, samples))
                 if t.dim() - (d is not None) == 1:
                     result = result.sum(1)
             outputs.append(result)
-            dims.append(0 if wanted else None)
         return tuple(outputs), tuple(dims)
 
 
@@ -130,8 +132,8 @@ class Prologue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads = gradients_of_prologue(grad, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[:3])
-        return *grads, None
+        input, scale, shift = ctx.saved_tensors
+        return *gradients_of_prologue(grad, input, scale, shift, ctx.activation, ctx.needs_input_grad[:3]), None
 
     @staticmethod
     def vmap(info, in_dims, input, scale, shift, activation):
