@@ -11,21 +11,37 @@
 namespace pynn::cuda {
 namespace {
 
+// Division of indices of elements, which are below 2^53, without the call that a 64-bit division is.
+struct Divisor {
+  int64_t value;
+  double inverse;
+
+  explicit Divisor(int64_t value) : value(value), inverse(1.0 / double(value)) {}
+  __device__ __forceinline__ int64_t divide(int64_t index, int64_t& rest) const {
+    int64_t quotient = int64_t(double(index) * inverse);  // or one more or less
+    rest = index - quotient * value;
+    if (rest < 0) --quotient, rest += value;
+    if (rest >= value) ++quotient, rest -= value;
+    return quotient;
+  }
+};
+
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    prologue_kernel(T* y, const T* x, Conv2dPrologue<T> prologue, ImagesShape s, int64_t count, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 6)
+    prologue_kernel(T* y, const T* x, Conv2dPrologue<T> prologue, ImagesShape s, Divisor channels, Divisor pixels,
+                    int64_t count, bool aligned) {
   constexpr int kPack = 16 / int(sizeof(T));
   const int64_t first = thread_index() * kPack;
   if (first >= count) return;
   const int valid = int(min(count - first, int64_t(kPack)));
   // Channel and sample of the element, and how many that follow have the same.
-  int64_t c, n, left = 1, pixels_left = 0;
+  int64_t c, n, p, left = 1, pixels_left = 0;
   if (s.channels_last) {
-    const int64_t pixel = first / s.channels;
-    c = first - pixel * s.channels, n = pixel / s.pixels, pixels_left = (n + 1) * s.pixels - pixel;
+    n = pixels.divide(channels.divide(first, c), p);
+    pixels_left = s.pixels - p;
   } else {
-    const int64_t plane = first / s.pixels;
-    n = plane / s.channels, c = plane - n * s.channels, left = (plane + 1) * s.pixels - first;
+    n = channels.divide(pixels.divide(first, p), c);
+    left = s.pixels - p;
   }
   PackOf<T, kPack> pack;
   load_pack(pack, x + first, valid, aligned);
@@ -121,7 +137,8 @@ template <class T>
 void Conv2dProloguePass<T>::fwd(const T* x, const Conv2dPrologue<T>& prologue, T* y, const ImagesShape& s,
                                 void* stream) {
   const int64_t packs = ceil_div(s.count(), int64_t(16 / sizeof(T)));
-  LAUNCH(prologue_kernel<T>, blocks_of(packs), kThreads, 0, stream, y, x, prologue, s, s.count(), is_aligned({x, y}));
+  LAUNCH(prologue_kernel<T>, blocks_of(packs), kThreads, 0, stream, y, x, prologue, s, Divisor(s.channels),
+         Divisor(s.pixels), s.count(), is_aligned({x, y}));
 }
 
 template <class T>
