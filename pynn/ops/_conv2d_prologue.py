@@ -146,9 +146,7 @@ class PrologueConv2d(torch.autograd.Function):
     """Conv2d of Prologue."""
 
     @staticmethod
-    def forward(
-        input, weight, bias, residual, geometry, activation, save_pre, scale, shift, input_activation
-    ):
+    def forward(input, weight, bias, residual, geometry, activation, save_pre, scale, shift, input_activation):
         return backends.call(
             "prologue_conv2d_fwd", input, scale, shift, ACTIVATIONS.index(input_activation),
             weight, bias, residual, *geometry, ACTIVATIONS.index(activation), save_pre,
