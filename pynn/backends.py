@@ -273,6 +273,18 @@ def call(name: str, *operands):
     return _op(name, tensor, case, plain)(*operands)
 
 
+def fastest_in_torch(name: str, tensor: torch.Tensor, case: choices.Case | None) -> bool:
+    """Whether torch's own function of this name, with its autograd, was measured to be the fastest for a call."""
+    if _forced != "auto" or case is None or type(tensor) not in _PLAIN:
+        return False
+    architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
+    if choices.fastest(architecture, name, _name_of(tensor.dtype), case) != "library":
+        return False
+    if _calls is not None:
+        _record(name, "library", tensor, "measured fastest")
+    return True
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether this is a tensor and nothing else, and runs now: what needs no dispatcher around Python code."""
     return type(tensor) in _PLAIN and not torch.compiler.is_compiling()
