@@ -90,7 +90,8 @@ bench: build
 	$(BIN)/python -m bench --quick
 
 # Everything that needs a GPU, in less than eight minutes: checks, tests, compute-sanitizer, benchmarks. Installs nothing:
-# GPU_PYTHON has a CUDA build of torch, Triton, pytest, pytest-xdist and hypothesis. Results go to bench/results, or OUT.
+# GPU_PYTHON has a CUDA build of torch, Triton, pytest, pytest-xdist and hypothesis, and pytest-timeout if kernels may
+# hang. Results go to bench/results, or OUT.
 GPU_PYTHON ?= python3
 gpu:
 	PYTHONPATH=.:tests $(GPU_PYTHON) -m gpu_check $(if $(OUT),--out $(OUT))

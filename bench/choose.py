@@ -1,9 +1,10 @@
-"""python -m bench.choose [--device cuda] [--part PART] [--out DIR]: which backend is the fastest for which shapes here.
+"""python -m bench.choose [--device cuda] [--part PART] [--time-limit S] [--out DIR]: which backend is the fastest for
+which shapes here.
 
 Every backend that can run an op is timed on a grid of shapes, interleaved, after its results were compared; the table
 goes to pynn/choices/<architecture>.csv, from where `auto` reads it. The default backend keeps a shape unless another
 one is more than three per cent faster. With --part or --op only that is measured, and the rows of all other calls stay
-what they are.
+what they are. With --time-limit a sample of the grid is measured, as much of it as there is time for.
 
 The op `conv2d` is a training step - forward, and gradients of input, weight and bias - on CPU tensors: ours with the
 table's backend for each pass, as it was read when this program started, against torch's with torch's autograd. So it is
@@ -15,6 +16,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import time
+import traceback
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +167,13 @@ def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_
     return choices.Row(name, str(dtype).removeprefix("torch."), case.category, sizes, best, ratio)
 
 
+def _grid(options: argparse.Namespace) -> list[tuple[torch.dtype, Point]]:
+    """What is to be measured, in the order in which it is: with a time limit one that is fair to all parts."""
+    shapes = list(itertools.islice(points(options.device, options.part or SHAPES), None, None, options.every))
+    grid = list(itertools.product(DTYPES[options.device], shapes))
+    return sorted(grid, key=lambda at: zlib.crc32(str(at).encode())) if options.time_limit else grid
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.choose", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -171,18 +182,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="measure every N-th point only")
     parser.add_argument("--part", choices=tuple(SHAPES), action="append", help="repeatable; the whole grid without")
     parser.add_argument("--op", choices=OPS, action="append", help="repeatable; the passes without")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="start no point in the last sixth of this time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: dict[tuple, choices.Row] = {}
-    for dtype in DTYPES[options.device]:
-        for point in itertools.islice(points(options.device, options.part or SHAPES), None, None, options.every):
-            operands = calls(point, dtype, options.device)
-            for name in options.op or PASSES:
+    stop = time.monotonic() + 5 / 6 * options.time_limit if options.time_limit else float("inf")
+    left_out = failed = 0
+    for dtype, point in _grid(options):
+        if time.monotonic() > stop:
+            left_out += 1
+            continue
+        operands = calls(point, dtype, options.device)
+        for name in options.op or PASSES:
+            try:
                 row = measure(name, operands[name], dtype, options.device, options.budget)
-                if row is not None:
-                    rows.setdefault(row[:4], row)
+            except Exception:  # a wrong result of one call does not hide those of the others
+                print(f"FAILED: {name} {point} {dtype}\n{traceback.format_exc()}", flush=True)
+                failed += 1
+                continue
+            if row is not None:
+                rows.setdefault(row[:4], row)
     architecture = pynn.backends.cpu_isa if options.device == "cpu" else _gpu.architecture()
     measured = len(rows)
+    if not measured:  # the table that is there is worth more
+        print(f"nothing measured, {left_out} points left out (time limit), {failed} calls FAILED")
+        return 1
     for row in choices.rows(architecture, options.out):
         if options.part or options.op or row.op == STEP:
             rows.setdefault(row[:4], row)
@@ -190,8 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
     others = [row for row in rows.values() if row.backend != CONTENDERS[options.device][0]]
     options.out.mkdir(parents=True, exist_ok=True)
     path = choices.write(list(rows.values()), architecture, options.out)
-    print(f"{measured} calls measured; {len(others)} rows with a backend faster than the default: {path}")
-    return 0
+    summary = f"{measured} calls measured; {len(others)} rows with a backend faster than the default: {path}"
+    summary += f", {left_out} points left out (time limit)" if left_out else ""
+    print(summary + (f", {failed} calls FAILED" if failed else ""))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

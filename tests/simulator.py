@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SELFTEST = ROOT / "csrc/sim/selftest"
-FORWARD, REVERSE, SHUFFLED = 0, 1, 2
+FORWARD, REVERSE, SHUFFLED, UNEVEN = 0, 1, 2, 3
 
 
 @functools.cache
@@ -34,12 +34,13 @@ def schedule(order: int, seed: int = 0, resident_blocks: int = 1) -> Iterator[No
     """Runs the sim's kernels inside the block in another order; outside it is FORWARD, one block at a time.
 
     Args:
-        order: FORWARD, REVERSE or SHUFFLED, of the threads of a block and of the blocks of a grid.
+        order: FORWARD, REVERSE or SHUFFLED, of the threads of a block and of the blocks of a grid; or UNEVEN, in which
+            the last of them fall as far behind as nobody waits for them.
         seed: of the shuffled order.
         resident_blocks: blocks whose threads take turns, 1 to 64.
     """
     if _library().pynn_sim_configure(order, seed, resident_blocks) != 0:
-        raise ValueError(f"expected an order in 0 .. 2 and 1 to 64 resident blocks, got {order}, {resident_blocks}")
+        raise ValueError(f"expected an order in 0 .. 3 and 1 to 64 resident blocks, got {order}, {resident_blocks}")
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 import time
 
@@ -125,6 +127,18 @@ def test_without_a_gpu_nothing_is_started(tmp_path):
         (1, "F\n==== 1 failed, 12 passed in 4.5s ====\n", FAILED, "1 failed, 12 passed in 4.5s"),
         (0, "s\n==== 3 skipped in 4.5s ====\n", FAILED, "nothing ran: 3 skipped in 4.5s"),
         (5, "==== no tests ran in 0.1s ====\n", FAILED, "no tests ran in 0.1s"),
+        (
+            0,
+            "    30 Skipped: out of time\n==== 12 passed, 30 skipped in 90s ====\n",
+            TIMED_OUT,
+            "12 passed, 30 skipped in 90s, 30 out of time",
+        ),
+        (
+            1,
+            "    30 Skipped: out of time\n==== 1 failed, 12 passed, 30 skipped in 90s ====\n",
+            FAILED,
+            "1 failed, 12 passed, 30 skipped in 90s, 30 out of time",
+        ),
     ],
 )
 def test_pytest_judge(status, log, verdict, detail):
@@ -167,3 +181,52 @@ def test_launches_compare_backends(capsys, monkeypatch):
     assert "KeyError" in capsys.readouterr().out
     assert launches.main(["elsewhere"]) == 1
     assert "elsewhere: no kernels (no such backend)" in capsys.readouterr().out
+
+
+def test_launches_in_processes(capsys):
+    name = next(iter(launches.CASES))
+    assert launches.main(["--workers", "2", "--only", name, "cpu"]) == 0
+    assert re.search(r"all \d+ comparisons agree on cpu", capsys.readouterr().out)
+    assert launches.main(["--workers", "2", "--only", name, "elsewhere"]) == 1
+    assert "elsewhere: no kernels (no such backend)" in capsys.readouterr().out
+    assert launches.run_process("elsewhere", name, []) == ([f"elsewhere: {name}, ended with status 1"], 1)
+
+
+TESTS = """
+import os, time
+import pytest
+
+@pytest.mark.parametrize("number", range(12))
+def test_some(number):
+    assert number != 7
+    if number == 5:
+        os._exit(1)
+    time.sleep(0.2 if SLOW else 0)
+"""
+
+
+def run_tests(tmp_path, slow, *options):
+    (tmp_path / "test_made_up.py").write_text(f"SLOW = {slow}\n{TESTS}")
+    options = ["-q", "-p", "gpu_check.plugin", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), *options]
+    command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def test_pytest_goes_on_after_a_crash_and_prints_failures_at_once(tmp_path):
+    said = run_tests(tmp_path, False, "-n", "1")
+    assert "2 failed, 10 passed" in said
+    assert said.index("assert 7 != 7") < said.index("= FAILURES =")
+
+
+def test_pytest_ends_in_time(tmp_path):
+    said = run_tests(tmp_path, True, "--time-limit", "1e-9", "-n", "1")
+    assert "12 skipped" in said
+
+
+def test_tests_that_want_a_gpu_are_selected():
+    wanting = r"skipif\(not torch\.cuda\.is_available\(\).*\n(?:@.*\n)*def (\w+)"
+    names = [
+        name for file in (gpu_main.ROOT / "tests").glob("test_*.py") for name in re.findall(wanting, file.read_text())
+    ]
+    assert names
+    assert all("on_a_gpu" in name for name in names)

@@ -120,11 +120,11 @@ def reference(p: Problem):
         return v if gain is None else F.layer_norm(v, v.shape[-1:], gain, shift, p.eps)
 
     def keep(rate, plane):
-        return (words(plane, batch, hidden) < int(rate * 2**32)).to(x.dtype) if p.training else rate
+        return (words(plane, batch, hidden) < int(rate * 2**32)).to(x) if p.training else rate
 
     scale = 1.0
     if p.dropout and p.training:
-        scale = (words(0, batch, hidden) >= int(p.dropout * 2**32)).to(x.dtype) / (1 - p.dropout)
+        scale = (words(0, batch, hidden) >= int(p.dropout * 2**32)).to(x) / (1 - p.dropout)
     outputs = [torch.zeros_like(h)] * steps
     for step in reversed(range(steps)) if p.reverse else range(steps):
         pre = norm(F.linear(x[step], t["weight_ih"]), t["norm_ih"]) + norm(
@@ -139,7 +139,7 @@ def reference(p: Problem):
         out = (o + w[-1] * new).sigmoid() * norm(new, t["norm_cell"], t["norm_cell_bias"]).tanh()
         keep_h, keep_c = keep(p.zoneout[0], 1 + 2 * step), keep(p.zoneout[1], 2 + 2 * step)
         new_h, new_c = keep_h * h + (1 - keep_h) * out, keep_c * c + (1 - keep_c) * new
-        alive = torch.ones(batch, 1, dtype=torch.bool) if p.lengths is None else (step < p.lengths)[:, None]
+        alive = (x.new_full((batch,), steps) if p.lengths is None else p.lengths)[:, None] > step
         h, c = torch.where(alive, new_h, h), torch.where(alive, new_c, c)
         outputs[step] = torch.where(alive, new_h, torch.zeros_like(h))
     return torch.stack(outputs), h, c

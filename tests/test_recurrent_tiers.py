@@ -11,7 +11,7 @@ import simulator
 import torch
 from policy import assert_bitwise
 from recurrent_reference import gradients, make, ours, seeds
-from simulator import FORWARD, REVERSE, SHUFFLED
+from simulator import FORWARD, REVERSE, SHUFFLED, UNEVEN
 from test_recurrent import assert_matches_reference, assert_parts_equal_the_whole
 
 import pynn
@@ -83,7 +83,9 @@ def test_parts_equal_the_whole(cell, hidden, dtype, kind):
 
 
 @pytest.mark.parametrize(
-    "schedule", [(FORWARD, 0, 1), (REVERSE, 0, 1), (SHUFFLED, 3, 1), (SHUFFLED, 4, 3)], ids=lambda s: str(s[0])
+    "schedule",
+    [(FORWARD, 0, 1), (REVERSE, 0, 1), (SHUFFLED, 3, 1), (SHUFFLED, 4, 3), (UNEVEN, 0, 1)],
+    ids=lambda s: str(s[0]),
 )
 def test_clusters_under_every_schedule(schedule):
     """More clusters than run at a time, in any order of their threads."""
@@ -92,6 +94,27 @@ def test_clusters_under_every_schedule(schedule):
     device = DEVICES["lstm", 88, torch.bfloat16][CLUSTER]
     expected, expected_gradients = run(CLUSTER, device, p, grads)
     with simulator.schedule(*schedule):
+        results, got = run(CLUSTER, device, p, grads)
+    for a, b in zip(results, expected, strict=True):
+        assert_bitwise(a, b)
+    for name in got:
+        assert_bitwise(got[name], expected_gradients[name], name)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "dtype", "device"),
+    [
+        ("lstm", 72, torch.bfloat16, (132, 28, 8)),  # nine groups of units: three for each of three blocks of four
+        ("lstm", 72, torch.bfloat16, (132, 19, 8)),  # two for each of five blocks of eight; one buffer of gradients
+        ("rnn", 72, torch.float32, (132, 15, 8)),
+    ],
+    ids=str,
+)
+def test_blocks_without_units_fall_behind(cell, hidden, dtype, device):
+    p = make(cell, 6, 3, 3, hidden, dtype=dtype)
+    grads = seeds(p)
+    expected, expected_gradients = run(BLOCK, (132, 227, 8), p, grads)
+    with simulator.schedule(UNEVEN):
         results, got = run(CLUSTER, device, p, grads)
     for a, b in zip(results, expected, strict=True):
         assert_bitwise(a, b)

@@ -223,6 +223,6 @@ class TestSchedules:
             assert_bitwise(a, b, name)
 
     def test_bad_schedules_are_refused(self):
-        for order, blocks in ((3, 1), (-1, 1), (0, 0), (0, 65)):
+        for order, blocks in ((4, 1), (-1, 1), (0, 0), (0, 65)):
             with pytest.raises(ValueError, match="expected an order"), simulator.schedule(order, 0, blocks):
                 pass

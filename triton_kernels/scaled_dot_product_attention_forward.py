@@ -123,7 +123,7 @@ def forward_kernel(
     out_column = tl.program_id(1) * BLOCK_V
     if wanted is not None:
         halves = tl.cdiv(queries, 2 * WANTED_ROWS) * 2
-        half = first_row // WANTED_ROWS + tl.arange(0, tl.cdiv(ROWS, WANTED_ROWS))
+        half = first_row // WANTED_ROWS + tl.arange(0, (ROWS + WANTED_ROWS - 1) // WANTED_ROWS)
         if tl.sum(tl.load(wanted + block * halves + half, mask=half < halves, other=0), axis=0) == 0:
             return
     factor, softcap, kept = number(factor).to(COMPUTE), number(softcap).to(COMPUTE), number(kept).to(COMPUTE)

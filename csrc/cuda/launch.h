@@ -24,9 +24,11 @@
 
 namespace pynn::cuda {
 
+// The error is taken back, or the next launch would report it once more.
 inline void check_launch(const char* kernel, cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("pynn: launching ") + kernel + " failed: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("pynn: launching ") + kernel + " failed: " + cudaGetErrorString(error));
 }
 
 // More than 48 KB of dynamic shared memory has to be asked for.
@@ -102,7 +104,9 @@ int resident_clusters(Kernel* kernel, int blocks, int threads, size_t shared_byt
   const cudaLaunchConfig_t config =
       launch_config(unsigned(blocks), unsigned(threads), shared_bytes, nullptr, attribute);
   int clusters = 0;
-  check_launch("a kernel", cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaErrorInvalidClusterSize) return cudaGetLastError(), 0;  // a part of a GPU may have no room for one
+  check_launch("a kernel", error);
   return clusters;
 }
 

@@ -6,7 +6,8 @@
 // A block goes on to a step when its own warps have written and the other blocks' bytes have come. The state of a step
 // is read from one of two buffers and the next one written to the other: a warp sends its share once it has read what
 // that replaces, so that whoever has a whole state knows that everybody has read the one before it. With one buffer,
-// for wide gradients, a barrier of the cluster comes between reading and writing.
+// for wide gradients, a barrier of the cluster comes between reading and writing. Nothing is sent to a block without
+// units: nobody waits for it, so bytes of later states could come before it has announced those of an earlier one.
 #pragma once
 #include "recurrent_block.cuh"
 
@@ -18,6 +19,7 @@ namespace recurrent {
 // number of packs apart, so that eight of them lie in different banks.
 struct ClusterLayout {
   int blocks;   // of a cluster; 0: no cluster is large enough
+  int owners;   // the first of them, which have units
   int groups;   // of eight units, of a block
   int pairs;    // of packs, in the sum
   int kept;     // of them, the first are in registers: then a warp has one group at most
@@ -43,7 +45,7 @@ struct Arrival {
       : barriers(static_cast<uint64_t*>(shared)) {
     const int groups = (units + 7) / 8, group0 = cluster_rank() * layout.groups,
               own = max(0, min(layout.groups, groups - group0));
-    this->bytes = (groups - own) * kStripRows * bytes;
+    this->bytes = own > 0 ? (groups - own) * kStripRows * bytes : 0;
     if (threadIdx.x == 0)
       for (int i = 0; i < 2; ++i) mbarrier_init(barriers + i, kWarps);
   }
@@ -88,16 +90,16 @@ __device__ __forceinline__ void load_cluster_block(KeptWeights<gates, kept>& wei
   __syncthreads();
 }
 
-// To the other blocks: the warp's eight units of every row, which it wrote from `units` on to its own block's buffer.
+// To the other owners: the warp's eight units of every row, which it wrote from `units` on to its own block's buffer.
 template <class T>
-__device__ __forceinline__ void send(unsigned char* units, int stride, unsigned blocks, uint64_t* barrier) {
+__device__ __forceinline__ void send(unsigned char* units, int stride, unsigned owners, uint64_t* barrier) {
   constexpr int kPacks = 8 * sizeof(T) / 16, kPlaces = kStripRows * kPacks;
   const unsigned lane = threadIdx.x % 32, place = lane % kPlaces, rank = cluster_rank();
   unsigned char* const pack = units + place / kPacks * stride + place % kPacks * 16;
   uint4 value;
   memcpy(&value, __builtin_assume_aligned(pack, 16), 16);
-  for (unsigned distance = 1 + lane / kPlaces; distance < blocks; distance += 32 / kPlaces)
-    store_async(reinterpret_cast<uint4*>(pack), (rank + distance) % blocks, value, barrier);
+  for (unsigned distance = 1 + lane / kPlaces; distance < owners; distance += 32 / kPlaces)
+    store_async(reinterpret_cast<uint4*>(pack), (rank + distance) % owners, value, barrier);
 }
 
 template <class T, int gates, int kept>
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           finish_forward(f, t, row0 + row, unit, given[i], own, reinterpret_cast<T*>(next + row * stride) + unit);
         }
         __syncwarp();
-        if (!last) send<T>(next + unit0 * int(sizeof(T)), stride, layout.blocks, arrival.of(step));
+        if (!last) send<T>(next + unit0 * int(sizeof(T)), stride, layout.owners, arrival.of(step));
       }
       if (!last) arrival.arrive(step);
       unsigned char* const swapped = state;
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         __syncwarp();
         if (!last)
           for (int g = 0; g < gates; ++g)
-            send<T>(next + (g * b.units + unit0) * int(sizeof(T)), stride, layout.blocks, arrival.of(step));
+            send<T>(next + (g * b.units + unit0) * int(sizeof(T)), stride, layout.owners, arrival.of(step));
       }
       if (!last) arrival.arrive(step);
       unsigned char* const swapped = gradients;

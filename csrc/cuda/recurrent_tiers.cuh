@@ -68,7 +68,8 @@ ClusterLayout cluster_layout(int64_t length, int64_t units, int gates, std::init
   for (const bool one_group : {true, false})
     for (int blocks = 2; blocks <= device.cluster_blocks; blocks *= 2)
       for (const Holding& way : ways) {
-        const ClusterLayout layout{blocks, int(ceil_div(groups, blocks)), pairs, way.kept, way.buffers};
+        const int own = int(ceil_div(groups, blocks));
+        const ClusterLayout layout{blocks, int(ceil_div(groups, own)), own, pairs, way.kept, way.buffers};
         const bool needs_one = one_group || way.kept > 0 || way.buffers == 1;
         if ((needs_one && layout.groups > kWarps) || (way.kept > 0 && way.kept >= pairs)) continue;
         if (layout.bytes(gates) <= int64_t(device.shared_bytes)) return layout;

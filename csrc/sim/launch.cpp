@@ -75,7 +75,7 @@ void run_launch(const char* kernel, Together together, dim3 grid, dim3 block, si
 }  // namespace pynn::sim
 
 int pynn_sim_configure(int order, uint64_t seed, int resident_blocks) {
-  if (order < 0 || order > 2 || resident_blocks < 1 || resident_blocks > 64) return -1;
+  if (order < 0 || order > 3 || resident_blocks < 1 || resident_blocks > 64) return -1;
   pynn::sim::configuration_now = {static_cast<pynn::sim::Order>(order), seed, resident_blocks};
   return 0;
 }

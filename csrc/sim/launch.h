@@ -17,7 +17,8 @@ constexpr int kMaxClusterBlocks = 8;  // that every device with clusters has; mo
 // Threads of a cooperative launch, all of which are resident here at once (an H200 has 132 * 2048).
 constexpr size_t kMaxResidentThreads = 64 * 1024;
 
-enum class Order : int { forward, reverse, shuffled };
+// uneven: always the first thread that can run, so that the last ones fall as far behind as nobody waits for them.
+enum class Order : int { forward, reverse, shuffled, uneven };
 
 // The schedule of all launches: the order in which the threads of a block and the blocks of a grid take their turns,
 // and how many blocks - or clusters, where a launch has them - run at the same time. Any choice is a legal one on a
@@ -69,8 +70,8 @@ void launch(const char* name, Together together, dim3 grid, dim3 block, size_t d
 }  // namespace pynn::sim
 
 extern "C" {
-// Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled. Returns 0, or -1 when an
-// argument is out of range (then nothing changes).
+// Chooses the schedule of the launches that follow; order is 0 forward, 1 reverse, 2 shuffled, 3 uneven. Returns 0, or
+// -1 when an argument is out of range (then nothing changes).
 [[gnu::visibility("default")]] int pynn_sim_configure(int order, uint64_t seed, int resident_blocks);
 // Chooses the device that launchers ask about: processors, the bytes of shared memory of a block, and the blocks of the
 // largest cluster (0: it has no clusters). Returns 0, or -1 when an argument is out of range (then nothing changes).

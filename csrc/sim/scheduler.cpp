@@ -1,5 +1,6 @@
 // Which thread runs next. One pass visits every thread of every resident block, in the configured order, and runs those
-// that can run until they stop at a barrier, wait for their warp, poll, or exit.
+// that can run until they stop at a barrier, wait for their warp, poll, or exit. In the uneven order it ends with the
+// first of them.
 #include <algorithm>
 #include <exception>
 #include <numeric>
@@ -157,6 +158,7 @@ class Grid {
         result = Pass::worked;
       else if (result == Pass::stuck)
         result = Pass::polled;
+      if (result == Pass::worked && order_ == Order::uneven) break;
     }
     return result;
   }

@@ -10,22 +10,25 @@ beside the table and the benchmark rows. The exit status is 0 when no part faile
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from gpu_check import runner
-from gpu_check.runner import FAILED, NOT_AVAILABLE, OK, UNAVAILABLE, Part
+from gpu_check.plugin import OUT_OF_TIME
+from gpu_check.runner import FAILED, NOT_AVAILABLE, OK, TIMED_OUT, UNAVAILABLE, Part
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 CHOICES = ROOT / "pynn" / "choices"
 TOTAL_S = 460.0
 BACKENDS = ("cuda", "triton")
+# The tests of a backend, as pytest's -k selects them; with the first one's, those that want a GPU whatever the backend.
+TESTS = {"cuda": "cuda or on_a_gpu", "triton": "triton"}
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Only what kernels do counts: torch probes the driver for calls that it may lack, and pynn checks its own launches.
 SANITIZER_OPTIONS = ["--report-api-errors", "no", "--target-processes", "application-only", "--launch-timeout", "0"]
@@ -41,10 +44,13 @@ def judge_primitives(status: int, log: str) -> tuple[str, str]:
 
 
 def judge_pytest(status: int, log: str) -> tuple[str, str]:
-    """The exit status; but tests that were all skipped have shown nothing."""
+    """The exit status; but tests that were all skipped have shown nothing, and some may have had no time left."""
     verdict, detail = runner.by_status(status, log)
     if verdict == OK and not re.search(r"\d+ passed", detail):
         return FAILED, f"nothing ran: {detail}"
+    late = re.search(rf"(\d+) Skipped: {OUT_OF_TIME}", log)
+    if late:
+        return TIMED_OUT if verdict == OK else verdict, f"{detail}, {late[1]} {OUT_OF_TIME}"
     return verdict, detail
 
 
@@ -69,29 +75,37 @@ def parts_of(out: Path | str, tables: Path | str) -> list[Part]:
     """
     python = [sys.executable, "-m"]
     launches = [*python, "gpu_check.launches"]
-    workers = str(min(8, os.cpu_count() or 1))
-    pytest = [*python, "pytest", "-q", "-k", " or ".join(BACKENDS)]
+    workers = str(min(14, os.cpu_count() or 1))
+    pytest = [*python, "pytest", "-q", "-p", "gpu_check.plugin", "--time-limit", "{most}", "-n", workers]
+    if importlib.util.find_spec("pytest_timeout"):  # for a kernel that never ends: the worker does, and another begins
+        pytest += ["--timeout", "75", "--timeout-method", "thread"]
     ignored = [f"--ignore=tests/{name}.py" for name in (*NOT_FOR_A_GPU, "test_cuda_graphs")]
     single = {"OMP_NUM_THREADS": "1"}
-    info = f"{shlex.join([*python, 'pynn.info'])} && {shlex.join([*launches, '--poison', *BACKENDS])}"
+    tests = {"judge": judge_pytest, "environment": single}
+    slowest_first = reversed(BACKENDS)  # Triton compiles
     parts = [
         Part("libraries", [*python, "gpu_check.libraries"], 240, 15),
-        Part("self-check", ["bash", "-c", info], 90, 45),
+        Part("info", [*python, "pynn.info"], 40, 10),
         Part("primitives", ["build/primitives_check"], 30, 10, judge=judge_primitives),
-        Part("cuda graphs", [*pytest, "tests/test_cuda_graphs.py"], 90, 30, judge=judge_pytest, environment=single),
-        Part("tests", [*pytest, "-n", workers, *ignored, "tests"], 200, 100, judge=judge_pytest, environment=single),
+        Part("self-check", [*launches, "--poison", "--workers", workers, *slowest_first], 150, 75, environment=single),
+        Part("cuda graphs", [*pytest, "tests/test_cuda_graphs.py"], 90, 30, **tests),
+        *(
+            Part(f"tests {name}", [*pytest, "-k", which, *ignored, "tests"], 120, 50, **tests)
+            for name, which in TESTS.items()
+        ),
     ]
     tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     for name in SANITIZERS:
         watch = [tool or "", "--tool", name, *SANITIZER_OPTIONS, "--error-exitcode", "9"]
-        command = [*watch, *launches, *BACKENDS]
+        every = "1" if name == "memcheck" else "4"  # the others take longer by far
+        command = [*watch, *launches, "--every", every, *BACKENDS]
         if tool is None:
             command = ["sh", "-c", f"echo compute-sanitizer is not installed; exit {NOT_AVAILABLE}"]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **single}  # every tensor its own allocation
         judge = judge_sanitizer if tool else None
-        parts.append(Part(name, command, 60, 20, judge=judge, environment=uncached))
+        parts.append(Part(name, command, 60, 12, judge=judge, environment=uncached))
     bench = [*python, "bench", "--device", "cuda", "--save", "--out", str(out), "--time-limit", "{seconds}"]
-    choose = [*python, "bench.choose", "--device", "cuda", "--every", "3", "--out", str(tables)]
+    choose = [*python, "bench.choose", "--device", "cuda", "--time-limit", "{seconds}", "--out", str(tables)]
     return [*parts, Part("benchmarks", bench, 240, 90), Part("choices", choose, 150, 40)]
 
 

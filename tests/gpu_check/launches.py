@@ -1,23 +1,30 @@
 """Every op that has GPU kernels, once per dtype on small odd shapes, against the CPU kernels: bit for bit where the
 kernels promise it.
 
-    python -m gpu_check.launches [--poison] backend ...
+    python -m gpu_check.launches [--poison] [--workers N] [--every N] backend ...
 
 It is the self-check of `make gpu`, and the program that compute-sanitizer watches: so it is short, and compares on the
-CPU.
+CPU. With --workers every case has a process of its own, which compiles its Triton kernels and may hang or crash without
+the others; with --every it is a sample of the cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
+import re
+import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 
+import sample
 import torch
 
 import pynn
+from gpu_check.plugin import is_broken
 from pynn.diffusion import Schedule
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +88,8 @@ TOLERANCE = {
     "tree": REPEATED,
     "attention": SUMMED,
 }
+
+CASE_LIMIT_S = 110.0  # of a case in a process of its own
 
 Results = dict[str, torch.Tensor]
 Run = Callable[[str, torch.dtype], Results]  # (device, dtype) -> results on the CPU
@@ -236,6 +245,7 @@ def tree(device: str, dtype: torch.dtype, number: int) -> Results:
 class Case:
     kernel: str  # a dispatcher op: backends without it leave the case out
     run: Run
+    alone: bool = False  # in a process of its own only: threads that wait for each other have not been seen on a GPU
 
 
 CASES = {f"diffusion {shape}": Case("forward_jump_fwd", functools.partial(diffusion, shape=shape)) for shape in SHAPES}
@@ -263,7 +273,7 @@ CASES |= {
 }
 CASES |= {
     f"scaled_dot_product_attention {ATTENTION[number][0]} Gluon": Case(
-        "scaled_dot_product_attention_fwd", functools.partial(gluon_attention, number=number)
+        "scaled_dot_product_attention_fwd", functools.partial(gluon_attention, number=number), alone=True
     )
     for number in GLUON_ATTENTION
 }
@@ -291,7 +301,8 @@ def compare(backend: str, case: Case, dtype: torch.dtype) -> tuple[list[str], in
         with pynn.backend(backend):
             got = case.run(pynn.backends.device_of(backend), dtype)
     except Exception as error:
-        return [f"{type(error).__name__}: {error}"], 1
+        print(traceback.format_exc(), flush=True)
+        return [f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"], 1
     problems = []
     for name, tensor in got.items():
         allowed = TOLERANCE.get(name.partition(" gradient")[0], {}).get(dtype, 0.0)
@@ -300,26 +311,80 @@ def compare(backend: str, case: Case, dtype: torch.dtype) -> tuple[list[str], in
     return problems, len(got)
 
 
+def run_case(backend: str, name: str, every: int) -> tuple[list[str], int]:
+    """(problems, number of comparisons) of a case in the dtypes of the sample."""
+    problems, compared = [], 0
+    for dtype in DTYPES:
+        if sample.chosen(f"{name} {dtype}", every):
+            found, count = compare(backend, CASES[name], dtype)
+            problems += [f"{backend}: {name} {dtype}, {problem}" for problem in found]
+            compared += count
+    return problems, compared
+
+
+def run_process(backend: str, name: str, options: list[str]) -> tuple[list[str], int]:
+    """The same, by a process of its own."""
+    command = [sys.executable, "-m", "gpu_check.launches", *options, "--only", name, "--", backend]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CASE_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"{backend}: {name}, not done after {CASE_LIMIT_S:.0f} s"], 1
+    if done.returncode == 0 and (agree := re.search(r"all (\d+) comparisons agree", done.stdout)):
+        return [], int(agree[1])
+    print(done.stdout + done.stderr[-4000:], flush=True)
+    problems = [line for line in done.stdout.splitlines() if line.startswith(f"{backend}: {name} torch.")]
+    return problems or [f"{backend}: {name}, ended with status {done.returncode}"], 1
+
+
+Outcome = tuple[str, str, list[str], int]  # backend, name, problems, number of comparisons
+
+
+def in_this_process(cases: Iterable[tuple[str, str]], every: int) -> Iterator[Outcome]:
+    for backend, name in cases:
+        yield backend, name, *run_case(backend, name, every)
+        if is_broken():
+            yield backend, name, [f"{backend}: {name} has broken the GPU for this process, the rest is left out"], 0
+            return
+
+
+def in_processes(cases: Iterable[tuple[str, str]], options: argparse.Namespace) -> Iterator[Outcome]:
+    passed_on = ["--every", str(options.every), *(["--poison"] if options.poison else [])]
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        running = {pool.submit(run_process, *case, passed_on): case for case in cases}
+        for ended in concurrent.futures.as_completed(running):
+            yield *running[ended], *ended.result()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--poison", action="store_true", help="results start as NaN, so that an unwritten one shows")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="every case in a process, so many at a time"
+    )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in so many cases and dtypes")
+    parser.add_argument("--only", action="append", metavar="CASE", help="run this case (repeatable)")
     parser.add_argument("backends", nargs="+", metavar="backend")
     options = parser.parse_args(arguments)
-    torch.use_deterministic_algorithms(options.poison)  # fills what torch.empty returns
-    problems, compared = [], 0
+    # Fills what torch.empty returns; torch's ops around the kernels may be those that have no deterministic form.
+    torch.use_deterministic_algorithms(options.poison, warn_only=True)
+    problems, compared, cases = [], 0, []
     for backend in options.backends:
-        cases = {name: case for name, case in CASES.items() if pynn.backends.has_kernel(case.kernel, backend)}
-        if not cases:
+        alone = options.workers or options.only
+        wanted = [name for name in CASES if (name in options.only if options.only else alone or not CASES[name].alone)]
+        found = [name for name in wanted if pynn.backends.has_kernel(CASES[name].kernel, backend)]
+        cases += [(backend, name) for name in found]
+        if not found:
             problems.append(f"{backend}: no kernels ({pynn.backends.unavailable.get(backend, 'no such backend')})")
-        for name, case in cases.items():
-            for dtype in DTYPES:
-                found, count = compare(backend, case, dtype)
-                problems += [f"{backend}: {name} {dtype}, {problem}" for problem in found]
-                compared += count
+    for backend, name, wrong, count in (
+        in_processes(cases, options) if options.workers else in_this_process(cases, options.every)
+    ):
+        print("\n".join(wrong) if wrong else f"{backend}: {name} agrees", flush=True)
+        problems += wrong
+        compared += count
     torch.use_deterministic_algorithms(False)
     where = ", ".join(options.backends)
     summary = f"{len(problems)} problems" if problems else f"all {compared} comparisons agree"
-    print("\n".join([*problems, f"{summary} on {where}"]))
+    print("\n".join(["", *problems, f"{summary} on {where}"]))
     return int(bool(problems))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 NOT_AVAILABLE = 77  # exit status of a process that cannot run here
-LOG_LIMIT = 2_000_000  # bytes of one part's log that are kept in the combined log
+LOG_LIMIT = 1_000_000  # bytes of one part's log that are kept in the combined log
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
 
 OK, FAILED, TIMED_OUT, UNAVAILABLE, OUT_OF_TIME, NO_GPU = (
@@ -37,7 +37,8 @@ class Part:
 
     Args:
         name: names the log file too.
-        command: program and arguments; runs in the current directory. "{seconds}" becomes the time it has.
+        command: program and arguments; runs in the current directory. "{seconds}" becomes the time it has, "{most}" the
+            part of it after which nothing new should begin.
         limit_s: it is stopped after this long.
         reserve_s: time kept free for it: earlier parts are stopped before they eat into it.
         judge: (exit status, log) -> (verdict, one line); by default the exit status and the last line of the log.
@@ -94,7 +95,10 @@ def run_part(part: Part, limit_s: float, log_path: Path) -> Outcome:
     with log_path.open("wb") as log:
         try:
             process = subprocess.Popen(
-                [argument.replace("{seconds}", f"{limit_s:.0f}") for argument in part.command],
+                [
+                    argument.replace("{seconds}", f"{limit_s:.0f}").replace("{most}", f"{0.75 * limit_s:.0f}")
+                    for argument in part.command
+                ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
