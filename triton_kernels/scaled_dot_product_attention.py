@@ -39,8 +39,6 @@ def scaled_dot_product_attention_fwd(*arguments):
     wanted = None
     if not p.is_split and configs.runs_gluon() and gluon.covers(p):
         wanted = gluon.forward(p, out, lse)
-        if wanted is None:
-            return out, lse
     pack, parts, width = pack_of(out), triton.cdiv(p.keys, p.part_keys), p.value.shape[-1]
     tile = p.tile("split" if p.is_split else "plain" if p.is_plain else "forward")
     arguments = p.arguments() | _renamed(operand("o", out, pack), o="out")

@@ -31,10 +31,12 @@ from .scaled_dot_product_attention_tile import (
     nonfinite_sum,
     number,
     product,
+    put_nan_back,
     rows_of,
     runs,
     score,
     seen_of,
+    set_nan_aside,
     span,
     split_lse,
     tiles_of,
@@ -262,7 +264,7 @@ def queries_kernel(
                 )  # fmt: skip
                 if phase != 1 and (MASK != 0 or WINDOW or RANGED):
                     b_k, _ = without_nonfinite(b_k, tl.zeros([COLS], COMPUTE))
-                acc = add_product(acc, ds, b_k)
+                acc = add_product(acc, ds, b_k, False)
 
     d = (column + tl.arange(0, BLOCK_D))[None, :]
     p_dq = rows_of(head_of(dq, dq_table, head, dq_inner, dq_outer, dq_step, OUT_PACK), i, dq_row, OUT_PACK)
@@ -303,6 +305,7 @@ def keys_kernel(
         b_k, b_v = load_rows(p_k, in_keys, 0, DIM, BLOCK_D), load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
 
     acc, value_acc = tl.zeros([ROWS, BLOCK_D], COMPUTE), tl.zeros([ROWS, BLOCK_V], COMPUTE)
+    spoiled = tl.zeros([COLS], COMPUTE)
     begin, middle, second, end = span(
         first_row, tl.minimum(first_row + ROWS, keys) - 1, query_ranges, -upper, 1 - lower, queries, WINDOW, 2, COLS,
         MASK,
@@ -320,7 +323,6 @@ def keys_kernel(
             if BASE2:
                 slope *= LOG2_E
         first_element = head.to(tl.int64) * queries * keys
-        spoiled = tl.zeros([COLS], COMPUTE)
         for phase in tl.static_range(3):
             if runs(phase, MASK, RIGHT or RANGED, WINDOW or RANGED or not EVEN):
                 first, last = tiles_of(phase, begin, middle, second, end)
@@ -345,19 +347,35 @@ def keys_kernel(
                     if phase != 1 and (MASK != 0 or WINDOW or RANGED):
                         b_q, _ = without_nonfinite(b_q, spoiled)
                         b_g, spoiled = without_nonfinite(b_g, spoiled)
-                    value_acc = add_product(value_acc, a, b_g)
-                    acc = add_product(acc, ds, b_q)
-        if MASK != 0 or WINDOW or RANGED:
-            spoiled_sum = tl.sum(spoiled, axis=0)
-            for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+                    value_acc = add_product(value_acc, a, b_g, True)
+                    acc = add_product(acc, ds, b_q, False)
+    if MASK != 0 or WINDOW or RANGED or BASE2:
+        spoiled_sum = tl.sum(spoiled, axis=0)
+        incomplete = spoiled_sum != spoiled_sum
+        if BASE2:
+            value_acc, lost = set_nan_aside(value_acc)
+            incomplete = incomplete | lost
+        for member in range(tl.where(incomplete, group, 0)):
+            head = key_head * group + member
+            g_head = head_of(g, g_table, head, g_inner, g_outer, g_step, PACK)
+            p_mask = mask
+            if MASK != 0:
+                p_mask = head_of(mask, m_table, head, m_inner, m_outer, m_step, 1)
+            for tile in range(begin, end):
                 rows = tile * COLS + tl.arange(0, COLS)
-                p_g = rows_of(g_head, rows[:, None], g_row, PACK)
-                b_g = load_rows(p_g, (rows < queries)[:, None], value_column, VALUE_DIM, BLOCK_V)
+                in_queries = (rows < queries)[:, None]
+                b_g = load_rows(
+                    rows_of(g_head, rows[:, None], g_row, PACK), in_queries, value_column, VALUE_DIM, BLOCK_V
+                )
+                shift = tl.load(statistics + (head.to(tl.int64) * queries + rows[:, None]), mask=in_queries, other=0.0)
+                b_g += (shift * 0.0).to(b_g.dtype)  # NaN where weights are
                 seen, _ = seen_of(
                     rows[None, :], j, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK,
                     MASK_COLUMN, WINDOW, COMPUTE,
                 )  # fmt: skip
                 value_acc += nonfinite_sum(seen, b_g, COMPUTE)
+        if BASE2:
+            value_acc = put_nan_back(value_acc)
 
     d, dv_d = (column + tl.arange(0, BLOCK_D))[None, :], (value_column + tl.arange(0, BLOCK_V))[None, :]
     p_dk = rows_of(head_of(dk, dk_table, key_head, dk_inner, dk_outer, dk_step, OUT_PACK), j, dk_row, OUT_PACK)

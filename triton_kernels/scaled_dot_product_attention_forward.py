@@ -24,10 +24,12 @@ from .scaled_dot_product_attention_tile import (
     nonfinite_sum,
     number,
     product,
+    put_nan_back,
     rows_of,
     runs,
     score,
     seen_of,
+    set_nan_aside,
     span,
     tiles_of,
     without_nonfinite,
@@ -74,7 +76,7 @@ def forward_tile(
     out = out * correction
     if HIDES:
         b_v, spoiled = without_nonfinite(b_v, spoiled)
-    return add_product(out, p, b_v), most, total, spoiled
+    return add_product(out, p, b_v, True), most, total, spoiled
 
 
 @triton.jit
@@ -184,9 +186,13 @@ def forward_kernel(
                     WINDOW, ALIBI, SOFTCAP, QUADS, phase != 1, phase != 1 and (MASK != 0 or WINDOW or RANGED),
                 )  # fmt: skip
 
-    if MASK != 0 or WINDOW or RANGED:
+    if MASK != 0 or WINDOW or RANGED or BASE2:
         spoiled_sum = tl.sum(spoiled, axis=0)
-        for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+        incomplete = spoiled_sum != spoiled_sum
+        if BASE2:  # where weights are NaN, so is their total
+            acc, lost = set_nan_aside(acc)
+            incomplete = incomplete | lost
+        for tile in range(begin, tl.where(incomplete, end, begin)):
             rows = tile * COLS + tl.arange(0, COLS)
             p_v = rows_of(v_head, rows[:, None], v_row, PACK)
             b_v = load_rows(p_v, (rows < keys)[:, None], out_column, VALUE_DIM, BLOCK_V)
@@ -195,6 +201,8 @@ def forward_kernel(
                 WINDOW, COMPUTE,
             )  # fmt: skip
             acc += nonfinite_sum(seen, b_v, COMPUTE)
+        if BASE2:
+            acc = put_nan_back(acc)
 
     d = (out_column + tl.arange(0, BLOCK_V))[None, :]
     if SPLIT:
