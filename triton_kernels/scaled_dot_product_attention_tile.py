@@ -256,14 +256,19 @@ def seen_of(
 
 
 @triton.jit
+def any_of(seen):
+    return tl.max(tl.max(seen.to(tl.int32), axis=1), axis=0) != 0
+
+
+@triton.jit
 def score(
-    s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column,
-    MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
-    CHECKED: tl.constexpr, BASE2: tl.constexpr,
+    s, i, j, seen, added, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, mask_row,
+    mask_column, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, CHECKED: tl.constexpr, BASE2: tl.constexpr,
 ):  # fmt: skip
     """Products become scores: scaled, capped, masked, -inf where they take no part; and the tanh of the cap.
 
-    CHECKED: some may take no part.
+    CHECKED: some may take no part; seen and added of seen_of, or None for both.
     """
     s = s * factor
     capped = s
@@ -276,10 +281,11 @@ def score(
             place = tl.load(key_ranges + i.to(tl.int64) * 4 + 2, mask=i < queries, other=0)
         s = s - slope * tl.abs(j - place).to(s.dtype)
     if CHECKED:
-        seen, added = seen_of(
-            i, j, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column, MASK, MASK_COLUMN, WINDOW,
-            s.dtype,
-        )  # fmt: skip
+        if seen is None:
+            seen, added = seen_of(
+                i, j, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column, MASK, MASK_COLUMN,
+                WINDOW, s.dtype,
+            )  # fmt: skip
         if MASK == FLOAT_MASK:
             s = s + (added * LOG2_E if BASE2 else added)
         s = tl.where(seen, s, -INFINITY)
