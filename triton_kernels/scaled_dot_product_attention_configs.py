@@ -115,7 +115,7 @@ class GluonTile:
     num_stages: int
 
 
-# Whether the Gluon kernel serves the forwards that it covers on sm_90. No GPU has run it yet. `make gpu` on one compares
+# Whether the Gluon kernel serves the forwards that it covers on sm_90. No GPU has run it yet. `make gpu` there compares
 # it with the CPU kernels (gpu_check.launches, in the self-check and under compute-sanitizer), tests it (`[triton` of
 # tests/test_scaled_dot_product_attention_gluon.py) and times it (rows `pynn gluon` of bench/results/<device>.csv).
 # To be True when, on that device, all of these pass and the median of `pynn gluon` is below that of `pynn triton` in
