@@ -242,7 +242,7 @@ def machine(monkeypatch):
 
     def choose(name):
         monkeypatch.setattr(recurrent_configs, "architecture", lambda: name)
-        monkeypatch.setattr(recurrent_configs, "_loops", lambda: recurrent_configs._LOOPS[name])
+        monkeypatch.setattr(recurrent_configs, "_generation", lambda: name)
         return recurrent_configs
 
     return choose
