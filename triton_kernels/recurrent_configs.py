@@ -127,7 +127,8 @@ class Teams:
                 yield tile
 
 
-# Chosen by the shared memory and the registers that the compilers report; no GPU has measured them.
+# Chosen by the shared memory and the registers that the compilers report; no GPU has measured them. There are none on
+# AMD: Triton's barrier does not wait there for stores to memory, so one thread cannot release those of the others.
 _SIDE_BY_SIDE = (Tile(16, 16, 128, 8, free=True, kept=True),)
 _PLAIN = (Tile(16, 32, 128, 4, free=True, kept=True), Tile(16, 16, 128, 4, free=True, kept=True))
 _TEAMS = {
@@ -186,7 +187,7 @@ def team_tiles(kind: str, batch: int, width: int, length: int, packed: bool, *, 
     if teams is None:
         return []
     kept = teams.tiles(length, side_by_side) if kind == "half" and packed else ()
-    return [*kept, step_tile(kind, batch, width, packed)]
+    return [*kept, dataclasses.replace(step_tile(kind, batch, width, packed), free=True)]
 
 
 def _generation() -> str:

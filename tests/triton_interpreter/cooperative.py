@@ -1,9 +1,9 @@
 """Cooperative launches: programs that wait for each other, each in a thread of its own, of which one runs at a time.
 
-The running program hands over before every atomic and every volatile load: there it may be waiting for another. The
-order of the settings says to whom: the next one, the one before, or any. Programs that only look, over and over, at
-memory that nobody changes wait for ever: that is an error, and so it is in an ordinary launch, whose programs have no
-one to wait for.
+A program looks at what others may change by an atomic or a volatile load. Forward and in reverse it runs until it looks
+a second time at unchanged memory, and so waits; then the next one runs, as far ahead of the others as it can. Shuffled,
+any program may follow at any look. Programs that look over and over at memory that nobody changes wait for ever: that is
+an error, and so it is in an ordinary launch, whose programs have no one to wait for.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Team:
         if all(other.looks > LOOKS for other in self._programs):
             where = ", ".join(str(other.index) for other in self._programs)
             raise Deadlock(f"all programs that have not ended wait, and none can go on: {where}")
-        self._hand_over(program)
+        if program.looks > 1 or settings.program_order == "shuffled":
+            self._hand_over(program)
 
     def changed(self) -> None:
         """The running program wrote to memory: what others wait for may have come."""
@@ -106,11 +107,12 @@ class Team:
             for other in self._programs:
                 other.baton.release()
             return
-        successor = self._successor(program)
+        place = self._programs.index(program)
         self._programs.remove(program)
         self.changed()
-        if successor is not program:
-            self._resume(successor)
+        if self._programs:
+            shuffled = settings.program_order == "shuffled"
+            self._resume(self._successor(program) if shuffled else self._programs[place % len(self._programs)])
 
     def _hand_over(self, program: Program) -> None:
         successor = self._successor(program)
@@ -123,9 +125,9 @@ class Team:
             raise _Abandoned
 
     def _successor(self, program: Program) -> Program:
+        """Who runs next; `program` itself, maybe, in a shuffled order or if it is the last."""
         if settings.program_order == "shuffled":
-            others = [other for other in self._programs if other is not program]
-            return self._random.choice(others or [program])
+            return self._random.choice(self._programs)
         return self._programs[(self._programs.index(program) + 1) % len(self._programs)]
 
     def _resume(self, program: Program) -> None:
