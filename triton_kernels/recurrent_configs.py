@@ -105,22 +105,24 @@ _LOOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Teams:
-    """16-bit tiles of programs that wait for each other and keep their weights on the chip.
+    """Tiles of programs that wait for each other.
 
-    A warp makes 8 columns of the product; wider layers than fit read the weights from the L2 cache in every step, as a
-    launch per step does.
+    Those of 16 bits keep their weights on the chip, a warp making 8 columns of the product. Wider layers than fit, and
+    products without tensor cores, read the weights from the L2 cache in every step, as a launch per step does.
 
     Args:
-        side_by_side: lstm and gru, whose products have four columns for a unit, forward.
-        plain: rnn, and the backward of all; the one with the fewest programs first.
+        side_by_side: lstm and gru in 16 bits, whose products have four columns for a unit, forward.
+        plain: rnn in 16 bits, and the backward of all; the one with the fewest programs first.
+        fp32: with half as many terms at once as in a launch per step: those take all registers there are, and spill.
         shared: bytes for the kept weights and the rows they are multiplied with, what else a program needs aside.
     """
 
     side_by_side: tuple[Tile, ...]
     plain: tuple[Tile, ...]
+    fp32: tuple[Tile, ...]
     shared: int
 
-    def tiles(self, length: int, side_by_side: bool) -> Iterator[Tile]:
+    def kept(self, length: int, side_by_side: bool) -> Iterator[Tile]:
         for tile in self.side_by_side if side_by_side else self.plain:
             columns = tile.units * (4 if side_by_side else 1)
             if 2 * triton.cdiv(length, tile.depth) * tile.depth * (columns + tile.rows) <= self.shared:
@@ -131,11 +133,14 @@ class Teams:
 # AMD: Triton's barrier does not wait there for stores to memory, so one thread cannot release those of the others.
 _SIDE_BY_SIDE = (Tile(16, 16, 128, 8, free=True, kept=True),)
 _PLAIN = (Tile(16, 32, 128, 4, free=True, kept=True), Tile(16, 16, 128, 4, free=True, kept=True))
+_FP32 = (Tile(4, 32, 16, 4, 3, free=True), Tile(16, 32, 16, 8, 3, free=True))
 _TEAMS = {
-    "sm_80": Teams(_SIDE_BY_SIDE, _PLAIN, 161 << 10),
-    "sm_90": Teams(_SIDE_BY_SIDE, _PLAIN, 224 << 10),
-    "sm_120": Teams(_SIDE_BY_SIDE, _PLAIN, 96 << 10),  # and the sm_86 and sm_89
-    "interpret": Teams((Tile(16, 16, 64, 1, kept=True),), (Tile(16, 16, 64, 1, kept=True),), 128 << 10),
+    "sm_80": Teams(_SIDE_BY_SIDE, _PLAIN, _FP32, 161 << 10),
+    "sm_90": Teams(_SIDE_BY_SIDE, _PLAIN, _FP32, 224 << 10),
+    "sm_120": Teams(_SIDE_BY_SIDE, _PLAIN, _FP32, 96 << 10),  # and the sm_86 and sm_89
+    "interpret": Teams(
+        (Tile(16, 16, 64, 1, kept=True),), (Tile(16, 16, 64, 1, kept=True),), (Tile(16, 64, 64, 1),), 128 << 10
+    ),
 }
 _teams = True
 
@@ -186,7 +191,9 @@ def team_tiles(kind: str, batch: int, width: int, length: int, packed: bool, *, 
     teams = _TEAMS.get(_generation()) if _teams else None
     if teams is None:
         return []
-    kept = teams.tiles(length, side_by_side) if kind == "half" and packed else ()
+    if kind == "fp32" and packed:
+        return list(teams.fp32)
+    kept = teams.kept(length, side_by_side) if kind == "half" and packed else ()
     return [*kept, dataclasses.replace(step_tile(kind, batch, width, packed), free=True)]
 
 
