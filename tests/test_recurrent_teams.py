@@ -1,4 +1,4 @@
-"""Recurrent layers in Triton whose programs make a sequence together: in one cooperative launch, waiting for each other.
+"""Recurrent layers in Triton whose programs make a sequence together: one cooperative launch, waiting for each other.
 
 The interpreter runs these programs one at a time, in any order, and watches what they read of each other
 (tests/triton_interpreter/cooperative.py). On a GPU the same tests compare with a launch per step, bit for bit.
@@ -78,13 +78,14 @@ def assert_same_bits(got, expected, what=""):
 # ---------------------------------------------------------------- the numbers
 
 
-@pytest.mark.parametrize("options", [{}, {"lengths": True, "reverse": False}, {"lengths": True, "reverse": True}], ids=str)
+@pytest.mark.parametrize(("lengths", "reverse"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", GATES)
-def test_a_team_gives_the_bits_of_a_launch_per_step(backend, configs, launched, cell, dtype, options):
+def test_a_team_gives_the_bits_of_a_launch_per_step(backend, configs, launched, cell, dtype, lengths, reverse):
     p = coarse(operands(cell, 4, 18, 3, HIDDEN, dtype, device=backend.device))
-    if "lengths" in options:
-        options = options | {"lengths": (torch.arange(18) * 7 % 5).to(backend.device)}
+    options = {"reverse": reverse}
+    if lengths:
+        options["lengths"] = (torch.arange(18) * 7 % 5).to(backend.device)
     got = everything(cell, p, **options)
     assert [(name, kind) for name, kind, _ in launched] == [("step_kernel", TEAM), ("step_bwd_kernel", TEAM)]
     assert all((chunks > 0) == (dtype.itemsize == 2) for *_, chunks in launched)
@@ -162,6 +163,7 @@ def test_a_program_that_does_not_wait_or_arrive_is_found(backend, configs, monke
         pytest.skip("on a GPU it would be luck")
     import triton
     import triton_interpreter
+
     from pynn.triton_kernels import recurrent_bwd, recurrent_fwd
 
     @triton.jit
@@ -258,9 +260,7 @@ def test_kept_weights_fit_the_machine(monkeypatch, name, shared):
     kept_widths = set()
     for hidden in (136, 256, 512, 768, 1024, 2048):
         for side_by_side, length in ((True, hidden), (False, hidden), (False, 4 * hidden)):
-            *kept, streaming = recurrent_configs.team_tiles(
-                "half", 16, hidden, length, True, side_by_side=side_by_side
-            )
+            *kept, streaming = recurrent_configs.team_tiles("half", 16, hidden, length, True, side_by_side=side_by_side)
             assert not streaming.kept
             for tile in kept:
                 columns = tile.units * (4 if side_by_side else 1)

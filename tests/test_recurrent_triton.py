@@ -1,6 +1,7 @@
 """Recurrent layers' Triton kernels where they branch: which kernel runs, tails of its tiles, one launch or several.
 
-test_recurrent_teams.py has programs that wait for each other. test_recurrent.py asks the same of every backend; here shapes are chosen for the tiles of these kernels.
+test_recurrent_teams.py has programs that wait for each other. test_recurrent.py asks the same of every backend; here
+shapes are chosen for the tiles of these kernels.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Chosen by the resources that the compilers report (registers, shared memory, no spills); no GPU has measured them yet.
 Which kernel runs depends on the widths and the dtype alone, so a sequence may be cut into chunks, or a batch into
 parts, without another result; the rows of a tile follow the batch, which no sum shows. Nor does it show whether a
-sequence is made by a team of programs or in a launch per step: both add the same products in the same order, so that
-choice may follow batch, steps and the device.
+sequence is made by a team of programs or in a launch per step: both add the same products in the same order, and are
+compiled without fusing what rounds twice. So that choice may follow batch, steps and the device.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def programs_held(registers: int, shared: int, num_warps: int, device: torch.dev
 
 
 def team_tiles(kind: str, batch: int, width: int, length: int, packed: bool, *, side_by_side: bool) -> list[Tile]:
-    """For whole sequences of more units than one program makes: tiles, the best first, or none where there are no teams.
+    """For whole sequences of more units than one program makes: tiles, the best first; none where there are no teams.
 
     A launch per step pays for the launch, about as much as a step takes. A team pays for arriving and waiting, a few
     trips to the L2 cache. So a team is preferred wherever all its programs run at once, whatever the widths: reasoned,

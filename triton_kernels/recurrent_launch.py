@@ -1,8 +1,8 @@
-"""How the recurrent kernels are launched.
+"""How the recurrent kernels are launched, the first of these that can be:
 
-    one program    once for a sequence of few units, for each tile of rows
-    a team         once, cooperatively, for a sequence whose programs all run at once; without a projection
-    step by step   once or twice for each step
+- for a sequence of few units once, with a program for each tile of rows;
+- for a sequence whose programs can all run at once a single time, cooperatively: they wait for each other (a team);
+- once or, with a projection, twice for each step.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Sequence:
             "COMPUTE": tl.float64 if self.compute is torch.float64 else tl.float32,
             "BLOCK_B": tile.rows,
             "BLOCK_H": tile.units,
+            "enable_fp_fusion": False,  # left to the compiler, two kernels would round the same formula differently
             **tile.options,
         }
 

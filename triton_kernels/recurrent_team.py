@@ -41,7 +41,7 @@ def keep(p_w, size, stride, in_columns, BLOCK_K: tl.constexpr, CHUNKS: tl.conste
     kept = ()
     for i in tl.static_range(CHUNKS):
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
-        kept = kept + (tl.load(p_w + k.to(tl.int64) * stride, mask=in_columns & (k < size), other=0.0),)
+        kept += (tl.load(p_w + k.to(tl.int64) * stride, mask=in_columns & (k < size), other=0.0),)
     return kept
 
 
@@ -52,7 +52,7 @@ def kept_product(p_a, kept, size, in_batch, acc, BLOCK_K: tl.constexpr, CHUNKS: 
         rows = ()
         for i in tl.static_range(CHUNKS):
             k = i * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-            rows = rows + (tl.load(p_a + k, mask=in_batch & (k < size), other=0.0, cache_modifier=".cg"),)
+            rows += (tl.load(p_a + k, mask=in_batch & (k < size), other=0.0, cache_modifier=".cg"),)
         for i in tl.static_range(CHUNKS):
             acc = dot(rows[i], kept[i], acc)
     return acc
@@ -60,7 +60,7 @@ def kept_product(p_a, kept, size, in_batch, acc, BLOCK_K: tl.constexpr, CHUNKS: 
 
 @triton.jit
 def apart(values, BLOCK_H: tl.constexpr, SLOTS: tl.constexpr):
-    """(BLOCK_B, BLOCK_H) for each of the SLOTS values that stand side by side for a unit; repeated where there is one."""
+    """(BLOCK_B, BLOCK_H) for each of the SLOTS values of a unit, which stand side by side; the only one repeated."""
     if SLOTS == 1:
         return values, values, values, values
     else:

@@ -9,8 +9,8 @@ import torch
 from .labels import LABELS
 from .ratchet import Case, Promise
 
-_PLAIN = Promise()
-_WAITING = Promise(contains=("acquire", "release"))
+_PLAIN = Promise(exact=True)
+_WAITING = Promise(exact=True, contains=("acquire", "release"))
 _NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")  # the targets with teams, see recurrent_configs.py
 _STEPS = 3
 
@@ -108,4 +108,5 @@ def recurrent() -> Iterator[Case]:
     yield from teams("bf16 gru 512, reverse, lengths", "gru", torch.bfloat16, few, 512, reverse=True, lengths=True)
     yield from teams("bf16 lstm 509", "lstm", torch.bfloat16, few, 509)
     yield from teams("fp32 lstm 512, many rows", "lstm", torch.float32, 64, 512)
+    yield from teams("bf16 lstm 1024, many rows", "lstm", torch.bfloat16, 256, 1024)
     yield Case("bf16 lstm 64, not saved", _Layer("lstm", torch.bfloat16, few, 64).forward(save=False), _PLAIN)

@@ -2,8 +2,8 @@
 
 A program looks at what others may change by an atomic or a volatile load. Forward and in reverse it runs until it looks
 a second time at unchanged memory, and so waits; then the next one runs, as far ahead of the others as it can. Shuffled,
-any program may follow at any look. Programs that look over and over at memory that nobody changes wait for ever: that is
-an error, and so it is in an ordinary launch, whose programs have no one to wait for.
+any program may follow at any look. Programs that look over and over at memory that nobody changes wait for ever: that
+is an error, and so it is in an ordinary launch, whose programs have no one to wait for.
 """
 
 from __future__ import annotations

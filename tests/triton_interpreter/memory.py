@@ -110,7 +110,7 @@ class MemoryOps(interpreter.InterpreterBuilder):
 
     @contextlib.contextmanager
     def _atomic(self, pointers: TensorHandle, active: np.ndarray, semantic) -> Iterator[None]:
-        """Around an atomic: other programs of a cooperative launch run before it, and learn whether it changed memory."""
+        """Around an atomic. In a cooperative launch other programs run before it, and learn what it changed."""
         launch = self._running()
         scalar = pointers.data.size == 1
         cooperative = isinstance(launch.team, Team)
