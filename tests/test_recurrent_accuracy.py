@@ -27,7 +27,7 @@ def test_error_is_no_larger_than_torchs(backend, cell, steps, dtype):
     if backend.name not in MANY and steps in (16, 256):
         pytest.skip("few steps and many are enough for a tool")
     steps = steps_of(backend) if steps == "many" else steps
-    problems, batch = (12, 6) if steps == 1 else (8, 6) if steps <= 16 else (1, 3)
+    problems, batch = (12, 6) if steps == 1 else (8, 6) if steps <= FEW else (1, 3)
     with_onednn = backend.name == "cpu"  # as in test_recurrent.py
     columns: dict = {}
     for _ in range(problems):
