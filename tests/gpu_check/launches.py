@@ -55,6 +55,7 @@ RECURRENT = (
     ("lstm", (1, 70, 4, 31), {}),
     ("lstm", (3, 5, 7, 24), {"projection": 9}),
 )
+TEAMS = (3, 4, 5, 6, 7)  # those of RECURRENT whose programs wait for each other in Triton
 # ((batch, heads, key heads, queries, keys, dim, value dim), shape of a float mask or None, options): both widths of
 # tiles and beyond them, tails, shared heads, the diagonal, dropout, masks of every score, shared by rows, by heads; a
 # window with a soft cap, ALiBi and sinks, whose gradients are taken too; few queries over parts of the keys.
@@ -208,6 +209,17 @@ def recurrent(device: str, dtype: torch.dtype, number: int) -> Results:
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def team(device: str, dtype: torch.dtype, number: int) -> Results:
+    """The same, and whether each result has the bits of a launch per step."""
+    from pynn.triton_kernels import recurrent_configs as configs
+
+    results = recurrent(device, dtype, number)
+    with configs.without_teams():
+        step_by_step = recurrent(device, dtype, number)
+    same = torch.tensor([torch.equal(results[name], step_by_step[name]) for name in results])
+    return results | {"same as step by step": same}
+
+
 def attention(device: str, dtype: torch.dtype, number: int) -> Results:
     """Grouped heads, stored as (B, L, H, D), and all gradients, that of the mask among them."""
     (batch, heads, key_heads, queries, keys, dim, value_dim), mask_shape, options = ATTENTION[number]
@@ -299,6 +311,12 @@ CASES |= {
 CASES |= {
     f"{cell} {shape}": Case(f"{cell}_fwd", functools.partial(recurrent, number=number))
     for number, (cell, shape, _) in enumerate(RECURRENT)
+}
+CASES |= {
+    f"{RECURRENT[number][0]} {RECURRENT[number][1]} team": Case(
+        f"{RECURRENT[number][0]}_fwd", functools.partial(team, number=number)
+    )
+    for number in TEAMS
 }
 CASES |= {
     f"tree_lstm {parents} {hidden}": Case("tree_lstm_fwd", functools.partial(tree, number=number))
