@@ -29,7 +29,7 @@ import pynn
 from bench import _gpu, harness
 from pynn import backends, choices
 from pynn.ops import _conv2d_cases as cases
-from pynn.ops import _conv2d_training
+from pynn.ops import _conv2d_torch
 from pynn.ops._conv2d_functions import Conv2d, Geometry, convolve
 
 CONTENDERS = {"cpu": ("cpu", "library"), "cuda": ("library", "cuda", "triton")}  # the default first
@@ -121,7 +121,7 @@ def _steps(input, weight, bias, grad, geometry: Geometry) -> dict[str, Callable[
         return torch.autograd.grad(convolve(Conv2d, *leaves, None, geometry, None), leaves, grad)
 
     def theirs():
-        return torch.autograd.grad(_conv2d_training.conv2d(*leaves, geometry), leaves, grad)
+        return torch.autograd.grad(_conv2d_torch.conv2d(*leaves, geometry), leaves, grad)
 
     return {"cpu": ours, "library": theirs}
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _conv2d_training
+from . import _conv2d_torch
 from ._conv2d_activation import ACTIVATIONS, check_activation
 from ._conv2d_functions import Conv2d, Geometry, convolve
 from ._conv2d_layout import PADDING_MODES
@@ -113,8 +113,8 @@ def conv2d(
     input, weight, bias, residual = autocast(input, weight, bias, residual)
     geometry = geometry_of(input, weight, stride, padding, dilation, groups, padding_mode)
     if input_scale is None and input_shift is None and input_activation is None:
-        if activation is None and residual is None and _conv2d_training.fastest_in_torch(input, weight, bias, geometry):
-            return _conv2d_training.conv2d(input, weight, bias, geometry)
+        if activation is None and residual is None and _conv2d_torch.is_fastest(input, weight, bias, geometry):
+            return _conv2d_torch.conv2d(input, weight, bias, geometry)
         return convolve(Conv2d, input, weight, bias, residual, geometry, activation)
     check_activation("conv2d", input_activation, "input_activation")
     prologue = input_scale, input_shift, input_activation
