@@ -30,7 +30,8 @@ demo: $(STAMP)
 # has to be chosen when a process starts. With a GPU the first run takes its kernels along.
 INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
 	tests/test_conv_transpose2d.py tests/test_multi_head_attention.py tests/test_conv2d_triton.py tests/test_random.py tests/test_recurrent_triton.py \
-	tests/test_scaled_dot_product_attention_decode.py tests/test_scaled_dot_product_attention_options.py
+	tests/test_scaled_dot_product_attention_decode.py tests/test_scaled_dot_product_attention_nonfinite.py \
+	tests/test_scaled_dot_product_attention_options.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "not [sim"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE_SIM) -k "[sim"
@@ -41,10 +42,12 @@ test: build
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
 # per element and the exact tests hold as they are).
 ISA_TESTS := tests/test_additive_attention.py tests/test_conv2d.py tests/test_conv2d_depthwise.py \
+	tests/test_conv2d_prologue.py \
 	tests/test_conv2d_narrow.py tests/test_conv2d_winograd.py tests/test_conv_transpose2d.py \
 	tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py tests/test_scaled_dot_product_attention_decode.py \
-	tests/test_scaled_dot_product_attention_options.py tests/test_attention_weights.py tests/test_multi_head_attention.py \
+	tests/test_scaled_dot_product_attention_nonfinite.py tests/test_scaled_dot_product_attention_options.py \
+	tests/test_attention_weights.py tests/test_multi_head_attention.py \
 	tests/test_rotary_embedding.py tests/test_recurrent.py \
 	tests/test_layer_norm_lstm.py tests/test_tree_lstm.py
 test-isa: build

@@ -3,8 +3,12 @@ which shapes here.
 
 Every backend that can run an op is timed on a grid of shapes, interleaved, after its results were compared; the table
 goes to pynn/choices/<architecture>.csv, from where `auto` reads it. The default backend keeps a shape unless another
-one is more than three per cent faster. With --part only that part of the grid is measured, and the rows of all other
-calls stay what they are. With --time-limit a sample of the grid is measured, as much of it as there is time for.
+one is more than three per cent faster. With --part or --op only that is measured, and the rows of all other calls stay
+what they are. With --time-limit a sample of the grid is measured, as much of it as there is time for.
+
+The op `conv2d` is a training step - forward, and gradients of input, weight and bias - on CPU tensors: ours with the
+table's backend for each pass, as it was read when this program started, against torch's with torch's autograd. So it is
+measured after the passes: `python -m bench.choose --op conv2d`.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import pynn
 from bench import _gpu, harness
 from pynn import backends, choices
 from pynn.ops import _conv2d_cases as cases
+from pynn.ops import _conv2d_torch
+from pynn.ops._conv2d_functions import Conv2d, Geometry, convolve
 
 CONTENDERS = {"cpu": ("cpu", "library"), "cuda": ("library", "cuda", "triton")}  # the default first
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
@@ -90,18 +96,47 @@ def calls(point: Point, dtype: torch.dtype, device: str) -> dict[str, tuple]:
     grad, bias = made(point.batch, point.outputs, point.size, point.size), torch.randn(point.outputs, device=device)
     geometry = ((point.stride,) * 2, (pad,) * 4, (1, 1), point.groups, 0, False)
     return {
+        STEP: (input, weight, bias.to(dtype), grad, Geometry(*geometry)),
         "conv2d_fwd": (input, weight, bias.to(dtype), None, *geometry, 0, False),
         "conv2d_bwd_input": (grad, weight, input.shape, *geometry, point.channels_last),
         "conv2d_bwd_weight": (grad, input, weight.shape[2:], *geometry, True),
     }
 
 
-OPS = ("conv2d_fwd", "conv2d_bwd_input", "conv2d_bwd_weight")
+PASSES = ("conv2d_fwd", "conv2d_bwd_input", "conv2d_bwd_weight")
+STEP = "conv2d"
+OPS = (*PASSES, STEP)
 
 
 def _run(backend: str, name: str, operands: tuple) -> Callable[[], object]:
     entry = backends.entry(name, backend)
     return lambda: entry(*operands)
+
+
+def _steps(input, weight, bias, grad, geometry: Geometry) -> dict[str, Callable[[], object]]:
+    """A training step of ours and one of torch's."""
+    leaves = [t.detach().requires_grad_() for t in (input, weight, bias)]
+
+    def ours():
+        return torch.autograd.grad(convolve(Conv2d, *leaves, None, geometry, None), leaves, grad)
+
+    def theirs():
+        return torch.autograd.grad(_conv2d_torch.conv2d(*leaves, geometry), leaves, grad)
+
+    return {"cpu": ours, "library": theirs}
+
+
+def _providers(name: str, operands: tuple, device: str) -> dict[str, Callable[[], object]]:
+    if name == STEP:
+        return _steps(*operands) if device == "cpu" else {}
+    return {b: _run(b, name, operands) for b in CONTENDERS[device] if not backends.why_not(name, b)}
+
+
+def _case(name: str, operands: tuple) -> choices.Case:
+    if name != STEP:
+        return getattr(cases, name)(*operands)
+    input, weight, bias, _, geometry = operands
+    return cases.conv2d_fwd(input, weight, bias, None, *geometry)
 
 
 def _assert_same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
@@ -113,7 +148,7 @@ def _assert_same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 
 def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_s: float) -> choices.Row | None:
     """The row of one call, or None where only one backend can run it."""
-    providers = {b: _run(b, name, operands) for b in CONTENDERS[device] if not backends.why_not(name, b)}
+    providers = _providers(name, operands, device)
     if len(providers) < 2:
         return None
     results = {backend: fn() for backend, fn in providers.items()}
@@ -126,7 +161,7 @@ def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_
     default, best = next(iter(providers)), min(medians, key=medians.__getitem__)
     if medians[default] / medians[best] < WORTH_IT:
         best = default
-    case = getattr(cases, name)(*operands)
+    case = _case(name, operands)
     ratio = round(medians[default] / medians[best], 2)
     sizes = " ".join(map(str, case.sizes))
     return choices.Row(name, str(dtype).removeprefix("torch."), case.category, sizes, best, ratio)
@@ -146,6 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.06, metavar="S", help="seconds of timing per call")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="measure every N-th point only")
     parser.add_argument("--part", choices=tuple(SHAPES), action="append", help="repeatable; the whole grid without")
+    parser.add_argument("--op", choices=OPS, action="append", help="repeatable; the passes without")
     parser.add_argument("--time-limit", type=float, metavar="S", help="start no point in the last sixth of this time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -156,9 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() > stop:
             left_out += 1
             continue
-        for name, operands in calls(point, dtype, options.device).items():
+        operands = calls(point, dtype, options.device)
+        for name in options.op or PASSES:
             try:
-                row = measure(name, operands, dtype, options.device, options.budget)
+                row = measure(name, operands[name], dtype, options.device, options.budget)
             except Exception:  # a wrong result of one call does not hide those of the others
                 print(f"FAILED: {name} {point} {dtype}\n{traceback.format_exc()}", flush=True)
                 failed += 1
@@ -170,8 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not measured:  # the table that is there is worth more
         print(f"nothing measured, {left_out} points left out (time limit), {failed} calls FAILED")
         return 1
-    for row in choices.rows(architecture, options.out) if options.part else ():
-        rows.setdefault(row[:4], row)
+    for row in choices.rows(architecture, options.out):
+        if options.part or options.op or row.op == STEP:
+            rows.setdefault(row[:4], row)
     # Rows of the default too: a call must not take another backend because of a row farther away.
     others = [row for row in rows.values() if row.backend != CONTENDERS[options.device][0]]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -181,16 +181,23 @@ def explain() -> Iterator[list[Call]]:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # what is no wrapper of anything
 _kernels: dict[str, tuple[str, ...]] = {}  # op -> backends that have a kernel for it, whether or not they can run here
 _cases: dict[str, Callable[..., choices.Case | None]] = {}  # op -> what its choice depends on, from its operands
+_measured_as: dict[str, str] = {}  # op -> the op in the choice tables, where that is another one
 _in_python: dict[str, Callable] = {}  # op -> the Python function behind pynn_library's op
 _entries: dict[tuple[str, str], Callable] = {}  # (op, backend) -> what runs it in eager
 
 
-def add_op(name: str, case: Callable[..., choices.Case | None] | None = None, library: Callable | None = None) -> None:
+def add_op(
+    name: str,
+    case: Callable[..., choices.Case | None] | None = None,
+    library: Callable | None = None,
+    measured_as: str | None = None,
+) -> None:
     """Called once the op `name` is defined: notes which loaded libraries implement it.
 
     Args:
         case: what the choice of a backend depends on, from the op's operands; None, or a result of None: the default.
         library: what the `library` backend's op runs, where it is in Python.
+        measured_as: the op whose measurements decide the choice; None for `name` itself.
     """
     found = torch._C._dispatch_has_kernel_for_dispatch_key
     _kernels[name] = tuple(
@@ -202,6 +209,8 @@ def add_op(name: str, case: Callable[..., choices.Case | None] | None = None, li
         _cases[name] = case
     if library is not None:
         _in_python[name] = library
+    if measured_as is not None:
+        _measured_as[name] = measured_as
 
 
 def device_of(backend: str) -> str:
@@ -264,6 +273,18 @@ def call(name: str, *operands):
     return _op(name, tensor, case, plain)(*operands)
 
 
+def fastest_in_torch(name: str, tensor: torch.Tensor, case: choices.Case | None) -> bool:
+    """Whether torch's own function of this name, with its autograd, was measured to be the fastest for a call."""
+    if _forced != "auto" or case is None or type(tensor) not in _PLAIN:
+        return False
+    architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
+    if choices.fastest(architecture, name, _name_of(tensor.dtype), case) != "library":
+        return False
+    if _calls is not None:
+        _record(name, "library", tensor, "measured fastest")
+    return True
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether this is a tensor and nothing else, and runs now: what needs no dispatcher around Python code."""
     return type(tensor) in _PLAIN and not torch.compiler.is_compiling()
@@ -302,7 +323,7 @@ def entry(name: str, chosen: str, plain: bool = True) -> Callable:
 
 def _fastest(name: str, tensor: torch.Tensor, case: choices.Case) -> str | None:
     architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
-    chosen = choices.fastest(architecture, name, _name_of(tensor.dtype), case)
+    chosen = choices.fastest(architecture, _measured_as.get(name, name), _name_of(tensor.dtype), case)
     return chosen if chosen is not None and not unavailable[chosen] and has_kernel(name, chosen) else None
 
 

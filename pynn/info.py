@@ -56,6 +56,7 @@ def availability() -> list[tuple[str, str, str]]:
 _KERNEL_OF = {
     "forward_step": "forward_jump_fwd",
     "normal": "normal",
+    "group_norm_conv2d": "group_norm_statistics",
     **dict.fromkeys(
         ("cosine_attention", "hard_attention", "local_attention", "multi_head_attention"),
         "scaled_dot_product_attention_fwd",

@@ -1,7 +1,8 @@
 """Fixtures shared by every test: one thread, a fixed seed, and the backend an op runs on.
 
-A test that takes `backend` runs once per backend. One process runs cpu and sim, and with a GPU cuda and triton; the
-Triton kernels are interpreted in a process of their own: TRITON_INTERPRET=1 python -m pytest -k interpret.
+A test that takes `backend` has a variant for each backend that this process can run: cpu and sim, with a GPU cuda and
+triton too. The Triton kernels are interpreted in a process of their own (TRITON_INTERPRET=1 python -m pytest -k
+interpret). The head of the report tells why others are left out.
 """
 
 from __future__ import annotations
@@ -77,17 +78,40 @@ def _schedule(name, test):
     return simulator.schedule(simulator.SHUFFLED, seed=zlib.crc32(test.encode()), resident_blocks=2)
 
 
-@pytest.fixture(params=[name for name in pynn.backends.BACKENDS if name not in ("auto", "library")])
-def backend(request):
-    """Runs the test once per backend that has kernels of ours; one that this machine or the op lacks is skipped with
-    the reason. tests/test_choices.py has the library's.
+OF_OURS = [name for name in pynn.backends.BACKENDS if name not in ("auto", "library")]
+
+
+def pytest_report_header(config):
+    reasons = {name: _why_not_here(name) for name in OF_OURS}
+    return [f"backend {name}: {reason or 'tested'}" for name, reason in reasons.items()]
+
+
+def _why_not_here(name):
+    return pynn.backends.why_not("forward_jump_fwd", name)  # every backend has this one
+
+
+def pytest_generate_tests(metafunc):
+    """A variant for each backend of ours that runs the test's op here: ten thousand skipped tests would take a minute.
 
     The op is the test module's: test_<op>.py tests the kernel <op>_fwd, or the one the module names as KERNEL.
+    tests/test_choices.py has the library's.
     """
+    if "backend" not in metafunc.fixturenames or "backend" in _marked(metafunc):
+        return
+    kernel = getattr(metafunc.module, "KERNEL", metafunc.module.__name__.rpartition("test_")[2] + "_fwd")
+    names = [name for name in OF_OURS if not pynn.backends.why_not(kernel, name)]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
+def _marked(metafunc):
+    """What the test's own marks parametrize."""
+    return [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+
+
+@pytest.fixture
+def backend(request):
+    """The backend that serves the test's calls of ops."""
     name = request.param
-    kernel = getattr(request.module, "KERNEL", request.module.__name__.rpartition("test_")[2] + "_fwd")
-    if reason := pynn.backends.why_not(kernel, name):
-        pytest.skip(f"{name}: {reason}")
     with pynn.backend(name), _schedule(name, request.node.name):
         yield Backend(name, pynn.backends.device_of(name))
 

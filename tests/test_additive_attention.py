@@ -24,6 +24,7 @@ from policy import (
 )
 
 import pynn
+from pynn import backends
 from pynn.ops import additive_attention
 
 ops = torch.ops.pynn
@@ -445,3 +446,30 @@ def test_gradient_of_a_mask_that_is_not_floating():
     for mask in (None, torch.ones(5, 7, dtype=torch.bool)):
         with pytest.raises(RuntimeError, match="expected a floating attn_mask"):
             ops.additive_attention_bwd(out, None, query, key, value, weight, mask, lse, True)
+
+
+@pytest.mark.parametrize("gradient_of", ["query", "mask", "weight"])
+def test_vmap_is_one_call(backend, gradient_of, monkeypatch):
+    """Samples are more leading dimensions where they share the weight and no gradient of it is wanted."""
+    calls = []
+    op = backends.op
+    monkeypatch.setattr(backends, "op", lambda name, t: calls.append(name) or op(name, t))
+    query, key, value = (torch.randn(5, 2, n, 3).double() for n in (4, 6, 6))
+    weight, mask = torch.randn(3).double(), torch.randn(5, 4, 6).double()
+    mask[:, 1, 2:] = -math.inf
+
+    def loss(tensor, query, mask, weight):
+        inputs = {"query": query, "mask": mask, "weight": weight} | {gradient_of: tensor}
+        out, weights = additive_attention(
+            inputs["query"], key[0], value[0], inputs["weight"], inputs["mask"], return_weights=True
+        )
+        return out.square().sum() + weights.square().sum()
+
+    tensors = {"query": query, "mask": mask, "weight": weight}
+    gradient, shared = torch.func.grad(loss), None if gradient_of == "weight" else 0
+    got = torch.vmap(gradient, (shared, 0, 0, None))(tensors[gradient_of], query, mask, weight)
+    count = len(calls)
+    assert count == (2 if gradient_of != "weight" else 6)  # the gradient of weight is a sum for each sample
+    for i in range(5):
+        tensor = tensors[gradient_of] if shared is None else tensors[gradient_of][i]
+        torch.testing.assert_close(got[i], gradient(tensor, query[i], mask[i], weight))

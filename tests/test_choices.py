@@ -218,6 +218,43 @@ def test_traced_calls_choose_when_they_run(library_is_fastest):
     torch._dynamo.reset()
 
 
+def test_a_training_step_that_is_fastest_in_torch(library_is_fastest):
+    """It is torch's whole: one node of torch's autograd, whose derivatives of every order are torch's."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, w, b = (t.requires_grad_() for t in operands((2, 4, 6, 6), (6, 4, 3, 3), torch.float64))
+        x = x.detach().to(memory_format=layout).requires_grad_()
+        with pynn.explain() as seen:
+            y = ours(x, w, b, padding="same")
+        assert [(call.op, call.backend, call.reason) for call in seen] == [("conv2d", "library", "measured fastest")]
+        assert y.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(y, F.conv2d(x, w, b, padding=1))
+        for others in ({}, {"bias": None}):
+            leaves = [t for t in (x, w, others.get("bias", b)) if t is not None]
+            assert torch.autograd.gradcheck(lambda *t: ours(*t, padding=1), leaves, fast_mode=True)
+            assert torch.autograd.gradgradcheck(lambda *t: ours(*t, padding=1), leaves, fast_mode=True)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: ours(x, w, b).sum())(x), torch.autograd.grad(F.conv2d(x, w, b).sum(), x)[0]
+    )
+
+    def recorded(*tensors, **options):
+        with pynn.explain() as seen:
+            ours(*tensors, **options)
+        return [call.op for call in seen]
+
+    for tensors, options in (
+        ((x.detach(), w, b), {}),  # no gradient of the input
+        ((x, w, b, None, "relu"), {}),
+        ((x, w, b, torch.ones(6, 1, 1).double()), {}),
+        ((x[0], w, b), {}),
+        ((x, w, b), {"padding": 1, "padding_mode": "reflect"}),
+    ):
+        assert recorded(*tensors, **options) == ["conv2d_fwd"]
+    with torch.no_grad():
+        assert recorded(x, w, b) == ["conv2d_fwd"]
+    with pynn.backend("cpu"):
+        assert recorded(x, w, b) == ["conv2d_fwd"]
+
+
 def test_without_a_measurement_the_default_runs(monkeypatch):
     monkeypatch.setattr(choices, "fastest", lambda *_: None)
     x, w, _ = operands((2, 4, 6, 6), (6, 4, 3, 3))
@@ -241,6 +278,9 @@ def test_choose_measures_and_writes(tmp_path, monkeypatch, capsys):
     small[:] = [bench.choose.Point(8, 8, 1, 3, 1, 2, 9, False)]  # beside the rows of other calls
     assert bench.choose.main(["--part", "dense", "--out", str(tmp_path), "--budget", "0.001"]) == 0
     assert "6 calls measured" in capsys.readouterr().out
+    assert bench.choose.main(["--op", "conv2d", "--out", str(tmp_path), "--budget", "0.001"]) == 0
+    assert "2 calls measured" in capsys.readouterr().out
+    assert len(choices.rows(pynn.backends.cpu_isa, tmp_path)) == len(whole) + 8
     assert set(whole) <= set(choices.rows(pynn.backends.cpu_isa, tmp_path))
     monkeypatch.setattr(bench.choose, "_run", lambda backend, name, operands: lambda: torch.randn(3, 3))
     capsys.readouterr()

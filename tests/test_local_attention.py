@@ -192,7 +192,7 @@ def test_transforms(backend):
         ({"center": torch.zeros(9, device="meta")}, RuntimeError, "same device"),
         ({"query": torch.zeros(8).double()}, RuntimeError, "at least 2 dimensions"),
         ({"key": torch.zeros(2, 3, 20, 7).double()}, RuntimeError, "same last dimension"),
-        ({"attn_mask": torch.zeros(9, 19).double()}, RuntimeError, ""),
+        ({"attn_mask": torch.zeros(9, 19).double()}, RuntimeError, r"expected attn_mask \(..., 20\), got \[9, 19\]"),
     ],
 )
 def test_messages(options, error, message):

@@ -1,6 +1,7 @@
 """Recurrent layers' Triton kernels where they branch: which kernel runs, tails of its tiles, one launch or several.
 
-test_recurrent.py asks the same of every backend; here shapes are chosen for the tiles of these kernels.
+test_recurrent_teams.py has programs that wait for each other. test_recurrent.py asks the same of every backend; here
+shapes are chosen for the tiles of these kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +43,15 @@ def launches(monkeypatch):
 
 
 @pytest.fixture
-def _one_step_each(monkeypatch):
+def _no_teams():
+    from pynn.triton_kernels import recurrent_configs
+
+    with recurrent_configs.without_teams():
+        yield
+
+
+@pytest.fixture
+def _one_step_each(monkeypatch, _no_teams):
     """No sequence is made in one launch."""
     from pynn.triton_kernels import recurrent_configs
 
@@ -117,6 +126,7 @@ def test_few_units_take_one_launch(backend, launches, cell):
         assert launches == {backward: 1}
 
 
+@pytest.mark.usefixtures("_no_teams")
 @pytest.mark.parametrize("cell", GATES)
 def test_many_units_take_a_launch_per_step(backend, launches, cell):
     steps = 3
@@ -216,6 +226,7 @@ def test_integers_are_exact(backend, dtype, hidden):
 # ---------------------------------------------------------------- one number whichever kernel
 
 
+@pytest.mark.usefixtures("_no_teams")
 @pytest.mark.parametrize("cell", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_agree(backend, monkeypatch, cell, dtype):
@@ -242,7 +253,7 @@ def machine(monkeypatch):
 
     def choose(name):
         monkeypatch.setattr(recurrent_configs, "architecture", lambda: name)
-        monkeypatch.setattr(recurrent_configs, "_loops", lambda: recurrent_configs._LOOPS[name])
+        monkeypatch.setattr(recurrent_configs, "_generation", lambda: name)
         return recurrent_configs
 
     return choose

@@ -42,6 +42,10 @@ def test_numbers_functions_kernels_and_machinery():
     run_checks("check_numbers.py", "check_functions.py", "check_kernels.py", "check_machinery.py", TRITON_INTERPRET="1")
 
 
+def test_cooperative_launches():
+    run_checks("check_cooperative.py", TRITON_INTERPRET="1")
+
+
 def test_planted_bugs_are_found():
     run_checks("check_planted_bugs.py", TRITON_INTERPRET="1")
 

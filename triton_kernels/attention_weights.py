@@ -89,8 +89,8 @@ def weights_kernel(
         if MASK != 0:
             p_mask = head_of(mask, m_table, head, m_inner, m_outer, m_step, 1)
         s, _ = score(
-            s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
-            MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, True, BASE2,
+            s, i, j, None, None, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask,
+            m_row, m_column, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, True, BASE2,
         )  # fmt: skip
         weight = tl.where(s != -INFINITY, weight_of(s, shift, BASE2) * norm, 0.0)
         if dropout_key is not None:

@@ -30,7 +30,7 @@ from .conv2d_launch import (
 from .conv2d_sums import activation_kernel, channel_sums_kernel, fold_kernel
 
 
-def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
+def empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
@@ -44,15 +44,15 @@ def conv2d_fwd(
     h, w = axes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = (input.shape[0], weight.shape[0], h.out, w.out)
     last = is_channels_last(input) or is_channels_last(weight)
-    return _with_epilogue(
+    return with_epilogue(
         shape, last, save_pre, input, weight, h, w, groups, padding_mode, allow_tf32,
         transposed=False, bias=bias, residual=residual, activation=activation,
     )  # fmt: skip
 
 
-def _with_epilogue(shape, channels_last, save_pre, input, *geometry, residual, **rest):
+def with_epilogue(shape, channels_last, save_pre, input, *geometry, residual, **rest):
     """The result and, if save_pre, its value before the activation."""
-    y = _empty(input, shape, channels_last)
+    y = empty(input, shape, channels_last)
     pre = torch.empty_like(y) if save_pre else None
     if y.numel():
         residual = None if residual is None else residual.expand(shape)
@@ -65,7 +65,7 @@ def conv2d_bwd_input(
 ):
     """conv2d_bwd_input(Tensor grad_output, Tensor weight, SymInt[] input_shape, SymInt[] stride, SymInt[] padding,
     SymInt[] dilation, SymInt groups, int padding_mode, bool allow_tf32, bool channels_last) -> Tensor"""
-    dx = _empty(grad_output, input_shape, channels_last)
+    dx = empty(grad_output, input_shape, channels_last)
     if not dx.numel():
         return dx
     h, w = axes(input_shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -75,17 +75,17 @@ def conv2d_bwd_input(
         return dx
     shape = (*input_shape[:2], h.size + h.before + h.after, w.size + w.before + w.after)
     dtype = torch.float64 if dx.dtype is torch.float64 else torch.float32
-    padded = _empty(grad_output.new_empty(0, dtype=dtype), shape, channels_last)
+    padded = empty(grad_output.new_empty(0, dtype=dtype), shape, channels_last)
     correlate(grad_output, weight, padded, h.padded(), w.padded(), *arguments, transposed=True)
-    _elementwise(
+    elementwise(
         fold_kernel, dx, padded,
-        pads=(h.before, h.after, w.before, w.after), PADDING=padding_mode,
+        more=(h.before, h.after, w.before, w.after), PADDING=padding_mode,
     )  # fmt: skip
     return dx
 
 
-def _elementwise(kernel, x, *others, pads=(), **constants) -> None:
-    """Runs kernel(x, *others, strides of others and of x, sizes, pads, ...) on blocks of pixels and channels of x."""
+def elementwise(kernel, x, *others, more=(), **constants) -> None:
+    """Runs kernel(x, *others, strides of others and of x, sizes, *more, ...) on blocks of pixels and channels of x."""
     layout = Layout.of(x)
     batch, channels, height, width = x.shape
     pixels = batch * height * width
@@ -101,7 +101,7 @@ def _elementwise(kernel, x, *others, pads=(), **constants) -> None:
     launch(
         kernel, blocks * triton.cdiv(channels, tile.channels), x,
         x, *others, *(stride for each in layouts for stride in each.strides), *layout.strides,
-        batch, height, width, channels // pack, *pads,
+        batch, height, width, channels // pack, *more,
         **constants, X_UNIT=layout.unit, X_PACK=layout.pack, PACK=pack, INDEX=index_type(pixels, x, *others),
         COMPUTE=compute_type(x), BLOCK_P=tile.pixels, BLOCK_C=tile.channels, options=tile.options,
     )  # fmt: skip
@@ -109,13 +109,13 @@ def _elementwise(kernel, x, *others, pads=(), **constants) -> None:
 
 def conv2d_bwd_activation(grad_output, saved, activation):
     """conv2d_bwd_activation(Tensor grad_output, Tensor saved, int activation) -> Tensor"""
-    dz = _empty(saved, saved.shape, is_channels_last(saved))
+    dz = empty(saved, saved.shape, is_channels_last(saved))
     if not dz.numel():
         return dz
     x, dy, s = dz, grad_output, saved
     if dz.stride() == grad_output.stride() == saved.stride():  # one row
         x, dy, s = (t.as_strided((1, t.numel(), 1, 1), (0, 1, 0, 0)) for t in (dz, grad_output, saved))
-    _elementwise(activation_kernel, x, dy, s, KIND=activation)
+    elementwise(activation_kernel, x, dy, s, KIND=activation)
     return dz
 
 
@@ -179,7 +179,7 @@ def conv_transpose2d_fwd(
     )
     shape = (input.shape[0], weight.shape[1] * groups, h.size, w.size)
     last = is_channels_last(input) or is_channels_last(weight)
-    return _with_epilogue(
+    return with_epilogue(
         shape, last, save_pre, input, weight, h, w, groups, 0, allow_tf32,
         transposed=True, bias=bias, residual=residual, activation=activation,
     )  # fmt: skip

@@ -63,6 +63,7 @@ _PRODUCTS = {
 
 PROGRAMS = 132 * 4  # so many programs keep a large GPU busy; the same for all, the number of splits decides the bits
 SPLIT_STEPS = 4  # a split has no fewer steps
+MOST_REPEATS = 4  # how often a large matrix product may apply a prologue to the same pixel
 
 
 def architecture() -> str:

@@ -71,7 +71,7 @@ def derivative(s, KIND: tl.constexpr, ELEMENT: tl.constexpr):
         d = tl.where(s <= 0.0, s * 0.0 + SLOPE, s * 0.0 + 1.0)
     elif KIND == SILU:
         p = _sigmoid(s, ELEMENT)
-        d = p * (1.0 + s * (1.0 - p))
+        d = tl.fma(s * p, 1.0 - p, p)
     elif KIND == GELU:
         d = 0.5 * (1.0 + tl.erf(s * SQRT_HALF)) + s * (_exp(s * s * -0.5, ELEMENT) * INV_SQRT_2PI)
     elif KIND == GELU_TANH:

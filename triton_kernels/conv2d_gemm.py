@@ -11,7 +11,8 @@ Float32 is summed in short pieces (CHUNKED), and what is lost when they are adde
 import triton
 import triton.language as tl
 
-from .conv2d_epilogue import finish
+from .conv2d_epilogue import activate, finish
+from .conv2d_prologue_kernels import before_activation
 from .conv2d_tile import along, divide, pixels_of, source, strides_of, taps_of
 
 _SIZES = [
@@ -47,8 +48,13 @@ def gemm_kernel(
     R_UNIT: tl.constexpr, R_PACK: tl.constexpr, IN_PACK: tl.constexpr, OUT_PACK: tl.constexpr, W_PACK: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    scale=None, shift=None,
+    PROLOGUE: tl.constexpr = None, SCALE_SAMPLES: tl.constexpr = False, SHIFT_SAMPLES: tl.constexpr = False,
 ):  # fmt: skip
-    """weight: (groups, out, h_kernel, w_kernel, in), out and in being channels of a group; see conv2d.py."""
+    """weight: (groups, out, h_kernel, w_kernel, in), out and in being channels of a group; see conv2d.py.
+
+    scale and shift are those of PROLOGUE, an activation's number, see conv2d_prologue_kernels.py.
+    """
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
     channels_in, channels_out, w_count = in_units * IN_PACK, out_units * OUT_PACK, w_units * W_PACK
     pid = tl.program_id(0)
@@ -93,11 +99,14 @@ def gemm_kernel(
         row, row_ok = source(i + h_tap * h_shift, h_in, PADDING)
         column, column_ok = source(j + w_tap * w_shift, w_in, PADDING)
         places = images + (row.to(INDEX) * x_h + column.to(INDEX) * x_w)
-        b_x = tl.load(
-            along(places, AXIS) + along(r.to(INDEX) * x_c, 1 - AXIS),
-            mask=along(in_image & row_ok & column_ok, AXIS) & along(in_r, 1 - AXIS),
-            other=0.0,
-        )
+        in_x = along(in_image & row_ok & column_ok, AXIS) & along(in_r, 1 - AXIS)
+        b_x = tl.load(along(places, AXIS) + along(r.to(INDEX) * x_c, 1 - AXIS), mask=in_x, other=0.0)
+        if PROLOGUE is not None:
+            u = before_activation(
+                b_x, in_x, along(n, AXIS), along(group * channels_in + r, 1 - AXIS), groups * channels_in,
+                scale, shift, SCALE_SAMPLES, SHIFT_SAMPLES, COMPUTE,
+            )  # fmt: skip
+            b_x = tl.where(in_x, activate(u, PROLOGUE, b_x.dtype), 0.0).to(b_x.dtype)
         tap = (h_first + h_tap * h_step) * w_kernel + w_first + w_tap * w_step
         b_w = tl.load(
             along(columns + tap * channels_in, 1 - AXIS) + along(r, AXIS),

@@ -128,11 +128,19 @@ def axes(image, kernel, stride, padding, dilation) -> tuple[Axis, Axis]:
     return axes[0], axes[1]
 
 
+def multiplies(reduced: int, outputs: int) -> bool:
+    """Whether gemm_kernel computes a forward of so many channels of a group."""
+    return reduced > _FEW and outputs > _FEW
+
+
 def correlate(
     x, weight, y, h: Axis, w: Axis, groups, padding_mode, allow_tf32,
-    *, transposed, bias=None, residual=None, pre=None, activation=0,
+    *, transposed, bias=None, residual=None, pre=None, activation=0, prologue=None,
 ) -> None:  # fmt: skip
-    """Writes y, the forward of x; or, transposed, the input gradient y of the output's gradient x."""
+    """Writes y, the forward of x; or, transposed, the input gradient y of the output's gradient x.
+
+    prologue: further arguments of gemm_kernel, for what `multiplies`.
+    """
     weight = weight.unflatten(0, (groups, -1))  # (groups, out, in, KH, KW)
     weight = weight.transpose(1, 2) if transposed else weight
     outputs, reduced = weight.shape[1:3]
@@ -194,7 +202,7 @@ def correlate(
     else:
         launch(
             gemm_kernel, programs, x, *arguments,
-            **constants, **_product(kind), BLOCK_R=tile.step, options=tile.options,
+            **constants, **_product(kind), **(prologue or {}), BLOCK_R=tile.step, options=tile.options,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .conv2d_epilogue import derivative
-from .conv2d_tile import along, ordered_sum, pixels_of, source, strides_of
+from .conv2d_tile import along, block_of, ordered_sum, pixels_of, source, strides_of
 
 _kernel = triton.jit(
     do_not_specialize=[
@@ -30,16 +30,6 @@ def add_splits_kernel(out, partials, splits, size, channels, taps, BLOCK: tl.con
     tl.store(out + to, total.to(out.dtype.element_ty), mask=at < size)
 
 
-@triton.jit
-def _block(units, PACK: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """Index of the pixel block, channels and their mask."""
-    channels = units.to(INDEX) * PACK
-    pid = tl.program_id(0)
-    c_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (pid % c_blocks).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return pid // c_blocks, c, c < channels
-
-
 @_kernel
 def channel_sums_kernel(
     partials, x, x_n, x_c, x_h, x_w, batch, height, width, units, steps,
@@ -48,7 +38,7 @@ def channel_sums_kernel(
 ):  # fmt: skip
     """partials (splits, channels): sums over the pixels of a split."""
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
-    split, c, in_channels = _block(units, PACK, BLOCK_C, INDEX)
+    split, c, in_channels = block_of(units, PACK, BLOCK_C, INDEX)
     x_n, x_c, x_h, x_w = strides_of(x_n, x_c, x_h, x_w, X_UNIT, X_PACK)
     channels = along(x + c.to(INDEX) * x_c, 1 - AXIS)
     if AXIS == 0:
@@ -75,7 +65,7 @@ def activation_kernel(
 ):  # fmt: skip
     """dz = dy * activation'(saved); strides x are those of dz."""
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
-    block, c, in_channels = _block(units, PACK, BLOCK_C, INDEX)
+    block, c, in_channels = block_of(units, PACK, BLOCK_C, INDEX)
     n, i, j, _, _, in_image = pixels_of(block, batch, height, width, height, width, 1, 1, 0, 0, BLOCK_P, INDEX)
     mask = along(in_image, AXIS) & along(in_channels, 1 - AXIS)
     n, i, j, c = n.to(tl.int64), i.to(INDEX), j.to(INDEX), c.to(INDEX)
@@ -108,7 +98,7 @@ def fold_kernel(
 ):  # fmt: skip
     """dx: each pixel's gradient and those of its repetitions in the padding. Strides x of dx, y of padded."""
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
-    block, c, in_channels = _block(units, PACK, BLOCK_C, INDEX)
+    block, c, in_channels = block_of(units, PACK, BLOCK_C, INDEX)
     n, i, j, _, _, in_image = pixels_of(block, batch, height, width, height, width, 1, 1, 0, 0, BLOCK_P, INDEX)
     n, i, j, c = n.to(tl.int64), i.to(INDEX), j.to(INDEX), c.to(INDEX)
     y_n, y_c, y_h, y_w = strides_of(y_n, y_c, y_h, y_w, Y_UNIT, Y_PACK)

@@ -46,6 +46,16 @@ def pixels_of(
 
 
 @triton.jit
+def block_of(units, PACK: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """Index of the pixel block, channels and their mask."""
+    channels = units.to(INDEX) * PACK
+    pid = tl.program_id(0)
+    c_blocks = tl.cdiv(channels, BLOCK_C)
+    c = (pid % c_blocks).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return pid // c_blocks, c, c < channels
+
+
+@triton.jit
 def taps_of(phase, pad, stride, dilation, kernel, step, inverse, TRANSPOSED: tl.constexpr):
     """Of one dimension: first tap and number of taps, what the first one reads for count 0, and the next ones' shift.
 

@@ -237,6 +237,16 @@ def group_norm_fwd(input, weight, bias, num_groups, eps, silu):
     return y, mean, rstd
 
 
+def group_norm_statistics(input, num_groups, eps):
+    """group_norm_statistics(Tensor input, SymInt num_groups, float eps) -> (Tensor mean, Tensor rstd)"""
+    (p,) = _problem(input, num_groups, False)
+    mean, rstd = (p.x.new_empty((input.shape[0], num_groups), dtype=p.compute) for _ in range(2))
+    if p.x.numel() == 0:
+        return mean.zero_(), rstd.fill_(float("nan"))
+    p.combine(p.moments(), None, None, eps, mean_out=mean, rstd_out=rstd)
+    return mean, rstd
+
+
 def group_norm_bwd(grad_output, input, weight, bias, mean, rstd, num_groups, silu):
     """group_norm_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,
     SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"""

@@ -1,7 +1,8 @@
 """Backward kernels of recurrent layers: the gradients of the pre-activations, from the last step to the first.
 
 step_bwd_kernel: a program owns BLOCK_B rows and BLOCK_H units of one step or, where its units are all there are, of the
-whole sequence (LOOP): then gradients go through memory that only this program touches.
+whole sequence (LOOP): then gradients go through memory that only this program touches. With counters it is one of a
+team that makes the whole sequence (recurrent_team.py).
 resident_bwd_kernel: a program owns BLOCK_B rows of the whole sequence; weight_hh and what flows back stay in registers.
 
 A step multiplies the gradients of the step after it by weight_hh, so the gradient of h0 takes one more step: s = -1.
@@ -17,6 +18,7 @@ import triton.language as tl
 
 from .recurrent_cells import cell_backward, columns_product, dot, load4, store4, tanh
 from .recurrent_fwd import before, rows_of
+from .recurrent_team import COUNTER_STRIDE, arrive, keep, kept_product, wait
 
 _kernel = triton.jit(do_not_specialize=["begin", "end", "steps", "batch", "hidden_units", "state_units"])
 
@@ -67,17 +69,21 @@ def step_bwd_kernel(
     begin, end, steps, batch, hidden_units, state_units,
     CELL: tl.constexpr, REVERSE: tl.constexpr, LOOP: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    grad_states=None, hiddens=None, CELLS: tl.constexpr = True,
+    grad_states=None, hiddens=None, CELLS: tl.constexpr = True, counters=None, CHUNKS: tl.constexpr = 0,
 ):  # fmt: skip
     """Steps begin >= s > end, for all of h's gradient that does not come through the next step's gates: carry.
 
     carry, (batch, state), and grad_c, (batch, hidden), are in COMPUTE. With grad_states, a step of a projected LSTM is
     two launches: the gradient of h goes to grad_states, (steps, batch, state); then (CELLS) that, times weight_hr in
     the place of `weight`, is what o * tanh(c) gets, and o * tanh(c) is stored to hiddens, (steps, batch, hidden).
+
+    counters: of the teams' arrivals, 0; programs of a cooperative launch. CHUNKS: if not 0, BLOCK_K times so many are
+    the rows of the weight or more, and it stays on the chip.
     """
     GATES: tl.constexpr = 4 if CELL == 0 else 3 if CELL == 1 else 1
     STORED: tl.constexpr = 4 if CELL < 2 else 1  # gradients of a unit
     PROJECTED: tl.constexpr = grad_states is not None
+    CACHE: tl.constexpr = "" if counters is None else ".cg"  # what other programs store is in the L2 cache
     hidden, state = hidden_units * PACK, state_units * PACK
     width = hidden if CELLS else state
     blocks = tl.cdiv(width, BLOCK_H)
@@ -87,6 +93,8 @@ def step_bwd_kernel(
     row, in_batch, length, longest = rows_of(pid // blocks, lengths, batch, steps, BLOCK_B)
     inside = in_batch & in_units
     own = row * width + unit
+    if CHUNKS:
+        kept = keep(weight + unit, GATES * hidden, state, in_units, BLOCK_K, CHUNKS)
     carry = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
     dc = carry
     if not (PROJECTED and CELLS):
@@ -113,17 +121,23 @@ def step_bwd_kernel(
         if PROJECTED and CELLS:
             dh = columns_product(
                 grad_states + place * state, weight + unit, state, hidden, in_batch & (t < length), in_units,
-                COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K,
+                COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K, CACHE,
             )  # fmt: skip
         else:
             p_next = grad_gates + (after.to(tl.int64) * batch + row) * (STORED * hidden)
             if CELL == 1:
                 p_next += hidden
             size = tl.where(s < last, GATES * hidden, 0)
-            dh = carry + columns_product(
-                p_next, weight + unit, size, state, in_batch & (after < length), in_units,
-                COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K,
-            )  # fmt: skip
+            if counters is not None:
+                wait(counters + pid // blocks * COUNTER_STRIDE, back * blocks)
+            if CHUNKS:
+                zero = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
+                dh = carry + kept_product(p_next, kept, size, in_batch & (after < length), zero, BLOCK_K, CHUNKS)
+            else:
+                dh = carry + columns_product(
+                    p_next, weight + unit, size, state, in_batch & (after < length), in_units,
+                    COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K, CACHE,
+                )  # fmt: skip
             if grad_output is not None:
                 dh += tl.load(grad_output + place * state + unit, mask=alive, other=0.0).to(COMPUTE)
         if PROJECTED and not CELLS:
@@ -139,6 +153,8 @@ def step_bwd_kernel(
                 tl.store(hiddens + place * hidden + unit, h.to(hiddens.dtype.element_ty), mask=alive)
         if LOOP:
             tl.debug_barrier()  # the next step reads these gradients
+        if counters is not None:
+            arrive(counters + pid // blocks * COUNTER_STRIDE)
     if not (PROJECTED and CELLS):
         tl.store(carry_out + own, carry, mask=inside)
     if CELL == 0 and CELLS:

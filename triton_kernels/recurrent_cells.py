@@ -167,17 +167,19 @@ def dot(a, b, acc):
 def rows_product(
     p_a, p_w, gate, size, in_batch, in_units,
     GATES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """a weight.T for up to four gates, (BLOCK_B, BLOCK_H) each.
 
     p_a: (BLOCK_B, 1) rows of a. p_w: (BLOCK_H, 1) rows of the first gate's weight; the next gate's are `gate` further.
+    CACHE: the cache modifier of loads of a.
     """
     a0 = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
     a1, a2, a3 = a0, a0, a0
     for k in range(0, size, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)[None, :]
         in_k = column < size
-        b_a = tl.load(p_a + column, mask=in_batch & in_k, other=0.0)
+        b_a = tl.load(p_a + column, mask=in_batch & in_k, other=0.0, cache_modifier=CACHE)
         mask = in_units & in_k
         a0 = dot(b_a, tl.trans(tl.load(p_w + column, mask=mask, other=0.0)), a0)
         if GATES > 1:
@@ -191,17 +193,17 @@ def rows_product(
 @triton.jit
 def columns_product(
     p_a, p_w, size, stride, in_batch, in_units,
-    COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """a weight, (BLOCK_B, BLOCK_H). p_a: (BLOCK_B, 1) rows of a; p_w: (1, BLOCK_H) columns of the weight's first row.
 
-    stride: of the weight's rows.
+    stride: of the weight's rows. CACHE: the cache modifier of loads of a.
     """
     acc = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
     for k in range(0, size, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)[None, :]
         row = k + tl.arange(0, BLOCK_K)[:, None]
-        b_a = tl.load(p_a + column, mask=in_batch & (column < size), other=0.0)
+        b_a = tl.load(p_a + column, mask=in_batch & (column < size), other=0.0, cache_modifier=CACHE)
         b_w = tl.load(p_w + row.to(tl.int64) * stride, mask=in_units & (row < size), other=0.0)
         acc = dot(b_a, b_w, acc)
     return acc

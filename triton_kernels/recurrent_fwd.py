@@ -1,7 +1,8 @@
 """Forward kernels of recurrent layers. weight_ih x of all steps comes computed; a kernel does what is recurrent.
 
 step_kernel: a program owns BLOCK_B rows and BLOCK_H units, with all gates of a unit, of one step or, where its units
-are all there are, of the whole sequence (LOOP): then h goes through memory that only this program touches.
+are all there are, of the whole sequence (LOOP): then h goes through memory that only this program touches. With
+counters it is one of a team that makes the whole sequence (recurrent_team.py).
 resident_kernel: a program owns BLOCK_B rows of the whole sequence; h and c stay in registers and weight_hh on the chip.
 project_kernel: one step of h = weight_hr (o * tanh(c)).
 
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .recurrent_cells import cell_forward, dot, load4, load_biases, pre_activations, rows_product, store4
+from .recurrent_team import COUNTER_STRIDE, apart, arrive, keep, kept_product, wait
 
 _kernel = triton.jit(do_not_specialize=["slot", "begin", "end", "steps", "batch", "hidden_units", "state_units"])
 
@@ -53,14 +55,18 @@ def step_kernel(
     begin, end, steps, batch, hidden_units, state_units,
     CELL: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr, LOOP: tl.constexpr, PACK: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    hiddens=None,
+    hiddens=None, counters=None, CHUNKS: tl.constexpr = 0,
 ):  # fmt: skip
     """Steps begin <= s < end. gates, cells: None if not saved. c_in, c_out: (batch, hidden), in COMPUTE; LSTM only.
 
     states: (..., batch, state): h0 at `slot`, and h of the other steps: the memory of `output`, longer by h0.
     PROJECTED: o * tanh(c) goes to hiddens (batch, hidden) instead of the output and h_n.
+    counters: of the teams' arrivals, 0; programs of a cooperative launch. CHUNKS: if not 0, BLOCK_K times so many are
+    the columns of the weight or more, and it stays on the chip, with gates side by side.
     """
     GATES: tl.constexpr = 4 if CELL == 0 else 3 if CELL == 1 else 1
+    SLOTS: tl.constexpr = 1 if CELL >= 2 else 4
+    CACHE: tl.constexpr = "" if counters is None else ".cg"  # what other programs store is in the L2 cache
     hidden, state = hidden_units * PACK, state_units * PACK
     blocks = tl.cdiv(hidden, BLOCK_H)
     pid = tl.program_id(0)
@@ -71,6 +77,11 @@ def step_kernel(
     own = row * hidden + unit
     b0, b1, b2, b3 = load_biases(bias_ih, bias_hh, unit, in_units, hidden, CELL, COMPUTE)
     p_w = weight + u.to(tl.int64)[:, None] * state
+    if CHUNKS:
+        column = tl.arange(0, BLOCK_H * SLOTS)[None, :]
+        of_unit, gate = pid % blocks * BLOCK_H + column // SLOTS, column % SLOTS
+        p_kept = weight + (gate.to(tl.int64) * hidden + of_unit) * state
+        kept = keep(p_kept, state, 1, (of_unit < hidden) & (gate < GATES), BLOCK_K, CHUNKS)
     c = tl.zeros([BLOCK_B, BLOCK_H], COMPUTE)
     if CELL == 0:
         c = tl.load(c_in + own, mask=inside, other=0.0)
@@ -88,10 +99,17 @@ def step_kernel(
         x0, x1, x2, x3 = load4(products + place * (GATES * hidden) + unit, hidden, alive, GATES)
         first, earlier = before(t, length, REVERSE)
         p_h = states + (tl.where(first, slot, earlier).to(tl.int64) * batch + row) * state
-        a0, a1, a2, a3 = rows_product(
-            p_h, p_w, hidden.to(tl.int64) * state, state, in_batch & (t < length), (u < hidden)[:, None],
-            GATES, COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K,
-        )  # fmt: skip
+        if counters is not None:
+            wait(counters + pid // blocks * COUNTER_STRIDE, (s - begin) * blocks)
+        if CHUNKS:
+            zero = tl.zeros([BLOCK_B, BLOCK_H * SLOTS], COMPUTE)
+            a = kept_product(p_h, kept, state, in_batch & (t < length), zero, BLOCK_K, CHUNKS)
+            a0, a1, a2, a3 = apart(a, BLOCK_H, SLOTS)
+        else:
+            a0, a1, a2, a3 = rows_product(
+                p_h, p_w, hidden.to(tl.int64) * state, state, in_batch & (t < length), (u < hidden)[:, None],
+                GATES, COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K, CACHE,
+            )  # fmt: skip
         h = c
         if CELL == 1:
             h = tl.load(p_h + unit, mask=alive, other=0.0).to(COMPUTE)
@@ -111,6 +129,8 @@ def step_kernel(
             tl.store(h_n + own, h, mask=alive & is_last(t, length, REVERSE))
         if LOOP:
             tl.debug_barrier()  # the next step reads this h
+        if counters is not None:
+            arrive(counters + pid // blocks * COUNTER_STRIDE)
     if CELL == 0:
         tl.store(c_out + own, c, mask=inside)
 
@@ -134,7 +154,7 @@ def project_kernel(
         alive = in_batch & (t < length)
         h, _, _, _ = rows_product(
             hiddens + row * hidden, weight + n.to(tl.int64)[:, None] * hidden, 0, hidden, alive, (n < state)[:, None],
-            1, COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K,
+            1, COMPUTE, BLOCK_B, BLOCK_H, BLOCK_K, "",
         )  # fmt: skip
         h = h.to(output.dtype.element_ty)
         mask, column = alive & (n < state)[None, :], n[None, :]

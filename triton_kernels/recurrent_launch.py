@@ -1,4 +1,9 @@
-"""How the recurrent kernels are launched: once for a sequence of few units, otherwise once or twice for each step."""
+"""How the recurrent kernels are launched, the first of these that can be:
+
+- for a sequence of few units once, with a program for each tile of rows;
+- for a sequence whose programs can all run at once a single time, cooperatively: they wait for each other (a team);
+- once or, with a projection, twice for each step.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,10 @@ import triton.language as tl
 from . import recurrent_configs as configs
 from .recurrent_bwd import resident_bwd_kernel, step_bwd_kernel
 from .recurrent_fwd import project_kernel, resident_kernel, step_kernel
+from .recurrent_team import COUNTER_STRIDE
 
 LSTM, GRU, TANH, RELU = range(4)  # csrc/include/recurrent.h
+_INT32 = 2**31
 
 
 def gates_of(cell: int) -> int:
@@ -85,6 +92,7 @@ class Sequence:
             "COMPUTE": tl.float64 if self.compute is torch.float64 else tl.float32,
             "BLOCK_B": tile.rows,
             "BLOCK_H": tile.units,
+            "enable_fp_fusion": False,  # left to the compiler, two kernels would round the same formula differently
             **tile.options,
         }
 
@@ -95,6 +103,31 @@ class Sequence:
     def _launcher(self, kernel, width: int, tile: configs.Tile, constants: dict[str, object]) -> _Launcher:
         programs = triton.cdiv(self.batch, tile.rows) * triton.cdiv(width, tile.units)
         return _Launcher(kernel, programs, {**constants, **self._constants(tile)})
+
+    def _team(self, kernel, operands: tuple, length: int, *, side_by_side: bool, **extra: object) -> bool:
+        """Makes the sequence with a team, sums being so long, if that can be; otherwise returns False.
+
+        The counters are cleared on the stream, so a captured launch clears them whenever it is replayed.
+        """
+        if self.projected or self.steps == 1:
+            return False
+        for tile in configs.team_tiles(
+            self._kind, self.batch, self.hidden, length, self._pack > 1, side_by_side=side_by_side
+        ):
+            teams, members = triton.cdiv(self.batch, tile.rows), triton.cdiv(self.hidden, tile.units)
+            if members * (self.steps + 1) >= _INT32:  # arrivals of a team
+                continue
+            constants = {
+                "CELL": self.cell, "LOOP": False, "BLOCK_K": tile.depth,
+                "CHUNKS": triton.cdiv(length, tile.depth) if tile.kept else 0,
+                "counters": self.like.new_zeros(teams * COUNTER_STRIDE.value, dtype=torch.int32),
+                "launch_cooperative_grid": True,
+            }  # fmt: skip
+            launch = self._launcher(kernel, self.hidden, tile, constants | extra)
+            if launch.runs_at_once(operands, self.like.device):
+                launch(*operands)
+                return True
+        return False
 
     # ------------------------------------------------------------ forward
 
@@ -122,6 +155,15 @@ class Sequence:
                 states[slot].copy_(h0)
             else:
                 states, slot = h0, 0
+            if not loop and self._team(
+                step_kernel,
+                (
+                    output, h_n, gates, cells, products, weight_hh, bias_ih, bias_hh, states, slot, c0, c_n, lengths,
+                    0, self.steps, *self._sizes,
+                ),
+                self.hidden, side_by_side=self.gates > 1, PROJECTED=False,
+            ):  # fmt: skip
+                return
             hiddens = self.like.new_empty(self.batch, self.hidden) if self.projected else None
             constants = {
                 "CELL": self.cell, "PROJECTED": self.projected, "LOOP": loop, "BLOCK_K": tile.depth, "hiddens": hiddens
@@ -152,14 +194,16 @@ class Sequence:
         with torch.cuda.device_of(self.like):
             tile, _ = self._loop_tile(backward=True)
             flow = (grad_gates, grad_h, grad_h, grad_c, grad_c, grad_output)
+            whole = (*flow, *kept, weight_hh, lengths, self.steps - 1, -2, *self._sizes)
             if tile is not None:
-                operands = (*flow, *kept, weight_hh, lengths, self.steps - 1, -2)
                 if tile.depth:
                     constants = {"CELL": self.cell, "LOOP": True, "BLOCK_K": tile.depth}
-                    self._launcher(step_bwd_kernel, self.hidden, tile, constants)(*operands, *self._sizes)
+                    self._launcher(step_bwd_kernel, self.hidden, tile, constants)(*whole)
                 else:
                     launch = self._launcher(resident_bwd_kernel, self.hidden, tile, {"CELL": self.cell})
-                    launch(*operands, *self._sizes[:3])
+                    launch(*whole[:-1])
+                return
+            if self._team(step_bwd_kernel, whole, self.gates * self.hidden, side_by_side=False):
                 return
             tile = configs.step_tile(self._kind, self.batch, self.hidden, self._pack > 1)
             constants = {"CELL": self.cell, "LOOP": False, "BLOCK_K": tile.depth}
@@ -183,6 +227,18 @@ class _Launcher:
     def __init__(self, kernel, programs: int, constants: dict[str, object]):
         self._kernel, self._grid, self._constants = kernel, (programs, 1, 1), constants
         self._compiled, self._rest = None, ()
+
+    def runs_at_once(self, operands: tuple, device: torch.device) -> bool:
+        """Whether all programs do, so that one may wait for another. One to a processor always do."""
+        programs, processors = self._grid[0], configs.processors(device)
+        if programs <= processors:
+            return True
+        if programs > 2 * processors or device.type != "cuda":
+            return False
+        kernel = self._kernel.warmup(*operands, grid=self._grid, **self._constants)
+        kernel._init_handles()  # what ptxas made of it
+        held = configs.programs_held(kernel.n_regs, kernel.metadata.shared, self._constants["num_warps"], device)
+        return programs <= processors * held
 
     def __call__(self, *operands) -> None:
         if self._compiled is not None:

@@ -17,12 +17,15 @@ from .philox import philox4x32
 from .scaled_dot_product_attention_backward import (
     keys_kernel,
     queries_kernel,
-    sink_gradient_kernel,
     statistics_kernel,
 )
 from .scaled_dot_product_attention_forward import forward_kernel, merge_kernel
 from .scaled_dot_product_attention_launch import Problem, bits, new_heads, operand, pack_of, readable
-from .scaled_dot_product_attention_mask_gradient import mask_gradient_kernel, sum_mask_gradient_kernel
+from .scaled_dot_product_attention_mask_gradient import (
+    mask_gradient_kernel,
+    sink_gradient_kernel,
+    sum_mask_gradient_kernel,
+)
 
 _BLOCK = 256  # of the kernels that go through a list of numbers
 
@@ -39,8 +42,6 @@ def scaled_dot_product_attention_fwd(*arguments):
     wanted = None
     if not p.is_split and configs.runs_gluon() and gluon.covers(p):
         wanted = gluon.forward(p, out, lse)
-        if wanted is None:
-            return out, lse
     pack, parts, width = pack_of(out), triton.cdiv(p.keys, p.part_keys), p.value.shape[-1]
     tile = p.tile("split" if p.is_split else "plain" if p.is_plain else "forward")
     arguments = p.arguments() | _renamed(operand("o", out, pack), o="out")

@@ -25,16 +25,19 @@ from .scaled_dot_product_attention_tile import (
     LOG2_E,
     SIZES,
     add_product,
+    any_of,
     head_of,
     kept_of,
     load_rows,
     nonfinite_sum,
     number,
     product,
+    put_nan_back,
     rows_of,
     runs,
     score,
     seen_of,
+    set_nan_aside,
     span,
     split_lse,
     tiles_of,
@@ -49,9 +52,9 @@ SWEPT_KEYS: tl.constexpr = tl.constexpr(512)
 
 @triton.jit
 def gradient_tile(
-    own_1, own_2, p_own_1, p_own_2, in_own, b_1, b_2, p_1, p_2, in_streamed, i, j, i_first, j_first,
-    shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper,
-    p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
+    own_1, own_2, p_own_1, p_own_2, in_own, b_1, b_2, p_1, p_2, in_streamed, i, j, seen, added, i_first,
+    j_first, shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower,
+    upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, OWN: tl.constexpr, STREAMED: tl.constexpr,
     COMPUTE: tl.constexpr, BASE2: tl.constexpr, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr, KEY_ROWS: tl.constexpr, CHECKED: tl.constexpr,
@@ -59,8 +62,8 @@ def gradient_tile(
     """P, A, the gradient of the scores as a mask has it, and of the products; what takes no part has zeros."""
     s = product(own_1, b_1, p_own_1, in_own, p_1, in_streamed, dim, DIM, STEP, OWN, STREAMED, COMPUTE)
     s, capped = score(
-        s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
-        MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, CHECKED, BASE2,
+        s, i, j, seen, added, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row,
+        m_column, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, CHECKED, BASE2,
     )  # fmt: skip
     seen = s != -INFINITY
     p = tl.where(seen, weight_of(s, shift, BASE2) * norm, 0.0)
@@ -142,20 +145,29 @@ def statistics_kernel(
             first, last = tiles_of(phase, begin, middle, second, end)
             for tile in range(first, last):
                 rows = tile * COLS + tl.arange(0, COLS)
-                in_keys = (rows < keys)[:, None]
-                p_k, p_v = rows_of(k_head, rows[:, None], k_row, PACK), rows_of(v_head, rows[:, None], v_row, PACK)
-                b_k, b_v = 0.0, 0.0
-                if STEP == 0:
-                    b_k, b_v = load_rows(p_k, in_keys, 0, DIM, BLOCK_D), load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
-                p, _, ds, _ = gradient_tile(
-                    b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], first_row,
-                    tile * COLS, shift, norm, 0.0, first_element, factor, softcap, slope, diagonal, key_ranges,
-                    queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
-                    DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, QUADS,
-                    False, phase != 1,
-                )  # fmt: skip
-                total += tl.sum(p, axis=1)[:, None]
-                delta += tl.sum(ds, axis=1)[:, None]
+                seen, added, some = None, None, True
+                if MASK != 0:  # a tile that a mask hides is not read
+                    seen, added = seen_of(
+                        i, rows[None, :], key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK,
+                        MASK_COLUMN, WINDOW, COMPUTE,
+                    )  # fmt: skip
+                    some = any_of(seen)
+                if some:
+                    in_keys = (rows < keys)[:, None]
+                    p_k, p_v = rows_of(k_head, rows[:, None], k_row, PACK), rows_of(v_head, rows[:, None], v_row, PACK)
+                    b_k, b_v = 0.0, 0.0
+                    if STEP == 0:
+                        b_k = load_rows(p_k, in_keys, 0, DIM, BLOCK_D)
+                        b_v = load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
+                    p, _, ds, _ = gradient_tile(
+                        b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], seen, added,
+                        first_row, tile * COLS, shift, norm, 0.0, first_element, factor, softcap, slope, diagonal,
+                        key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
+                        dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW,
+                        ALIBI, SOFTCAP, QUADS, False, phase != 1,
+                    )  # fmt: skip
+                    total += tl.sum(p, axis=1)[:, None]
+                    delta += tl.sum(ds, axis=1)[:, None]
     if swept:
         if sinks is not None:
             sink = tl.load(sinks + head)
@@ -167,29 +179,6 @@ def statistics_kernel(
     tl.store(statistics + place, shift, mask=in_queries)
     tl.store(statistics + rows_of_all + place, norm, mask=in_queries)
     tl.store(statistics + 2 * rows_of_all + place, delta, mask=in_queries)
-
-
-@triton.jit(do_not_specialize=["queries", "rows_of_all"])
-def sink_gradient_kernel(
-    grad_sinks, sinks, statistics, queries, rows_of_all,
-    COMPUTE: tl.constexpr, BASE2: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program per head: minus the sum of the weights of its sink times delta."""
-    head = tl.program_id(0)
-    sink = tl.load(sinks + head)
-    if BASE2:
-        sink *= LOG2_E
-    rows_of_all = rows_of_all.to(tl.int64)
-    sums = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, queries, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        place = statistics + (head.to(tl.int64) * queries + row)
-        shift = tl.load(place, mask=row < queries, other=0.0)
-        norm = tl.load(place + rows_of_all, mask=row < queries, other=0.0)
-        delta = tl.load(place + 2 * rows_of_all, mask=row < queries, other=0.0)
-        weight = weight_of(tl.zeros([BLOCK], COMPUTE) + sink, shift, BASE2) * norm
-        sums -= weight.to(tl.float64) * delta.to(tl.float64)
-    tl.store(grad_sinks + head, tl.sum(sums, axis=0).to(COMPUTE))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -247,22 +236,30 @@ def queries_kernel(
             first, last = tiles_of(phase, begin, middle, second, end)
             for tile in range(first, last):
                 rows = tile * COLS + tl.arange(0, COLS)
-                in_keys = (rows < keys)[:, None]
-                p_k, p_v = rows_of(k_head, rows[:, None], k_row, PACK), rows_of(v_head, rows[:, None], v_row, PACK)
-                b_v = 0.0
-                b_k = load_rows(p_k, in_keys, column, DIM, BLOCK_D)
-                if STEP == 0:
-                    b_v = load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
-                _, _, _, ds = gradient_tile(
-                    b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], first_row,
-                    tile * COLS, shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
-                    queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
-                    DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, QUADS,
-                    False, phase != 1,
-                )  # fmt: skip
-                if phase != 1 and (MASK != 0 or WINDOW or RANGED):
-                    b_k, _ = without_nonfinite(b_k, tl.zeros([COLS], COMPUTE))
-                acc = add_product(acc, ds, b_k)
+                seen, added, some = None, None, True
+                if MASK != 0:  # a tile that a mask hides is not read
+                    seen, added = seen_of(
+                        i, rows[None, :], key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK,
+                        MASK_COLUMN, WINDOW, COMPUTE,
+                    )  # fmt: skip
+                    some = any_of(seen)
+                if some:
+                    in_keys = (rows < keys)[:, None]
+                    p_k, p_v = rows_of(k_head, rows[:, None], k_row, PACK), rows_of(v_head, rows[:, None], v_row, PACK)
+                    b_v = 0.0
+                    b_k = load_rows(p_k, in_keys, column, DIM, BLOCK_D)
+                    if STEP == 0:
+                        b_v = load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
+                    _, _, _, ds = gradient_tile(
+                        b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, rows[None, :], seen, added,
+                        first_row, tile * COLS, shift, norm, delta, first_element, factor, softcap, slope, diagonal,
+                        key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
+                        dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW,
+                        ALIBI, SOFTCAP, QUADS, False, phase != 1,
+                    )  # fmt: skip
+                    if phase != 1 and (MASK != 0 or WINDOW or RANGED):
+                        b_k, _ = without_nonfinite(b_k, tl.zeros([COLS], COMPUTE))
+                    acc = add_product(acc, ds, b_k, False)
 
     d = (column + tl.arange(0, BLOCK_D))[None, :]
     p_dq = rows_of(head_of(dq, dq_table, head, dq_inner, dq_outer, dq_step, OUT_PACK), i, dq_row, OUT_PACK)
@@ -303,6 +300,7 @@ def keys_kernel(
         b_k, b_v = load_rows(p_k, in_keys, 0, DIM, BLOCK_D), load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
 
     acc, value_acc = tl.zeros([ROWS, BLOCK_D], COMPUTE), tl.zeros([ROWS, BLOCK_V], COMPUTE)
+    spoiled = tl.zeros([COLS], COMPUTE)
     begin, middle, second, end = span(
         first_row, tl.minimum(first_row + ROWS, keys) - 1, query_ranges, -upper, 1 - lower, queries, WINDOW, 2, COLS,
         MASK,
@@ -320,44 +318,68 @@ def keys_kernel(
             if BASE2:
                 slope *= LOG2_E
         first_element = head.to(tl.int64) * queries * keys
-        spoiled = tl.zeros([COLS], COMPUTE)
         for phase in tl.static_range(3):
             if runs(phase, MASK, RIGHT or RANGED, WINDOW or RANGED or not EVEN):
                 first, last = tiles_of(phase, begin, middle, second, end)
                 for tile in range(first, last):
                     rows = tile * COLS + tl.arange(0, COLS)
                     i = rows[None, :]
-                    in_queries = (rows < queries)[:, None]
-                    p_q, p_g = rows_of(q_head, rows[:, None], q_row, PACK), rows_of(g_head, rows[:, None], g_row, PACK)
-                    place = statistics + (head.to(tl.int64) * queries + i)
-                    shift = tl.load(place, mask=i < queries, other=0.0)
-                    norm = tl.load(place + rows_of_all, mask=i < queries, other=0.0)
-                    delta = tl.load(place + 2 * rows_of_all, mask=i < queries, other=0.0)
-                    b_q = load_rows(p_q, in_queries, column, DIM, BLOCK_D)
-                    b_g = load_rows(p_g, in_queries, value_column, VALUE_DIM, BLOCK_V)
-                    _, a, _, ds = gradient_tile(
-                        b_k, b_v, p_k, p_v, in_keys, b_q, b_g, p_q, p_g, in_queries, i, j, tile * COLS, first_row,
-                        shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
-                        queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
-                        dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW,
-                        ALIBI, SOFTCAP, QUADS, True, phase != 1,
-                    )  # fmt: skip
-                    if phase != 1 and (MASK != 0 or WINDOW or RANGED):
-                        b_q, _ = without_nonfinite(b_q, spoiled)
-                        b_g, spoiled = without_nonfinite(b_g, spoiled)
-                    value_acc = add_product(value_acc, a, b_g)
-                    acc = add_product(acc, ds, b_q)
-        if MASK != 0 or WINDOW or RANGED:
-            spoiled_sum = tl.sum(spoiled, axis=0)
-            for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+                    seen, added, some = None, None, True
+                    if MASK != 0:
+                        seen, added = seen_of(
+                            i, j, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK,
+                            MASK_COLUMN, WINDOW, COMPUTE,
+                        )  # fmt: skip
+                        some = any_of(seen)
+                    if some:
+                        in_queries = (rows < queries)[:, None]
+                        p_q = rows_of(q_head, rows[:, None], q_row, PACK)
+                        p_g = rows_of(g_head, rows[:, None], g_row, PACK)
+                        place = statistics + (head.to(tl.int64) * queries + i)
+                        shift = tl.load(place, mask=i < queries, other=0.0)
+                        norm = tl.load(place + rows_of_all, mask=i < queries, other=0.0)
+                        delta = tl.load(place + 2 * rows_of_all, mask=i < queries, other=0.0)
+                        b_q = load_rows(p_q, in_queries, column, DIM, BLOCK_D)
+                        b_g = load_rows(p_g, in_queries, value_column, VALUE_DIM, BLOCK_V)
+                        _, a, _, ds = gradient_tile(
+                            b_k, b_v, p_k, p_v, in_keys, b_q, b_g, p_q, p_g, in_queries, i, j, seen, added, tile * COLS,
+                            first_row, shift, norm, delta, first_element, factor, softcap, slope, diagonal, key_ranges,
+                            queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim,
+                            value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW,
+                            ALIBI, SOFTCAP, QUADS, True, phase != 1,
+                        )  # fmt: skip
+                        if phase != 1 and (MASK != 0 or WINDOW or RANGED):
+                            b_q, _ = without_nonfinite(b_q, spoiled)
+                            b_g, spoiled = without_nonfinite(b_g, spoiled)
+                        value_acc = add_product(value_acc, a, b_g, True)
+                        acc = add_product(acc, ds, b_q, False)
+    if MASK != 0 or WINDOW or RANGED or BASE2:
+        spoiled_sum = tl.sum(spoiled, axis=0)
+        incomplete = spoiled_sum != spoiled_sum
+        if BASE2:
+            value_acc, lost = set_nan_aside(value_acc)
+            incomplete = incomplete | lost
+        for member in range(tl.where(incomplete, group, 0)):
+            head = key_head * group + member
+            g_head = head_of(g, g_table, head, g_inner, g_outer, g_step, PACK)
+            p_mask = mask
+            if MASK != 0:
+                p_mask = head_of(mask, m_table, head, m_inner, m_outer, m_step, 1)
+            for tile in range(begin, end):
                 rows = tile * COLS + tl.arange(0, COLS)
-                p_g = rows_of(g_head, rows[:, None], g_row, PACK)
-                b_g = load_rows(p_g, (rows < queries)[:, None], value_column, VALUE_DIM, BLOCK_V)
+                in_queries = (rows < queries)[:, None]
+                b_g = load_rows(
+                    rows_of(g_head, rows[:, None], g_row, PACK), in_queries, value_column, VALUE_DIM, BLOCK_V
+                )
+                shift = tl.load(statistics + (head.to(tl.int64) * queries + rows[:, None]), mask=in_queries, other=0.0)
+                b_g += (shift * 0.0).to(b_g.dtype)  # NaN where weights are
                 seen, _ = seen_of(
                     rows[None, :], j, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK,
                     MASK_COLUMN, WINDOW, COMPUTE,
                 )  # fmt: skip
                 value_acc += nonfinite_sum(seen, b_g, COMPUTE)
+        if BASE2:
+            value_acc = put_nan_back(value_acc)
 
     d, dv_d = (column + tl.arange(0, BLOCK_D))[None, :], (value_column + tl.arange(0, BLOCK_V))[None, :]
     p_dk = rows_of(head_of(dk, dk_table, key_head, dk_inner, dk_outer, dk_step, OUT_PACK), j, dk_row, OUT_PACK)

@@ -115,8 +115,12 @@ class GluonTile:
     num_stages: int
 
 
-# Whether the Gluon kernel serves the forwards that it covers on sm_90. No GPU has run it yet: make gpu tests it there,
-# and the benchmark times it beside the Triton kernel. To be True where it has been seen to be right and faster.
+# Whether the Gluon kernel serves the forwards that it covers on sm_90. No GPU has run it yet. `make gpu` there compares
+# it with the CPU kernels (gpu_check.launches, in the self-check and under compute-sanitizer), tests it (`[triton` of
+# tests/test_scaled_dot_product_attention_gluon.py) and times it (rows `pynn gluon` of bench/results/<device>.csv).
+# To be True when, on that device, all of these pass and the median of `pynn gluon` is below that of `pynn triton` in
+# most forward rows and nowhere more than 3 % above it, causal rows and the smallest sizes among them, where the second
+# launch for tiles that are not finite counts most. Otherwise it stays False, or `covers` leaves out what was slower.
 gluon_on_sm_90 = False
 GLUON_TILES = {64: GluonTile(128, 4), 128: GluonTile(128, 2)}  # head dimension -> tile
 SECTION_BYTES = 32 << 20  # of keys and values that are read again and again, of 50 MB of L2 cache

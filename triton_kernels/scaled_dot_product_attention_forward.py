@@ -1,8 +1,8 @@
 """Attention, forward: one pass over the keys with an online softmax.
 
 A program owns ROWS queries of a head and BLOCK_V columns of their outputs; tiles of COLS keys and values stream past.
-Tiles outside of what all its queries see are never read; those in which every score takes part are told from the
-others by their place, and pay nothing for masks.
+Tiles outside of what all its queries see, and those that a mask hides from all of them, are never read; those in which
+every score takes part are told from the others by their place, and pay nothing for masks.
 
 Few queries over many keys, as in decoding with a cache, would leave most of a GPU idle: their keys are split into
 parts. A program then owns a part of the keys of a key head and ROWS of the queries of all heads that share it, so that
@@ -17,6 +17,7 @@ from .scaled_dot_product_attention_tile import (
     LOG2_E,
     SIZES,
     add_product,
+    any_of,
     exponential,
     head_of,
     kept_of,
@@ -24,10 +25,12 @@ from .scaled_dot_product_attention_tile import (
     nonfinite_sum,
     number,
     product,
+    put_nan_back,
     rows_of,
     runs,
     score,
     seen_of,
+    set_nan_aside,
     span,
     tiles_of,
     without_nonfinite,
@@ -36,9 +39,9 @@ from .scaled_dot_product_attention_tile import (
 
 @triton.jit
 def forward_tile(
-    out, top, total, spoiled, own, p_own, in_own, row, k_head, k_row, v_head, v_row, i, j_first, out_column, first_row,
-    first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
-    dropout_key, threshold, kept, dim, value_dim,
+    out, top, total, spoiled, own, p_own, in_own, row, k_head, k_row, v_head, v_row, i, seen, added, j_first,
+    out_column, first_row, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper,
+    p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr, BASE2: tl.constexpr,
     MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -57,8 +60,8 @@ def forward_tile(
     s = product(own, b_k, p_own, in_own, p_k, in_keys, dim, DIM, STEP, ROWS, COLS, COMPUTE)
     j = rows[None, :]
     s, _ = score(
-        s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column,
-        MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, CHECKED, BASE2,
+        s, i, j, seen, added, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row,
+        m_column, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, CHECKED, BASE2,
     )  # fmt: skip
     most = tl.maximum(top, tl.max(s, axis=1)[:, None])
     shift = tl.where(most == -INFINITY, 0.0, most)
@@ -74,7 +77,7 @@ def forward_tile(
     out = out * correction
     if HIDES:
         b_v, spoiled = without_nonfinite(b_v, spoiled)
-    return add_product(out, p, b_v), most, total, spoiled
+    return add_product(out, p, b_v, True), most, total, spoiled
 
 
 @triton.jit
@@ -176,17 +179,31 @@ def forward_kernel(
         if runs(phase, MASK, LEFT or RANGED, WINDOW or RANGED or not EVEN):
             first, last = tiles_of(phase, begin, middle, second, end)
             for tile in range(first, last):
-                acc, top, total, spoiled = forward_tile(
-                    acc, top, total, spoiled, own, p_q, in_rows, row, k_head, k_row, v_head, v_row, i, tile * COLS,
-                    out_column, first_row, first_element, factor, softcap, slope, diagonal, key_ranges, queries, keys,
-                    lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim, value_dim,
-                    DIM, VALUE_DIM, STEP, BLOCK_D, BLOCK_V, ROWS, COLS, PACK, COMPUTE, BASE2, MASK, MASK_COLUMN,
-                    WINDOW, ALIBI, SOFTCAP, QUADS, phase != 1, phase != 1 and (MASK != 0 or WINDOW or RANGED),
-                )  # fmt: skip
+                seen, added, some = None, None, True
+                if MASK != 0:  # a tile that a mask hides is not read
+                    j = (tile * COLS + tl.arange(0, COLS))[None, :]
+                    seen, added = seen_of(
+                        i, j, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, MASK, MASK_COLUMN,
+                        WINDOW, COMPUTE,
+                    )  # fmt: skip
+                    some = any_of(seen)
+                if some:
+                    acc, top, total, spoiled = forward_tile(
+                        acc, top, total, spoiled, own, p_q, in_rows, row, k_head, k_row, v_head, v_row, i, seen, added,
+                        tile * COLS, out_column, first_row, first_element, factor, softcap, slope, diagonal, key_ranges,
+                        queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept, dim,
+                        value_dim, DIM, VALUE_DIM, STEP, BLOCK_D, BLOCK_V, ROWS, COLS, PACK, COMPUTE, BASE2, MASK,
+                        MASK_COLUMN, WINDOW, ALIBI, SOFTCAP, QUADS, phase != 1,
+                        phase != 1 and (MASK != 0 or WINDOW or RANGED),
+                    )  # fmt: skip
 
-    if MASK != 0 or WINDOW or RANGED:
+    if MASK != 0 or WINDOW or RANGED or BASE2:
         spoiled_sum = tl.sum(spoiled, axis=0)
-        for tile in range(begin, tl.where(spoiled_sum == spoiled_sum, begin, end)):
+        incomplete = spoiled_sum != spoiled_sum
+        if BASE2:  # where weights are NaN, so is their total
+            acc, lost = set_nan_aside(acc)
+            incomplete = incomplete | lost
+        for tile in range(begin, tl.where(incomplete, end, begin)):
             rows = tile * COLS + tl.arange(0, COLS)
             p_v = rows_of(v_head, rows[:, None], v_row, PACK)
             b_v = load_rows(p_v, (rows < keys)[:, None], out_column, VALUE_DIM, BLOCK_V)
@@ -195,6 +212,8 @@ def forward_kernel(
                 WINDOW, COMPUTE,
             )  # fmt: skip
             acc += nonfinite_sum(seen, b_v, COMPUTE)
+        if BASE2:
+            acc = put_nan_back(acc)
 
     d = (out_column + tl.arange(0, BLOCK_V))[None, :]
     if SPLIT:

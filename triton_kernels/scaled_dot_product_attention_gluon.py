@@ -227,10 +227,10 @@ def consume(
         gl.store(lse + gl.cast(head, gl.int64) * queries + i, sums, mask=i < queries)
         divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, RESULT))[:, None]
         result = gl.div_rn(acc, divisor + gl.zeros_like(acc))
-        if CAUSAL:  # NaN where a value that is not seen was none: weights of 0 do not hide it
-            finite = gl.sum(gl.sum(result * 0.0, 1), 0) == 0.0
-            halves = (queries + 2 * HALF - 1) // (2 * HALF) * 2
-            gl.store(spoiled + head * halves + row // HALF, (finite == 0).to(gl.int32))
+        # An infinite value may have become NaN, and one that is not seen has: weights of 0 do not hide it.
+        finite = gl.sum(gl.sum(result * 0.0, 1), 0) == 0.0
+        halves = (queries + 2 * HALF - 1) // (2 * HALF) * 2
+        gl.store(spoiled + head * halves + row // HALF, (finite == 0).to(gl.int32))
         tma.store_wait(0)
         o_tile.reshape([HALF, DIM]).store(result.to(o_tile.dtype))
         fence_async_shared()
@@ -245,7 +245,7 @@ def gluon_forward_kernel(
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out (batch, heads, queries, DIM), lse (batch * heads, queries) contiguous; spoiled (batch * heads, tiles of HALF
-    queries), where causal: whether a result is not finite."""
+    queries): whether a result is not finite."""
     DTYPE: gl.constexpr = q_desc.dtype
     q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, DIM], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, COLS, DIM], k_desc.layout)
@@ -288,13 +288,12 @@ def covers(p: Problem) -> bool:
     return dim in configs.GLUON_TILES and 1e-30 < p.scale < 1e30  # so that the largest product makes the largest score
 
 
-def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | None:
+def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """Writes out and lse of a problem that it covers, which is not empty.
 
     Returns:
-        None, or for causal scores (heads, tiles of HALF queries) int32: where a result is not finite. A value that is
-        NaN or infinite and not seen has spoiled those; they are to be computed by another kernel, which rounds
-        otherwise.
+        (heads, tiles of HALF queries) int32: where a result is not finite. A value that is infinite, or NaN and not
+        seen, has spoiled those; they are to be computed by another kernel, which rounds otherwise.
     """
     tiles = triton.cdiv(p.queries, 2 * HALF)
     if p.queries + p.keys >= MOST or 2 * p.heads * tiles >= 2**31:
@@ -302,7 +301,7 @@ def forward(p: Problem, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor | 
     dim, keys, (_, upper, _) = p.query.shape[-1], p.keys, p.window
     causal, tile = upper < keys - 1, configs.GLUON_TILES[dim]
     heads = p.query.shape[-3] if p.query.dim() > 2 else 1
-    spoiled = p.query.new_empty((p.heads, 2 * tiles), dtype=torch.int32) if causal else None
+    spoiled = p.query.new_empty((p.heads, 2 * tiles), dtype=torch.int32)
     section = max(1, configs.SECTION_BYTES // (4 * keys * dim)) * p.group
     with torch.cuda.device_of(p.query):
         gluon_forward_kernel[(min(p.heads * tiles, configs.processors(p.query.device)),)](

@@ -1,4 +1,4 @@
-"""The gradient of a mask: dS summed over the dimensions in which the mask is broadcast.
+"""The gradients of a mask, dS summed over the dimensions in which the mask is broadcast, and of sinks.
 
 A program of mask_gradient_kernel owns a tile of scores of one of the mask's own matrices and adds up dS of that tile
 over all heads that share the matrix, in their order. Where rows or columns are broadcast the tile is then summed to one
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .scaled_dot_product_attention_backward import gradient_tile
-from .scaled_dot_product_attention_tile import LOG2_E, SIZES, head_of, load_rows, number, rows_of, span
+from .scaled_dot_product_attention_tile import LOG2_E, SIZES, head_of, load_rows, number, rows_of, span, weight_of
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -67,11 +67,11 @@ def mask_gradient_kernel(
             b_k, b_v = load_rows(p_k, in_keys, 0, DIM, BLOCK_D), load_rows(p_v, in_keys, 0, VALUE_DIM, BLOCK_V)
         p_mask = head_of(mask, m_table, head, m_inner, m_outer, m_step, 1)
         _, _, ds, _ = gradient_tile(
-            b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, column[None, :], row_tile * ROWS,
-            column_tile * COLS, shift, norm, delta, head.to(tl.int64) * queries * keys, factor, softcap, slope,
-            diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key, threshold, kept,
-            dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN, WINDOW, ALIBI, SOFTCAP,
-            QUADS, False, True,
+            b_q, b_g, p_q, p_g, in_queries, b_k, b_v, p_k, p_v, in_keys, i, column[None, :], None, None,
+            row_tile * ROWS, column_tile * COLS, shift, norm, delta, head.to(tl.int64) * queries * keys, factor,
+            softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, m_row, m_column, dropout_key,
+            threshold, kept, dim, value_dim, DIM, VALUE_DIM, STEP, ROWS, COLS, COMPUTE, BASE2, MASK, MASK_COLUMN,
+            WINDOW, ALIBI, SOFTCAP, QUADS, False, True,
         )  # fmt: skip
         sums += ds.to(SUM)
 
@@ -102,3 +102,26 @@ def sum_mask_gradient_kernel(
             place = p + (i * column_parts + j).to(tl.int64) if ONE_ROW else p + j
             sums += tl.load(place, mask=inside, other=0.0).to(tl.float64)
     tl.store(to + at, sums.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["queries", "rows_of_all"])
+def sink_gradient_kernel(
+    grad_sinks, sinks, statistics, queries, rows_of_all,
+    COMPUTE: tl.constexpr, BASE2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program per head: minus the sum of the weights of its sink times delta."""
+    head = tl.program_id(0)
+    sink = tl.load(sinks + head)
+    if BASE2:
+        sink *= LOG2_E
+    rows_of_all = rows_of_all.to(tl.int64)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, queries, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        place = statistics + (head.to(tl.int64) * queries + row)
+        shift = tl.load(place, mask=row < queries, other=0.0)
+        norm = tl.load(place + rows_of_all, mask=row < queries, other=0.0)
+        delta = tl.load(place + 2 * rows_of_all, mask=row < queries, other=0.0)
+        weight = weight_of(tl.zeros([BLOCK], COMPUTE) + sink, shift, BASE2) * norm
+        sums -= weight.to(tl.float64) * delta.to(tl.float64)
+    tl.store(grad_sinks + head, tl.sum(sums, axis=0).to(COMPUTE))

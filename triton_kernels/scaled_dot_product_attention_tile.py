@@ -20,6 +20,7 @@ BOOL_MASK: tl.constexpr = tl.constexpr(1)  # kinds of MASK; 0 without one
 FLOAT_MASK: tl.constexpr = tl.constexpr(2)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634074)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # of float32
 # Arguments of the kernels that are no reason to compile another one.
 _STRIDES = [
     f"{name}_{part}"
@@ -90,15 +91,35 @@ def product(
 
 
 @triton.jit
-def add_product(total, weights, streamed):
+def add_product(total, weights, streamed, BOUNDED: tl.constexpr):
     """total + weights streamed. One rounding of weights to 16 bits would be an error as large as the rounding of the
-    result, so they enter the product as a sum of two numbers of that size."""
+    result, so they enter the product as a sum of two numbers of that size.
+
+    BOUNDED: weights are finite or NaN. Otherwise the second number is kept finite, that the first says what becomes of
+    an infinity.
+    """
     if streamed.dtype.primitive_bitwidth == 16:
         large = weights.to(streamed.dtype)
-        small = (weights - large.to(tl.float32)).to(streamed.dtype)
-        return tl.dot(small, streamed, tl.dot(large, streamed, total))
+        small = weights - large.to(tl.float32)
+        if not BOUNDED:
+            most: tl.constexpr = 65504.0 if streamed.dtype == tl.float16 else 1e30
+            small = tl.clamp(small, -most, most)
+        return tl.dot(small.to(streamed.dtype), streamed, tl.dot(large, streamed, total))
     else:
         return total + tl.dot(weights, streamed, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def set_nan_aside(total):
+    """A weight that is two numbers makes NaN of an infinity, where the second is negative or one is 0. Such sums become
+    a number that no other sum can be, for nonfinite_sum; and whether there are any. put_nan_back: the others."""
+    lost = total != total
+    return tl.where(lost, LARGEST, total), tl.sum(tl.sum(lost.to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def put_nan_back(total):
+    return tl.where(total == LARGEST, float("nan"), total)
 
 
 @triton.jit
@@ -235,14 +256,19 @@ def seen_of(
 
 
 @triton.jit
+def any_of(seen):
+    return tl.max(tl.max(seen.to(tl.int32), axis=1), axis=0) != 0
+
+
+@triton.jit
 def score(
-    s, i, j, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column,
-    MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
-    CHECKED: tl.constexpr, BASE2: tl.constexpr,
+    s, i, j, seen, added, factor, softcap, slope, diagonal, key_ranges, queries, keys, lower, upper, p_mask, mask_row,
+    mask_column, MASK: tl.constexpr, MASK_COLUMN: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, CHECKED: tl.constexpr, BASE2: tl.constexpr,
 ):  # fmt: skip
     """Products become scores: scaled, capped, masked, -inf where they take no part; and the tanh of the cap.
 
-    CHECKED: some may take no part.
+    CHECKED: some may take no part; seen and added of seen_of, or None for both.
     """
     s = s * factor
     capped = s
@@ -255,10 +281,11 @@ def score(
             place = tl.load(key_ranges + i.to(tl.int64) * 4 + 2, mask=i < queries, other=0)
         s = s - slope * tl.abs(j - place).to(s.dtype)
     if CHECKED:
-        seen, added = seen_of(
-            i, j, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column, MASK, MASK_COLUMN, WINDOW,
-            s.dtype,
-        )  # fmt: skip
+        if seen is None:
+            seen, added = seen_of(
+                i, j, key_ranges, queries, keys, lower, upper, p_mask, mask_row, mask_column, MASK, MASK_COLUMN,
+                WINDOW, s.dtype,
+            )  # fmt: skip
         if MASK == FLOAT_MASK:
             s = s + (added * LOG2_E if BASE2 else added)
         s = tl.where(seen, s, -INFINITY)

@@ -210,11 +210,13 @@ struct Contiguous : Channels<T> {
 
   void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd, bool stream) const {
     const int64_t size = shape.group_size(), group = task * block(), count = std::min(block(), groups() - group);
-    x += group * size, y += group * size;
+    x += group * size;
     GroupLists<kTogether> lists;
     compute_statistics(
         count, double(size), eps, lists, mean + group, rstd + group,
         [&](const double* centers, double* first, double* second) { moments<true>(count, x, centers, first, second); });
+    if (!y) return;
+    y += group * size;
     this->each_chunk(count, [&](int64_t first, int64_t channels) {
       Coefficients<T> k(channels);
       this->set_forward(group, lists, first, channels, k);
@@ -318,12 +320,14 @@ struct ChannelsLast : Channels<T> {
 
   void forward(int64_t task, const T* x, double eps, T* y, A* mean, A* rstd, bool stream) const {
     const Part p = part(task);
-    x += p.offset, y += p.offset;
+    x += p.offset;
     GroupLists<kMost> lists;
     compute_statistics(p.groups, double(shape.group_size()), eps, lists, mean + p.first, rstd + p.first,
                        [&](const double* centers, double* first, double* second) {
                          moments<true>(p.groups, x, centers, first, second);
                        });
+    if (!y) return;
+    y += p.offset;
     this->each_chunk(p.groups, [&](int64_t first, int64_t chunk) {
       Coefficients<T> k(chunk);
       this->set_forward(p.first, lists, first, chunk, k);
@@ -412,7 +416,7 @@ void add_samples(const double* sums, A* out, int64_t batch, int64_t channels) {
 }  // namespace
 
 template <class T>
-int64_t GroupNorm<T>::fwd_scratch(const GroupNormShape&) {
+int64_t GroupNorm<T>::fwd_scratch(const GroupNormShape&, bool) {
   return 0;
 }
 template <class T>

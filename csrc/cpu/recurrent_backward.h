@@ -53,6 +53,7 @@ class BackwardPass {
     weight_hh_ = {call.grad_weight_hh, weights, shape.state, true, arena};
     weight_hr_ = {call.grad_weight_hr, shape.state, shape.hidden, shape.projected, arena};
     sum_bias_ = arena.take<A>(panels_ * kWidth);
+    lost_bias_ = arena.take<A>(panels_ * kWidth);
     gradients_[0] = arena.take<A>(panels_ * capacity_ * kWidth);
     gradients_[1] = single_ ? gradients_[0] : arena.take<A>(panels_ * capacity_ * kWidth);
     state_rows_ = shape.projected ? capacity_ : rows_;
@@ -93,7 +94,7 @@ class BackwardPass {
       for (int64_t k = 0; k < state_panels_ * kWidth; ++k)
         pack_row(call_.weights.hr + k * shape_.hidden + p * kWidth, k < shape_.state ? shape_.hidden - p * kWidth : 0,
                  packed_hr_ + (p * state_panels_ * kWidth + k) * kWidth);
-    std::fill_n(sum_bias_, panels_ * kWidth, A(0));
+    for (A* const sums : {sum_bias_, lost_bias_}) std::fill_n(sums, panels_ * kWidth, A(0));
   }
   // Panels of columns of a weight, its rows in the order of the pre-activations' gradients; read row by row.
   void pack(const T* weight, int64_t columns, int64_t count, bool of_hidden, A* packed) const {
@@ -329,7 +330,8 @@ class BackwardPass {
     each_panels(true, panels_, rows * P::kProduct * width, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const A* const from = gradients_[0] + p * capacity_ * kWidth;
-        if (call_.grad_bias_ih || call_.grad_bias_hh) add_rows(from, rows, sum_bias_ + p * kWidth);
+        if (call_.grad_bias_ih || call_.grad_bias_hh)
+          add_rows(from, rows, sum_bias_ + p * kWidth, lost_bias_ + p * kWidth);
         if (weight_ih_.wanted())
           weight_ih_.template add<P::kVectors>(from, P::rows(p, shape_.hidden, false), left_input_, capacity_, rows,
                                                first);
@@ -410,13 +412,15 @@ class BackwardPass {
   }
 
   void finish_weights() {
-    const auto put = [&](const A* sums, const PanelRows& places, T* to) {
-      for (int v = 0; to && v < P::kVectors && places.count[v] > 0; ++v)
-        store_some(to + places.first[v], places.count[v], load(sums + v * L));
+    const auto put = [&](int64_t from, const PanelRows& places, T* to) {
+      for (int v = 0; to && v < P::kVectors && places.count[v] > 0; ++v) {
+        const Vec<A> sum = load(sum_bias_ + from + v * L), all = sum + load(lost_bias_ + from + v * L);
+        store_some(to + places.first[v], places.count[v], sum - sum == Vec<A>{} ? all : sum);  // if it is finite
+      }
     };
     for (int64_t p = 0; p < panels_; ++p) {
-      put(sum_bias_ + p * kWidth, P::rows(p, shape_.hidden, false), call_.grad_bias_ih);
-      put(sum_bias_ + p * kWidth + P::kHiddenOffset, P::rows(p, shape_.hidden, true), call_.grad_bias_hh);
+      put(p * kWidth, P::rows(p, shape_.hidden, false), call_.grad_bias_ih);
+      put(p * kWidth + P::kHiddenOffset, P::rows(p, shape_.hidden, true), call_.grad_bias_hh);
     }
     for (const auto* weight : {&weight_ih_, &weight_hh_, &weight_hr_}) weight->finish(none_);
   }
@@ -427,7 +431,7 @@ class BackwardPass {
   const bool single_, ready_hh_;  // all rows are one chunk; weight_hh is packed for several products
   int64_t state_rows_;
   Schedule schedule_;
-  A *packed_hh_, *packed_ih_, *packed_hr_, *sum_bias_;
+  A *packed_hh_, *packed_ih_, *packed_hr_, *sum_bias_, *lost_bias_;
   WeightGradient<T> weight_ih_, weight_hh_, weight_hr_;
   bool none_ = true;                            // no chunk has added to the weight gradients yet
   A* gradients_[2];                             // of the pre-activations, [panel][row of the chunk][kWidth]

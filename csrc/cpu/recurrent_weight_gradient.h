@@ -8,9 +8,10 @@
 
 namespace pynn::cpu::recurrent {
 
-// to[:] += the sum of `rows` rows of a panel, summed in short runs whose sums are added.
+// to[:] += the sum of `rows` rows of a panel, summed in short runs whose sums are added. There may be hundreds of
+// panels: what is lost when a sum is added to those before it is added up in lost[:].
 template <class A>
-inline void add_rows(const A* from, int64_t rows, A* to) {
+inline void add_rows(const A* from, int64_t rows, A* to, A* lost) {
   constexpr int64_t L = kLanes<A>, kRun = 16;
   Vec<A> total[kPanelVectors] = {};
   for (int64_t begin = 0; begin < rows; begin += kRun) {
@@ -19,7 +20,11 @@ inline void add_rows(const A* from, int64_t rows, A* to) {
       for (int v = 0; v < kPanelVectors; ++v) sum[v] = sum[v] + load(from + (r * kPanelVectors + v) * L);
     for (int v = 0; v < kPanelVectors; ++v) total[v] = total[v] + sum[v];
   }
-  for (int v = 0; v < kPanelVectors; ++v) store(to + v * L, load(to + v * L) + total[v]);
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Vec<A> before = load(to + v * L), sum = before + total[v], added = sum - before;
+    store(to + v * L, sum);
+    store(lost + v * L, load(lost + v * L) + ((before - (sum - added)) + (total[v] - added)));
+  }
 }
 
 // Rows of a chain of fused multiply-adds: short ones keep the error of long sums small, and the sums between them stay

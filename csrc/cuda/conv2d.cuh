@@ -11,6 +11,7 @@
 #include "conv2d_fold.cuh"
 #include "conv2d_gemm_weight.cuh"
 #include "conv2d_narrow_weight.cuh"
+#include "conv2d_prologue.h"
 
 namespace pynn::cuda {
 namespace {
@@ -72,7 +73,8 @@ void Conv2d<T>::fwd(const T* x, Strides4 x_strides, const T* w, Strides4 w_strid
                     const Conv2dEpilogue<T>& epilogue, const Conv2dShape& s, void* scratch, void* stream) {
   const Output<T> out{y, y_strides, epilogue};
   if constexpr (!std::is_same_v<T, double>) {
-    if (gemm::suits_forward<T>(s)) return gemm::forward(out, x, x_strides, w, w_strides, s, scratch, stream);
+    if (gemm::suits_forward<T>(s))
+      return gemm::forward<T>(out, x, x_strides, w, w_strides, s, nullptr, scratch, stream);
   }
   if (is_depthwise<T>(s)) {
     depthwise(DepthwiseCall<T>{out, x, x_strides, w, w_strides, rows_of(s), columns_of(s), s.batch, s.out_channels,
@@ -130,9 +132,35 @@ void Conv2d<T>::bwd_activation(const T* dy, Strides4 dy_strides, const T* saved,
                       {batch, channels, height, width, is_channels_last(dz_strides)}, stream);
 }
 
+template <class T>
+int64_t PrologueConv2d<T>::fwd_scratch(const Conv2dShape& s) {
+  if (gemm::suits_forward<T>(s)) return gemm::forward_scratch<T>(s);
+  return s.batch * s.in_channels * s.in_height * s.in_width * int64_t(sizeof(T));
+}
+
+// The kernels for few channels read an image that a pass over the input has left in the scratch.
+template <class T>
+void PrologueConv2d<T>::fwd(const T* x, bool channels_last, const Conv2dPrologue<T>& prologue, const T* w,
+                            Strides4 w_strides, T* y, Strides4 y_strides, const Conv2dEpilogue<T>& epilogue,
+                            const Conv2dShape& s, void* scratch, void* stream) {
+  const int64_t pixels = s.in_height * s.in_width, c = s.in_channels;
+  const Strides4 strides = dense_strides(c, s.in_height, s.in_width, channels_last);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (gemm::suits_forward<T>(s))
+      return gemm::forward<T>({y, y_strides, epilogue}, x, strides, w, w_strides, s, &prologue, scratch, stream);
+  }
+  T* const image = static_cast<T*>(scratch);
+  if (c > 0) Conv2dProloguePass<T>::fwd(x, prologue, image, {s.batch, c, pixels, channels_last}, stream);
+  Conv2d<T>::fwd(image, strides, w, w_strides, y, y_strides, epilogue, s, nullptr, stream);
+}
+
 template struct Conv2d<double>;
 template struct Conv2d<float>;
 template struct Conv2d<Half>;
 template struct Conv2d<BFloat16>;
+template struct PrologueConv2d<double>;
+template struct PrologueConv2d<float>;
+template struct PrologueConv2d<Half>;
+template struct PrologueConv2d<BFloat16>;
 
 }  // namespace pynn::cuda

@@ -63,17 +63,17 @@ __device__ accumulate_t<T> derivative(accumulate_t<T> s) {
   if constexpr (activation == Activation::leaky_relu) return s <= 0 ? A(kLeakySlope) : A(1);
   if constexpr (activation == Activation::silu) {
     const A p = logistic<T>(s);
-    return p * (1 + s * (1 - p));
+    return fma(s * p, 1 - p, p);
   }
   if constexpr (activation == Activation::gelu)
     return normal_cdf<T>(s) + s * exp_of<T>(s * s * A(-0.5)) * A(kInvSqrt2Pi);
   if constexpr (activation == Activation::gelu_tanh) {
     const A t = hyperbolic_tangent<T>(s * (1 + s * s * A(kGeluCubic)) * A(kSqrt2OverPi));
     const A inner = (1 + s * s * A(3 * kGeluCubic)) * A(kSqrt2OverPi);
-    return A(0.5) * (1 + t) + A(0.5) * s * (1 - t * t) * inner;
+    return A(0.5) * (1 + t) + A(0.5) * s * fma(-t, t, A(1)) * inner;
   }
   if constexpr (activation == Activation::sigmoid) return s * (1 - s);
-  if constexpr (activation == Activation::tanh) return 1 - s * s;
+  if constexpr (activation == Activation::tanh) return fma(-s, s, A(1));
   return 1;
 }
 

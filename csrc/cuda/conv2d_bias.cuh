@@ -46,6 +46,16 @@ struct PixelWalk {
   }
 };
 
+// sums[0] = the sum of all classes, as a tree. Waits for the block before and after.
+__device__ __forceinline__ void add_classes(double (*sums)[kBiasChannels + 1]) {
+  for (int distance = kClasses / 2; distance > 0; distance /= 2) {
+    __syncthreads();
+    for (int pair = int(threadIdx.x); pair < distance * kBiasChannels; pair += kThreads)
+      sums[pair / 32][pair % 32] += sums[pair / 32 + distance][pair % 32];
+  }
+  __syncthreads();
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     bias_gradient_kernel(double* partial, const T* dy, Strides4 strides, Conv2dShape s, BiasSpans spans) {
@@ -66,12 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     sums[kind][channel] = sum;
   }
-  for (int distance = kClasses / 2; distance > 0; distance /= 2) {
-    __syncthreads();
-    for (int pair = int(threadIdx.x); pair < distance * kBiasChannels; pair += kThreads)
-      sums[pair / 32][pair % 32] += sums[pair / 32 + distance][pair % 32];
-  }
-  __syncthreads();
+  add_classes(sums);
   const int64_t channel = first_channel + threadIdx.x;
   if (int(threadIdx.x) < kBiasChannels && channel < spans.channels)
     partial[block * spans.channels + channel] = sums[0][threadIdx.x];

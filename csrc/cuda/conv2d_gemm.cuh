@@ -20,12 +20,18 @@ template <class T>
 using Medium = MmaTile<T, 128, 64, 32, 32, 2, 4, true>;
 template <class T>
 using Small = MmaTile<T, 64, 64, 32, 32, 4, 4, true>;
+// Large has no registers left for a prologue. Medium adds in the same order.
+template <class Tile>
+constexpr bool kTakesPrologue = Tile::kTotals;
 using LargeFma = FmaTile<8, 2, 3>;
 using SmallFma = FmaTile<4, 3, 3>;
 
 constexpr int64_t kCopyBytes = int64_t(32) << 20, kSumsBytes = int64_t(32) << 20;
-constexpr int64_t kMostRows = int64_t(1) << 30, kMostImages = 32768;
+constexpr int64_t kMostImages = 32768;
 constexpr int64_t kEnoughBlocks = 2 * 132;  // two for each processor of a large GPU
+// How often a large correlation may apply a prologue to the same pixel, once for each tap and column tile that reads
+// it.
+constexpr int64_t kMostRepeats = 4;
 
 // The chunk of an fp32 sum, in steps: the square root of the length of the sum balances the rounding errors of chunks
 // and total.
@@ -128,7 +134,8 @@ Filter<T> filter_of(const Plan<T>& p, const T* w, const Strides4& strides, bool 
 
 template <class T>
 void copy_images(T* to, const T* from, const Strides4& s, int64_t channels, int64_t padded, int64_t groups,
-                 int64_t height, int64_t width, int64_t images, void* stream) {
+                 int64_t height, int64_t width, int64_t images, void* stream,
+                 const Conv2dPrologue<T>* prologue = nullptr) {
   const int64_t tile_pixels = kTileElements / std::min<int64_t>(padded, kTileChannels);
   const ImageCopy<T> c{to,
                        from,
@@ -141,14 +148,25 @@ void copy_images(T* to, const T* from, const Strides4& s, int64_t channels, int6
                        int(ceil_div(padded, kTileChannels)),
                        int(tile_pixels)};
   const dim3 grid(unsigned(ceil_div(c.pixels, tile_pixels)), unsigned(c.groups * c.channel_tiles), unsigned(images));
-  LAUNCH(copy_image_kernel<T>, grid, kThreads, 0, stream, c);
+  if (prologue) {
+    const PrologueCopy<T> with{c, *prologue};
+    LAUNCH((copy_image_kernel<T, PrologueCopy<T>>), grid, kThreads, 0, stream, with);
+  } else {
+    LAUNCH((copy_image_kernel<T, ImageCopy<T>>), grid, kThreads, 0, stream, c);
+  }
 }
 
 template <class Tile, class T>
 void launch_correlation(Correlation<T> c, const Target<T>& to, int64_t rows, int64_t phases, int64_t parts,
-                        void* stream) {
+                        const Conv2dPrologue<T>* prologue, void* stream) {
   c.column_tiles = int(ceil_div(c.columns, Tile::kColumns));
   const dim3 grid(unsigned(ceil_div(rows, Tile::kRows) * c.column_tiles), unsigned(phases * c.groups), unsigned(parts));
+  if constexpr (kTakesPrologue<Tile>) {
+    if (prologue) {
+      LAUNCH(prologue_correlate_kernel<Tile>, grid, Tile::kThreads, kSharedBytes<Tile>, stream, c, to, *prologue);
+      return;
+    }
+  }
   LAUNCH(correlate_kernel<Tile>, grid, Tile::kThreads, kSharedBytes<Tile>, stream, c, to);
 }
 
@@ -160,12 +178,30 @@ Output<Out> from_sample(Output<Out> out, int64_t n) {
   return out;
 }
 
-// Sums of a correlation to `out`: of type T with any strides, or fp32 with dense NHWC strides.
+template <class T>
+Conv2dPrologue<T> from_sample(Conv2dPrologue<T> prologue, int64_t n) {
+  if (prologue.scale.values) prologue.scale.values += n * prologue.scale.stride;
+  if (prologue.shift.values) prologue.shift.values += n * prologue.shift.stride;
+  return prologue;
+}
+
+// Whether the kernel that multiplies applies the prologue too, to each pack that it reads. Where a pixel is read often
+// and many blocks keep the GPU busy, it is better applied once, in a copy of as many images as the L2 cache holds.
+template <class T>
+bool applies_in_kernel(const Plan<T>& p, const Conv2dPrologue<T>& prologue) {
+  if (!suits_kernel(prologue, p.batch * p.groups * p.channels)) return false;
+  const int64_t repeats = p.filter_height * p.filter_width * ceil_div(p.columns, 64);
+  return repeats <= kMostRepeats ||
+         ceil_div(p.batch * p.rows(), 64) * ceil_div(p.columns, 64) * p.groups < kEnoughBlocks;
+}
+
+// Sums of a correlation, of x' if there is a prologue, to `out`: of type T with any strides, or fp32 with dense NHWC
+// strides.
 template <class T, class Out>
 void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const Strides4& image_strides, const T* w,
-               const Strides4& w_strides, bool forward, void* memory, void* stream) {
+               const Strides4& w_strides, bool forward, const Conv2dPrologue<T>* prologue, void* memory, void* stream) {
   const Strides4 s = used_strides(image_strides, p.batch, p.image_height, p.image_width);
-  const bool copying = !in_packs(image, s, p.channels);
+  const bool copying = !in_packs(image, s, p.channels) || (prologue && !applies_in_kernel(p, *prologue));
   const int64_t slice = p.slice(copying), channels = p.groups * p.columns;
   Scratch scratch(memory);
   const Filter<T> filter = filter_of(p, w, w_strides, forward, scratch, stream);
@@ -176,8 +212,13 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
     const int64_t images = std::min(slice, p.batch - n), rows = images * p.rows();
     const T* from = image + n * s.n;
     Image<T> view{from, s.n, s.h, s.w, int(p.channels), int(p.channels)};
+    Conv2dPrologue<T> of_slice{};
+    if (prologue) of_slice = from_sample(*prologue, n);
+    const Conv2dPrologue<T>* const on_copy = prologue && copying ? &of_slice : nullptr;
+    const Conv2dPrologue<T>* const in_kernel = prologue && !copying ? &of_slice : nullptr;
     if (copying) {
-      copy_images(copy, from, s, p.channels, p.padded, p.groups, p.image_height, p.image_width, images, stream);
+      copy_images(copy, from, s, p.channels, p.padded, p.groups, p.image_height, p.image_width, images, stream,
+                  on_copy);
       view = {copy,          p.copy_size(), p.image_width * p.groups * p.padded, p.groups * p.padded,
               int(p.padded), int(p.padded)};
     }
@@ -208,9 +249,11 @@ void correlate(const Plan<T>& p, const Output<Out>& out, const T* image, const S
                      int(split ? p.split : p.split * p.parts),
                      p.padding_mode};
     const int64_t parts = split ? p.parts : 1;
-    const auto run = [&]<class Tile>(Tile*) { launch_correlation<Tile>(c, to, rows, p.phases(), parts, stream); };
+    const auto run = [&]<class Tile>(Tile*) {
+      launch_correlation<Tile>(c, to, rows, p.phases(), parts, in_kernel, stream);
+    };
     if constexpr (sizeof(T) == 2) {
-      if (p.parts == 1 && p.columns > 64 && tiles(128, 128) >= kEnoughBlocks)
+      if (p.parts == 1 && p.columns > 64 && !in_kernel && tiles(128, 128) >= kEnoughBlocks)
         run(static_cast<Large<T>*>(nullptr));
       else if (many)
         run(static_cast<Medium<T>*>(nullptr));
@@ -270,8 +313,8 @@ int64_t forward_scratch(const Conv2dShape& s) {
 }
 template <class T>
 void forward(const Output<T>& out, const T* x, const Strides4& x_strides, const T* w, const Strides4& w_strides,
-             const Conv2dShape& s, void* scratch, void* stream) {
-  correlate(Plan<T>(s, true), out, x, x_strides, w, w_strides, true, scratch, stream);
+             const Conv2dShape& s, const Conv2dPrologue<T>* prologue, void* scratch, void* stream) {
+  correlate(Plan<T>(s, true), out, x, x_strides, w, w_strides, true, prologue, scratch, stream);
 }
 
 template <class T>
@@ -281,7 +324,8 @@ int64_t input_gradient_scratch(const Conv2dShape& s) {
 template <class T, class Out>
 void input_gradient(const Output<Out>& out, const T* dy, const Strides4& dy_strides, const T* w,
                     const Strides4& w_strides, const Conv2dShape& s, void* scratch, void* stream) {
-  correlate(Plan<T>(s, false), out, dy, dy_strides, w, w_strides, false, scratch, stream);
+  const Conv2dPrologue<T>* const none = nullptr;
+  correlate(Plan<T>(s, false), out, dy, dy_strides, w, w_strides, false, none, scratch, stream);
 }
 
 }  // namespace gemm

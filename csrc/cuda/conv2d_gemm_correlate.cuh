@@ -4,6 +4,7 @@
 // rows per block of the sum and keeps that pack's tap, from which the rows' addresses follow whenever the tap changes.
 #pragma once
 #include "conv2d_gemm_output.cuh"
+#include "conv2d_prologue_value.cuh"
 
 namespace pynn::cuda {
 namespace {
@@ -88,10 +89,93 @@ struct CorrelationLoader {
   }
 };
 
+// What the kernel can do: the activations that follow normalisations, with scale and shift that lie alike.
+template <class T>
+bool suits_kernel(const Conv2dPrologue<T>& p, int64_t coefficients) {
+  const bool alike = !p.scale.values || !p.shift.values || p.scale.stride == p.shift.stride;
+  return alike && is_aligned({p.scale.values, p.shift.values}) && coefficients < kMostRows &&
+         (p.activation == Activation::none || p.activation == Activation::relu || p.activation == Activation::silu);
+}
+
+// The same with the prologue of the image: when a pack has arrived in shared memory, the thread that copied it applies
+// the prologue in place, before any other thread reads it. Packs outside of the image stay zero. Coefficients are read
+// 16 bytes at once; those of a block's channels stay in the L1 cache.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
-    correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
-                     const __grid_constant__ Target<typename Tile::Element> to) {
+struct PrologueLoader : CorrelationLoader<Tile> {
+  using Base = CorrelationLoader<Tile>;
+  using T = typename Tile::Element;
+  static constexpr int kAhead = Tile::kStages - 1, kLeft = Base::kLeft;
+
+  const Conv2dPrologue<T>& prologue;
+  int first[kLeft];     // where the coefficients of the row's sample and group begin
+  int channel;          // of the oldest block's pack, in the group
+  unsigned inside = 0;  // which rows are in the image, for each block that has been asked for, oldest first
+
+  __device__ __forceinline__ PrologueLoader(const Correlation<T>& p, const Phase& h, const Phase& w, uint32_t rows,
+                                            uint32_t first_row, int first_column, int group, int first_block,
+                                            const Conv2dPrologue<T>& prologue)
+      : Base(p, h, w, rows, first_row, first_column, group, first_block), prologue(prologue), channel(this->c) {
+    const int stride = int(max(prologue.scale.stride, prologue.shift.stride));
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) {
+      first[r] = group * p.image.channels;
+      if (this->image[r]) first[r] += stride * pixel_of(p, h, w, first_row + this->row + r * Base::kStep).n;
+    }
+  }
+
+  __device__ __forceinline__ void push(unsigned rows) { inside = inside >> kLeft | rows << (kLeft * (kAhead - 1)); }
+  __device__ __forceinline__ void skip() { push(0); }
+  __device__ __forceinline__ void copy(unsigned char* stage) {
+    unsigned rows = 0;
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) rows |= unsigned(this->left[r] != nullptr) << r;
+    push(rows);
+    Base::copy(stage);
+  }
+
+  static __device__ __forceinline__ void read(float (&to)[4], const PerChannel<float>& from, int at, float none) {
+    if (from.values)
+      load_vector(to, from.values + at);
+    else
+      to[0] = to[1] = to[2] = to[3] = none;
+  }
+
+  __device__ __forceinline__ void transform(unsigned char* stage) {
+    unsigned char* const pack = stage + offset_of(this->row, this->pack);
+#pragma unroll
+    for (int r = 0; r < kLeft; ++r) {
+      if (!(inside >> r & 1)) continue;
+      T* const values = reinterpret_cast<T*>(pack + r * Base::kStep * kRowBytes);
+#pragma unroll 1
+      for (int k = 0; k < Base::kPack; k += 4) {  // four at a time: registers are scarce
+        float scale[4], shift[4];
+        read(scale, prologue.scale, first[r] + channel + k, 1);
+        read(shift, prologue.shift, first[r] + channel + k, 0);
+        T four[4];
+        load_vector(four, values + k);
+        const auto apply = [&]<Activation kind>() {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            four[i] = from_float<T>(activated<T, kind>(fmaf(to_float(four[i]), scale[i], shift[i])));
+        };
+        if (prologue.activation == Activation::silu)
+          apply.template operator()<Activation::silu>();
+        else if (prologue.activation == Activation::relu)
+          apply.template operator()<Activation::relu>();
+        else
+          apply.template operator()<Activation::none>();
+        store_vector(values + k, four);
+      }
+    }
+    channel += Tile::kDepth;
+    while (channel >= this->p.image.channels) channel -= this->p.image.channels;
+  }
+};
+
+// Makes a Loader of the arguments of a CorrelationLoader, and `more`.
+template <class Loader, class Tile, class... More>
+__device__ __forceinline__ void correlate_tile(const Correlation<typename Tile::Element>& p,
+                                               const Target<typename Tile::Element>& to, const More&... more) {
   DYNAMIC_SHARED(unsigned char, shared);
   const int phase = blockIdx.y / p.groups, group = blockIdx.y % p.groups;
   const Phase &h = p.h.phase[phase / p.w.phases], &w = p.w.phase[phase % p.w.phases];
@@ -103,13 +187,28 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   Tile tile(p.chunk);
   const int sum = h.taps * w.taps * p.image.channels, all_blocks = (sum + Tile::kDepth - 1) / Tile::kDepth;
   const int first_block = int(blockIdx.z) * p.split, blocks = min(p.split, all_blocks - first_block);
-  CorrelationLoader<Tile> loader(p, h, w, rows, first_row, first_column, group, first_block);
+  Loader loader(p, h, w, rows, first_row, first_column, group, first_block, more...);
   run_pipeline(tile, loader, blocks, shared, Tile::kRows * kRowBytes);
   store_tile(tile, to, shared, int64_t(rows) - first_row, group * p.columns + first_column, p.columns - first_column,
              [&](int r) {
                const Pixel pixel = pixel_of(p, h, w, first_row + r);
                return Pixel{pixel.n, h.first + pixel.h * p.h.out_stride, w.first + pixel.w * p.w.out_stride};
              });
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
+    correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
+                     const __grid_constant__ Target<typename Tile::Element> to) {
+  correlate_tile<CorrelationLoader<Tile>, Tile>(p, to);
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
+    prologue_correlate_kernel(const __grid_constant__ Correlation<typename Tile::Element> p,
+                              const __grid_constant__ Target<typename Tile::Element> to,
+                              const __grid_constant__ Conv2dPrologue<typename Tile::Element> prologue) {
+  correlate_tile<PrologueLoader<Tile>, Tile>(p, to, prologue);
 }
 
 }  // namespace gemm

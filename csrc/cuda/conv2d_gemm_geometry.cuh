@@ -14,6 +14,7 @@ namespace {
 namespace gemm {
 
 constexpr int kMaxPhases = 8;  // of one axis
+constexpr int64_t kMostRows = int64_t(1) << 30;
 
 inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 

@@ -2,6 +2,7 @@
 // both padded with zeros to whole packs of 16 bytes.
 #pragma once
 #include "conv2d_gemm_output.cuh"
+#include "conv2d_prologue_value.cuh"
 #include "pack.cuh"
 
 namespace pynn::cuda {
@@ -23,10 +24,16 @@ struct ImageCopy {
   int channel_tiles, tile_pixels;
 };
 
+// The same with the prologue of a convolution on the way.
+template <class T>
+struct PrologueCopy : ImageCopy<T> {
+  Conv2dPrologue<T> prologue;
+};
+
 // A block copies one tile of one group through shared memory: it reads along whichever of channels and pixels is
 // contiguous, and writes along channels.
-template <class T>
-__global__ void __launch_bounds__(kThreads) copy_image_kernel(ImageCopy<T> p) {
+template <class T, class Copy>
+__global__ void __launch_bounds__(kThreads) copy_image_kernel(Copy p) {
   constexpr int kPack = kPackOf<T>;
   SHARED_ARRAY(T, tile, kTileElements + kTileElements / kPack);
   const int group = int(blockIdx.y) / p.channel_tiles;
@@ -42,7 +49,14 @@ __global__ void __launch_bounds__(kThreads) copy_image_kernel(ImageCopy<T> p) {
     const int pixel = along_channels ? outer : rest, channel = along_channels ? rest : outer;
     const int at = first_pixel + pixel, h = at / p.width, w = at - h * p.width;
     const T* element = from + h * p.strides.h + w * p.strides.w + channel * p.strides.c;
-    tile[pixel * (width + 1) + channel] = channel < channels ? *element : T{};
+    T value = channel < channels ? *element : T{};
+    if constexpr (std::is_same_v<Copy, PrologueCopy<T>>) {
+      if (channel < channels) {
+        const ChannelPrologue<T> of(p.prologue, blockIdx.z, group * p.channels + first_channel + channel);
+        with_any_activation(p.prologue.activation, [&]<Activation kind>() { value = of.template of<kind>(value); });
+      }
+    }
+    tile[pixel * (width + 1) + channel] = value;
   }
   __syncthreads();
   T* to = p.to + ((int64_t(blockIdx.z) * p.pixels + first_pixel) * p.groups + group) * p.padded + first_channel;

@@ -257,21 +257,28 @@ template <class Tile>
 constexpr size_t kSharedBytes = std::max(size_t(Tile::kStages * kStageBytes<Tile>), kStripBytes<Tile>);
 
 // Adds `blocks` blocks of the sum to the tile while the loader copies those that follow. Afterwards `shared` is free.
+// A loader may have transform(stage), which changes what its thread has copied there once that has arrived, and then
+// skip(), called instead of copy() where there is nothing left to copy.
 template <class Tile, class Loader>
 __device__ __forceinline__ void run_pipeline(Tile& tile, Loader& loader, int blocks, unsigned char* shared,
                                              int left_bytes) {
   constexpr int kAhead = Tile::kStages - 1;
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    if (s < blocks) loader.copy(shared + s * kStageBytes<Tile>);
+  constexpr bool kTransforms = requires { loader.transform(shared); };
+  const auto copy = [&](bool exists, int stage) {
+    if (exists)
+      loader.copy(shared + stage * kStageBytes<Tile>);
+    else if constexpr (kTransforms)
+      loader.skip();
     cp_async_commit();
-  }
+  };
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) copy(s < blocks, s);
   int read = 0, write = kAhead;
   for (int b = 0; b < blocks; ++b) {
     cp_async_wait<kAhead - 1>();
+    if constexpr (kTransforms) loader.transform(shared + read * kStageBytes<Tile>);
     __syncthreads();
-    if (b + kAhead < blocks) loader.copy(shared + write * kStageBytes<Tile>);
-    cp_async_commit();
+    copy(b + kAhead < blocks, write);
     const unsigned char* stage = shared + read * kStageBytes<Tile>;
     tile.multiply(stage, stage + left_bytes);
     read = read + 1 == Tile::kStages ? 0 : read + 1;

@@ -326,6 +326,7 @@ void launch_forward(T* y, accumulate_t<T>* mean, accumulate_t<T>* rstd, const T*
   const int warps = combine_warps(shape.width * partials.splits);
   LAUNCH(combine_kernel<accumulate_t<T>>, blocks_for(items, warps, kThreads), kThreads, 0, stream, scratch.coefficients,
          nullptr, mean, rstd, nullptr, nullptr, partials, weight, bias, eps, shape, warps);
+  if (!y) return;
   const Tiling t = tiling_of<T>(shape, {x, y});
   with_variant(shape.silu, t.columns, [&](auto silu, auto columns) {
     LAUNCH((apply_kernel<T, silu, columns>), t.blocks(), kThreads, 0, stream, y, x, scratch.coefficients, t);
@@ -360,8 +361,8 @@ void launch_input_gradient(T* dx, const T* dy, const T* x, Parameters<T> weight,
 }  // namespace
 
 template <class T>
-int64_t GroupNorm<T>::fwd_scratch(const GroupNormShape& shape) {
-  return fits_registers<T>(shape) ? 0 : ForwardScratch<T>(nullptr, shape).used();
+int64_t GroupNorm<T>::fwd_scratch(const GroupNormShape& shape, bool with_y) {
+  return with_y && fits_registers<T>(shape) ? 0 : ForwardScratch<T>(nullptr, shape).used();
 }
 template <class T>
 int64_t GroupNorm<T>::bwd_scratch(const GroupNormShape& shape) {
@@ -371,7 +372,7 @@ int64_t GroupNorm<T>::bwd_scratch(const GroupNormShape& shape) {
 template <class T>
 void GroupNorm<T>::fwd(const T* x, const A* weight, const A* bias, double eps, T* y, A* mean, A* rstd, double* scratch,
                        const GroupNormShape& shape, void* stream) {
-  if (fits_registers<T>(shape))
+  if (y && fits_registers<T>(shape))
     launch_fused<T>(y, mean, rstd, x, weight, bias, eps, shape, stream);
   else
     launch_forward<T>(y, mean, rstd, x, weight, bias, eps, {scratch, shape}, shape, stream);

@@ -168,6 +168,23 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 #endif
 }
 
+// Two fp32 numbers as 16-bit ones in a register, `low` in its low half, to nearest; what is beyond the largest finite
+// number, infinity too, becomes that. NaN stays NaN.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  static_assert(std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
+#ifdef PYNN_SIM
+  return twins::round_pair<T>(low, high);
+#else
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, Half>)
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
 // ---- Arithmetic ----
 
 // 2^value in one instruction, relative error 2^-22; subnormals count as zero.

@@ -251,6 +251,7 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
   StreamPosition at = next({first_head, begin});
   if (at.head < first_head + group) b.prefetch(at.head, at.tile * E::kColumns, 0, to.statistics);
   int stage = 0;
+  bool spoiled = false;  // gradients of the output that are not finite have been left out
 
 #pragma unroll 1
   while (at.head < first_head + group) {
@@ -297,15 +298,11 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
       }
     }
     if (!sweeping) {
-      const bool nonfinite = b.ready(scores.template may_hide<kKeyRows>(first_row, E::kRows, first_column, E::kColumns),
-                                     at.head, first_column, chunk, stage);
-      if constexpr (kKeyRows) {
+      spoiled |= b.ready(scores.template may_hide<kKeyRows>(first_row, E::kRows, first_column, E::kColumns), at.head,
+                         first_column, chunk, stage);
+      if constexpr (kKeyRows)
         e.multiply_weights(second_sum, weights, b.second(stage), b.exchange,
                            padded_width(b.value_dim, out_column, E::kWidth));
-        if (nonfinite)
-          add_nonfinite<true>(second_sum, e, scores, b.template operand<true>(true, at.head), first_row, first_column,
-                              out_column);
-      }
       if (scores.cap != F(0)) b.cap(grads, weights, scores, at.head, first_row, first_column, chunk, stage);
       e.multiply_weights(first_sum, grads, b.first(stage), b.exchange, padded_width(b.dim, out_column, E::kWidth));
     }
@@ -319,6 +316,18 @@ __global__ void __launch_bounds__(E::kThreads, blocks)
     }
   }
   cp_async_wait<0>();
+  if constexpr (kKeyRows) {
+    if (set_nan_aside<E>(second_sum) || spoiled) {
+#pragma unroll 1
+      for (int64_t head = first_head; head < first_head + group; ++head) {
+        const RowStatistics<F>* const of_query = to.statistics + head * shape.queries;
+        add_nonfinite<true>(second_sum, e, Scores<T>(p, head), b.template operand<true>(true, head), first_row,
+                            begin * E::kColumns, end * E::kColumns, out_column,
+                            [&](int query) { return of_query[query].shift * 0; });
+      }
+      put_nan_back<E>(second_sum);
+    }
+  }
 
   const auto scaled = [&](int i, int n) { return E::at(first_sum, i, n) * to.scale; };
   if constexpr (kKeyRows) {

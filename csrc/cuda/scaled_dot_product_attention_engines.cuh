@@ -8,6 +8,8 @@
 // kThreadRows x kThreadColumns scores and kThreadRows x kOutputColumns outputs belong to a thread, and kRowLanes
 // neighbouring lanes of a warp share a row.
 #pragma once
+#include <cfloat>
+
 #include "scaled_dot_product_attention_problem.cuh"
 
 namespace pynn::cuda {
@@ -62,14 +64,14 @@ struct MmaEngine {
     }
   }
 
-  // Two neighbouring weights as a register of an operand, and what its rounding left.
-  static __device__ __forceinline__ uint32_t split(float& low, float& high) {
-    const T a = from_float<T>(low), b = from_float<T>(high);
-    low -= to_float(a), high -= to_float(b);
-    return a.bits | uint32_t(b.bits) << 16;
+  // Two neighbouring weights as registers of two operands. The first is always finite: of an infinity it leaves all.
+  static __device__ __forceinline__ void split(float low, float high, uint32_t& large, uint32_t& small) {
+    large = round_pair<T>(low, high);
+    const T a = from_float<T>(low - to_float(T{uint16_t(large)}));
+    const T b = from_float<T>(high - to_float(T{uint16_t(large >> 16)}));
+    small = a.bits | uint32_t(b.bits) << 16;
   }
 
-  // Destroys the weights.
   __device__ __forceinline__ void multiply_weights(Output& out, Tile& weights, const unsigned char* streamed,
                                                    unsigned char*, int padded) const {
 #pragma unroll
@@ -79,9 +81,8 @@ struct MmaEngine {
       for (int i = 0; i < strips; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float (&pair)[4] = weights[i][k + e / 2];
-          large[i][e] = split(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
-          small[i][e] = split(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
+          const float (&pair)[4] = weights[i][k + e / 2];
+          split(pair[e % 2 * 2], pair[e % 2 * 2 + 1], large[i][e], small[i][e]);
         }
 #pragma unroll
       for (int n = 0; n < kPart / 8; n += 2) {
@@ -222,24 +223,51 @@ __device__ __forceinline__ void clear_output(typename E::Output& out) {
     for (int n = 0; n < E::kOutputColumns; ++n) E::at(out, i, n) = 0;
 }
 
-// After a product with zeros in place of what is not finite: those elements for themselves. A weight that takes part is
-// positive, so each of them adds itself. Rare, hence slow: reads the matrix again.
-template <bool kKeyRows, class E, class S, class T>
+// A weight that is two 16-bit numbers makes NaN of an infinity, where the second is negative or one is 0. Such sums are
+// set aside, as a number that no other sum can be, for add_nonfinite. Returns whether there are any.
+template <class E>
+__device__ __forceinline__ bool set_nan_aside(typename E::Output& out) {
+  bool found = false;
+  if constexpr (sizeof(typename E::Element) == 2) {
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i)
+#pragma unroll
+      for (int n = 0; n < E::kOutputColumns; ++n)
+        if (E::at(out, i, n) != E::at(out, i, n)) E::at(out, i, n) = FLT_MAX, found = true;
+  }
+  return found;
+}
+template <class E>
+__device__ __forceinline__ void put_nan_back(typename E::Output& out) {
+  if constexpr (sizeof(typename E::Element) == 2) {
+#pragma unroll
+    for (int i = 0; i < E::kThreadRows; ++i)
+#pragma unroll
+      for (int n = 0; n < E::kOutputColumns; ++n)
+        if (E::at(out, i, n) == FLT_MAX) E::at(out, i, n) = NAN;
+  }
+}
+
+// The rows [first_streamed, end_streamed) of m that are not finite, for themselves, in sums that lack some of them: a
+// weight that takes part is positive, so each of them adds itself. Rare, hence slow: reads the matrix again.
+// of_query(query) is NaN where weights are, otherwise 0.
+template <bool kKeyRows, class E, class S, class T, class OfQuery>
 __device__ __forceinline__ void add_nonfinite(typename E::Output& out, const E& e, const S& scores,
                                               const Matrix<const T>& m, int first_row, int first_streamed,
-                                              int first_column) {
-  const int end = min(first_streamed + E::kColumns, m.rows);
+                                              int end_streamed, int first_column, const OfQuery& of_query) {
+  const int end = min(end_streamed, m.rows);
 #pragma unroll 1
   for (int streamed = first_streamed; streamed < end; ++streamed) {
     const T* const from = m.data + streamed * m.row;
 #pragma unroll
     for (int i = 0; i < E::kThreadRows; ++i) {
-      const int row = first_row + e.row(i);
-      if (!scores.takes_part(kKeyRows ? streamed : row, kKeyRows ? row : streamed)) continue;
+      const int row = first_row + e.row(i), query = kKeyRows ? streamed : row;
+      if (!scores.takes_part(query, kKeyRows ? row : streamed)) continue;
+      const accumulate_t<T> added = of_query(query);
 #pragma unroll
       for (int n = 0; n < E::kOutputColumns; ++n) {
         const int column = first_column + e.output_column(n);
-        const accumulate_t<T> v = column < m.width ? to_float(from[column * m.column]) : accumulate_t<T>(0);
+        const accumulate_t<T> v = added + (column < m.width ? to_float(from[column * m.column]) : accumulate_t<T>(0));
         if (!is_finite(v)) E::at(out, i, n) += v;
       }
     }

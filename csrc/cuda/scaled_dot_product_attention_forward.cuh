@@ -65,6 +65,8 @@ __device__ __forceinline__ void attend(Attended<E>& to, const E& e, unsigned cha
   const int chunks = (queries.width + E::kWidth - 1) / E::kWidth;
   const int value_width = padded_width(values.width, out_column, E::kWidth);
   auto& [out, top, total] = to;
+  const int first_streamed = tile * E::kColumns;
+  bool spoiled = false;  // values that are not finite have been left out
 
   unsigned bits[E::kThreadRows] = {};
   tile = next_tile<false>(tile, end, bits, e, scores, first_row);
@@ -125,9 +127,8 @@ __device__ __forceinline__ void attend(Attended<E>& to, const E& e, unsigned cha
     }
 
     cp_async_wait<0>();
-    bool nonfinite = scores.template may_hide<false>(first_row, E::kRows, first_column, E::kColumns);
-    if (nonfinite)
-      nonfinite = __syncthreads_or(remove_nonfinite<E, E::kColumns>(value_tile, values.width, out_column));
+    if (scores.template may_hide<false>(first_row, E::kRows, first_column, E::kColumns))
+      spoiled |= bool(__syncthreads_or(remove_nonfinite<E, E::kColumns>(value_tile, values.width, out_column)));
     else
       __syncthreads();
     tile = next_tile<false>(tile + 1, end, bits, e, scores, first_row);
@@ -137,9 +138,13 @@ __device__ __forceinline__ void attend(Attended<E>& to, const E& e, unsigned cha
     }
     cp_async_commit();
     e.multiply_weights(out, s, value_tile, exchange, value_width);
-    if (nonfinite) add_nonfinite<false>(out, e, scores, values, first_row, first_column, out_column);
   }
   cp_async_wait<0>();
+  if (set_nan_aside<E>(out) || spoiled) {  // where weights are NaN, so is their total
+    add_nonfinite<false>(out, e, scores, values, first_row, first_streamed, end * E::kColumns, out_column,
+                         [](int) { return F(0); });
+    put_nan_back<E>(out);
+  }
 #pragma unroll
   for (int i = 0; i < E::kThreadRows; ++i) total[i] = over_row<E>(total[i], [](F a, F b) { return a + b; });
 }

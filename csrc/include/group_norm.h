@@ -20,11 +20,11 @@ template <class T>
 struct GroupNorm {
   using A = accumulate_t<T>;
 
-  // Doubles of scratch that the launchers want.
-  static int64_t fwd_scratch(const GroupNormShape& shape);
+  // Doubles of scratch that the launchers want; with_y: fwd's y is not null.
+  static int64_t fwd_scratch(const GroupNormShape& shape, bool with_y);
   static int64_t bwd_scratch(const GroupNormShape& shape);
 
-  // weight, bias: (channels) or nullptr; mean, rstd: (batch, groups).
+  // weight, bias: (channels) or nullptr; mean, rstd: (batch, groups). y: nullptr where only the statistics are wanted.
   static void fwd(const T* x, const A* weight, const A* bias, double eps, T* y, A* mean, A* rstd, double* scratch,
                   const GroupNormShape& shape, void* stream);
   // dweight and dbias are written whole, also without weight and bias.

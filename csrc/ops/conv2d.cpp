@@ -1,5 +1,5 @@
 // conv2d: validation, allocation, dispatch. Messages are torch's own where torch has one.
-#include "conv2d_check.h"
+#include "conv2d_prologue_check.h"
 
 namespace pynn {
 namespace {
@@ -120,6 +120,45 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& input, const Tensor& weight, std::o
   return {y, pre};
 }
 
+std::tuple<Forward, Activation> check_prologue_fwd(const Tensor& input, const std::optional<Tensor>& scale,
+                                                   const std::optional<Tensor>& shift, int64_t input_activation,
+                                                   const Tensor& weight, const std::optional<Tensor>& bias,
+                                                   const std::optional<Tensor>& residual, const Ints& stride,
+                                                   const Ints& padding, const Ints& dilation, int64_t groups,
+                                                   int64_t padding_mode, bool allow_tf32, int64_t activation) {
+  const Activation kind = check_prologue(kOp, input, scale, shift, input_activation);
+  return {
+      check_fwd(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation),
+      kind};
+}
+
+std::tuple<Tensor, Tensor> prologue_fwd(const Tensor& input, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                        int64_t input_activation, const Tensor& weight, std::optional<Tensor> bias,
+                                        std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation,
+                                        int64_t groups, int64_t padding_mode, bool allow_tf32, int64_t activation,
+                                        bool save_pre) {
+  const auto [f, kind] = check_prologue_fwd(input, scale, shift, input_activation, weight, bias, residual, stride,
+                                            padding, dilation, groups, padding_mode, allow_tf32, activation);
+  const Conv2dShape& shape = f.shape;
+  const bool input_last = is_channels_last(input), last = input_last || is_channels_last(weight);
+  const Ints out = output_sizes(shape);
+  Tensor y = empty(kOp, input, out, last), pre = empty(kOp, input, save_pre ? out : Ints{0}, save_pre && last);
+  if (y.numel() == 0) return {y, pre};
+  const Tensor x = without_gaps(input, input_last);
+  const PerChannelOperand factors(scale, input), terms(shift, input);
+  const Forward& fwd = f;
+  const Activation on_input = kind;
+  dispatch_floating(kOp, input.scalar_type(), [&]<class T>(Tag<T>) {
+    using A = accumulate_t<T>;
+    const auto epilogue = epilogue_of<T>(fwd, bias, residual, save_pre ? &pre : nullptr);
+    Scratch scratch(input, launch::PrologueConv2d<T>::fwd_scratch(shape));
+    launch::PrologueConv2d<T>::fwd(pointer<T>(x), input_last, {factors.get<A>(), terms.get<A>(), on_input},
+                                   pointer<T>(weight), strides_of(weight), mutable_pointer<T>(y), plain_strides_of(y),
+                                   epilogue, shape, scratch.get(), current_stream(input));
+  });
+  return {y, pre};
+}
+
 void check_gradient(const Tensor& grad_output, const Conv2dShape& shape) {
   const Ints expected = output_sizes(shape);
   PYNN_CHECK(sizes_of(grad_output) == expected, kOp, ": expected grad_output of shape ", text(expected), ", got ",
@@ -216,6 +255,7 @@ Tensor bwd_activation(const Tensor& grad_output, const Tensor& saved, int64_t ac
 
 PYNN_LIBRARY(m) {
   m.impl("conv2d_fwd", TORCH_BOX(&fwd));
+  m.impl("prologue_conv2d_fwd", TORCH_BOX(&prologue_fwd));
   m.impl("conv2d_bwd_input", TORCH_BOX(&bwd_input));
   m.impl("conv2d_bwd_weight", TORCH_BOX(&bwd_weight));
   m.impl("conv2d_bwd_activation", TORCH_BOX(&bwd_activation));
@@ -228,6 +268,14 @@ void fwd_check(const Tensor& input, const Tensor& weight, std::optional<Tensor> 
                Ints stride, Ints padding, Ints dilation, int64_t groups, int64_t padding_mode, bool allow_tf32,
                int64_t activation, bool) {
   check_fwd(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation);
+}
+
+void prologue_fwd_check(const Tensor& input, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                        int64_t input_activation, const Tensor& weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                        int64_t padding_mode, bool allow_tf32, int64_t activation, bool) {
+  check_prologue_fwd(input, scale, shift, input_activation, weight, bias, residual, stride, padding, dilation, groups,
+                     padding_mode, allow_tf32, activation);
 }
 
 void bwd_input_check(const Tensor& grad_output, const Tensor& weight, Ints input_shape, Ints stride, Ints padding,
@@ -248,6 +296,7 @@ void bwd_activation_check(const Tensor& grad_output, const Tensor& saved, int64_
 
 PYNN_CHECKS(m) {
   m.impl("conv2d_fwd_check", TORCH_BOX(&fwd_check));
+  m.impl("prologue_conv2d_fwd_check", TORCH_BOX(&prologue_fwd_check));
   m.impl("conv2d_bwd_input_check", TORCH_BOX(&bwd_input_check));
   m.impl("conv2d_bwd_weight_check", TORCH_BOX(&bwd_weight_check));
   m.impl("conv2d_bwd_activation_check", TORCH_BOX(&bwd_activation_check));

@@ -155,11 +155,32 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<
   dispatch_floating("group_norm", x.scalar_type(), [&]<class T>(Tag<T>) {
     using A = accumulate_t<T>;
     using Launch = launch::GroupNorm<T>;
-    std::optional<Tensor> scratch = doubles(input, Launch::fwd_scratch(shape));
+    std::optional<Tensor> scratch = doubles(input, Launch::fwd_scratch(shape, true));
     Launch::fwd(pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), eps, mutable_pointer<T>(output),
                 mutable_pointer<A>(mean), mutable_pointer<A>(rstd), scratch_pointer(scratch), shape, current_stream(x));
   });
   return {output, mean, rstd};
+}
+
+// mean and rstd alone: one read of the input.
+std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t num_groups, double eps) {
+  const GroupNormShape shape = check_fwd(input, std::nullopt, std::nullopt, num_groups, false);
+  Tensor mean = new_dense(input, {shape.batch, shape.groups}, compute_type(input));
+  Tensor rstd = new_dense(input, {shape.batch, shape.groups}, compute_type(input));
+  if (input.numel() == 0) {
+    torch::stable::fill_(mean, 0);
+    torch::stable::fill_(rstd, std::numeric_limits<double>::quiet_NaN());
+    return {mean, rstd};
+  }
+  const Tensor x = in_layout(input, layout_of(input));
+  dispatch_floating("group_norm", x.scalar_type(), [&]<class T>(Tag<T>) {
+    using A = accumulate_t<T>;
+    using Launch = launch::GroupNorm<T>;
+    std::optional<Tensor> scratch = doubles(input, Launch::fwd_scratch(shape, false));
+    Launch::fwd(pointer<T>(x), nullptr, nullptr, eps, nullptr, mutable_pointer<A>(mean), mutable_pointer<A>(rstd),
+                scratch_pointer(scratch), shape, current_stream(x));
+  });
+  return {mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& input,
@@ -198,6 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& 
 
 PYNN_LIBRARY(m) {
   m.impl("group_norm_fwd", TORCH_BOX(&fwd));
+  m.impl("group_norm_statistics", TORCH_BOX(&statistics));
   m.impl("group_norm_bwd", TORCH_BOX(&bwd));
 }
 
@@ -207,6 +229,10 @@ namespace {
 void fwd_check(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                int64_t num_groups, double, bool silu) {
   check_fwd(input, weight, bias, num_groups, silu);
+}
+
+void statistics_check(const Tensor& input, int64_t num_groups, double) {
+  check_fwd(input, std::nullopt, std::nullopt, num_groups, false);
 }
 
 void bwd_check(const Tensor& grad_output, const Tensor& input, const std::optional<Tensor>& weight,
@@ -219,6 +245,7 @@ void bwd_check(const Tensor& grad_output, const Tensor& input, const std::option
 
 PYNN_CHECKS(m) {
   m.impl("group_norm_fwd_check", TORCH_BOX(&fwd_check));
+  m.impl("group_norm_statistics_check", TORCH_BOX(&statistics_check));
   m.impl("group_norm_bwd_check", TORCH_BOX(&bwd_check));
 }
 #endif

@@ -73,6 +73,18 @@ inline uint32_t to_tf32(float value) {
   return (bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u;
 }
 
+// cvt.rn.satfinite.{f16x2,bf16x2}.f32
+template <class T>
+uint32_t round_pair(float low, float high) {
+  const auto rounded = [](float value) -> uint32_t {
+    constexpr uint16_t kLargest = std::is_same_v<T, Half> ? 0x7bff : 0x7f7f;
+    if (value != value) return 0x7fff;
+    const uint16_t bits = from_float<T>(value).bits;
+    return (bits & 0x7fffu) > kLargest ? (bits & 0x8000u) | kLargest : bits;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+
 // ex2.approx.ftz.f32: 2^x with subnormal operands and results taken as zero. The hardware's error is 2^-22, relative.
 inline float ex2_approx(float value) {
   if (std::fabs(value) < 1.17549435e-38f) return 1.0f;

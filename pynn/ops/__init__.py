@@ -7,6 +7,7 @@ from .conv_transpose2d import conv_transpose2d
 from .cosine_attention import cosine_attention
 from .diffusion import diffusion_loss, forward_jump, forward_step, reverse_step
 from .group_norm import group_norm
+from .group_norm_conv2d import group_norm_conv2d
 from .hard_attention import hard_attention
 from .layer_norm_lstm import layer_norm_lstm
 from .local_attention import local_attention
@@ -27,6 +28,7 @@ __all__ = [
     "forward_jump",
     "forward_step",
     "group_norm",
+    "group_norm_conv2d",
     "gru",
     "gru_cell",
     "hard_attention",

@@ -12,9 +12,9 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid
 FROM_INPUT = ("silu", "gelu", "gelu_tanh")  # derivative from the input of the activation
 
 
-def check_activation(op: str, activation: str | None) -> None:
+def check_activation(op: str, activation: str | None, argument: str = "activation") -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: expected activation to be one of {ACTIVATIONS}, got {activation!r}")
+        raise ValueError(f"{op}: expected {argument} to be one of {ACTIVATIONS}, got {activation!r}")
 
 
 @eager

@@ -29,6 +29,11 @@ def conv2d_fwd(input, weight, bias, residual, stride, padding, dilation, groups,
     return _case(input.shape, weight.shape[0], weight.shape[2:], *geometry, is_channels_last(input))
 
 
+def prologue_conv2d_fwd(input, scale, shift, input_activation, *convolution) -> Case | None:
+    """As the convolution behind the prologue: the pass before it costs every backend about the same."""
+    return conv2d_fwd(input, *convolution)
+
+
 def conv2d_bwd_input(grad, weight, input_shape, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode
     return _case(tuple(input_shape), weight.shape[0], weight.shape[2:], *geometry, is_channels_last(grad))

@@ -59,11 +59,11 @@ class Conv2d(torch.autograd.Function):
         return _conv2d_vmap.forward(apply, info.batch_size, in_dims[:4], tensors, geometry.groups)
 
 
-def save_forward(ctx, inputs, output) -> None:
-    """What the backward of a fused convolution needs."""
+def save_forward(ctx, inputs, output, *others) -> None:
+    """What the backward of a fused convolution needs, and other tensors."""
     input, weight, bias, residual, ctx.geometry, ctx.activation, ctx.save_pre = inputs
     saved = None if ctx.activation is None else output[1] if ctx.save_pre else output[0]
-    ctx.save_for_backward(input, weight, saved)
+    ctx.save_for_backward(input, weight, saved, *others)
     ctx.has_bias, ctx.residual_shape = bias is not None, None if residual is None else residual.shape
     ctx.set_materialize_grads(False)
 
@@ -151,12 +151,12 @@ class ConvGradients(torch.autograd.Function):
         return (to_input, to_weight, to_bias), dims
 
 
-def convolve(function, input, weight, bias, residual, geometry, activation) -> torch.Tensor:
-    """Applies a fused convolution to a batch or to one image."""
+def convolve(function, input, weight, bias, residual, geometry, activation, *others) -> torch.Tensor:
+    """Applies a fused convolution to a batch or to one image; `others` are what the function takes beside."""
     tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    wants_grad = tracing or (torch.is_grad_enabled() and requires_grad((input, weight, bias, residual)))
+    wants_grad = tracing or (torch.is_grad_enabled() and requires_grad((input, weight, bias, residual, *others)))
     save_pre = activation in FROM_INPUT and wants_grad
     batched = input.dim() != 3
     images = input if batched else input.unsqueeze(0)
-    y = call(function, images, weight, bias, residual, geometry, activation, save_pre)[0]
+    y = call(function, images, weight, bias, residual, geometry, activation, save_pre, *others)[0]
     return y if batched else y.squeeze(0)

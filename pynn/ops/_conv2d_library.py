@@ -32,6 +32,11 @@ def conv2d_fwd(
     return _finished(input, weight, bias, residual, geometry, allow_tf32, activation, save_pre, last)
 
 
+def prologue_conv2d_fwd(input, scale, shift, input_activation, *convolution):
+    """The prologue as a pass of ours, then the convolution."""
+    return conv2d_fwd(conv2d_prologue_fwd(input, scale, shift, input_activation), *convolution)
+
+
 def conv_transpose2d_fwd(
     input,
     weight,
@@ -132,6 +137,16 @@ def conv2d_bwd_weight(
 def conv2d_bwd_activation(grad_output, saved, activation):
     """No library has this as one pass: the kernel of the tensor's device."""
     return torch.ops.pynn.conv2d_bwd_activation.default(grad_output, saved, activation)
+
+
+def conv2d_prologue_fwd(input, scale, shift, activation):
+    """Like the other passes that no library has: the kernel of the tensor's device."""
+    return torch.ops.pynn.conv2d_prologue_fwd.default(input, scale, shift, activation)
+
+
+def conv2d_prologue_bwd(grad_output, input, scale, shift, activation, with_sums):
+    """Likewise."""
+    return torch.ops.pynn.conv2d_prologue_bwd.default(grad_output, input, scale, shift, activation, with_sums)
 
 
 def _pad(image: torch.Tensor, padding, padding_mode: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from . import _conv2d_cases as cases
 from . import _conv2d_library as library
 from ._conv2d_layout import is_channels_last
+from ._function import compute_dtype
 from ._registry import define
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, int padding_mode, bool allow_tf32"
@@ -24,7 +25,9 @@ def _empty(like: torch.Tensor, shape, channels_last: bool) -> torch.Tensor:
     library=library.conv2d_fwd,
     case=cases.conv2d_fwd,
 )
-def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre):
+def _forward(
+    input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation, save_pre
+):
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
     size = [
         (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
@@ -34,6 +37,38 @@ def _(input, weight, bias, residual, stride, padding, dilation, groups, padding_
     shape = (input.shape[0], weight.shape[0], *size)
     last = is_channels_last(input) or is_channels_last(weight)
     return _empty(input, shape, last), _empty(input, shape, last) if save_pre else input.new_empty(0)
+
+
+@define(
+    "prologue_conv2d_fwd(Tensor input, Tensor? scale, Tensor? shift, int input_activation, Tensor weight, "
+    f"Tensor? bias, Tensor? residual, {_GEOMETRY}, int activation, bool save_pre) -> (Tensor, Tensor)",
+    triton="conv2d_prologue",
+    library=library.prologue_conv2d_fwd,
+    case=cases.prologue_conv2d_fwd,
+    measured_as="conv2d_fwd",
+)
+def _(input, scale, shift, input_activation, *convolution):
+    return _forward(input, *convolution)
+
+
+@define(
+    "conv2d_prologue_fwd(Tensor input, Tensor? scale, Tensor? shift, int activation) -> Tensor",
+    triton="conv2d_prologue",
+    library=library.conv2d_prologue_fwd,
+)
+def _(input, scale, shift, activation):
+    return _empty(input, input.shape, is_channels_last(input))
+
+
+@define(
+    "conv2d_prologue_bwd(Tensor grad_output, Tensor input, Tensor? scale, Tensor? shift, int activation, "
+    "bool with_sums) -> (Tensor, Tensor)",
+    triton="conv2d_prologue",
+    library=library.conv2d_prologue_bwd,
+)
+def _(grad_output, input, scale, shift, activation, with_sums):
+    sums = input.new_empty((2, *input.shape[:2]) if with_sums else 0, dtype=compute_dtype(input))
+    return _empty(input, input.shape, is_channels_last(input)), sums
 
 
 @define(

@@ -90,6 +90,23 @@ def loop_vmap(cls, info, in_dims, *inputs):
     return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
 
 
+def fold_leading(info, in_dims, inputs, *, shared, mask):
+    """The inputs with the mapped dimension as one more leading dimension of all, for ops that take any number of them.
+
+    Args:
+        shared: place of the input that is not mapped, and has no leading dimensions. The one before has all of them.
+        mask: place of an input that has some of them.
+    """
+    folded = list(inputs)
+    rank = inputs[shared - 1].dim() + (in_dims[shared - 1] is None)
+    for i, (x, dim) in enumerate(zip(inputs, in_dims, strict=True)):
+        if not isinstance(x, torch.Tensor) or i == shared or (i == mask and dim is None):
+            continue
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        folded[i] = x.reshape(len(x), *(1,) * (rank - x.dim()), *x.shape[1:]) if i == mask else x
+    return folded
+
+
 def _slice(value, dim, index):
     return value.select(dim, index) if isinstance(value, torch.Tensor) and dim is not None else value
 

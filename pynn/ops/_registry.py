@@ -24,7 +24,12 @@ _libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namesp
 
 
 def define(
-    schema: str, *, triton: str | None = None, library: Callable | None = None, case: Callable | None = None
+    schema: str,
+    *,
+    triton: str | None = None,
+    library: Callable | None = None,
+    case: Callable | None = None,
+    measured_as: str | None = None,
 ) -> Callable[[Callable], Callable]:
     """Registers an op in every namespace; decorates its shape rule.
 
@@ -35,6 +40,7 @@ def define(
         triton: name of the module of triton_kernels that has a function `name` with the same arguments; operands
             come to it validated but not made contiguous. None when there is no Triton kernel.
         library: the op made of torch's ops, or None. case: what the choice depends on, see `backends.add_op`.
+        measured_as: the op whose measurements decide the choice; None for this one.
     """
     name, _, rest = schema.partition("(")
     if triton is not None or library is not None:
@@ -55,7 +61,7 @@ def define(
                 _libraries["pynn_library"].impl(name, _library_kernel(name, library), key)
             if case is not None:
                 _libraries["pynn_auto"].impl(name, lambda *operands: backends.call(name, *operands), key)
-        backends.add_op(name, case, library)
+        backends.add_op(name, case, library, measured_as)
         return fake
 
     return register

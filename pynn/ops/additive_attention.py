@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import backends
 from ._attention_composite import broadcast_leading
 from ._attention_functions import lse_dtype
-from ._function import autocast, call, check_devices, compute_dtype, double_backward, eager, loop_vmap
+from ._function import autocast, call, check_devices, compute_dtype, double_backward, eager, fold_leading, loop_vmap
 from ._registry import define
 
 _NAME = "additive_attention"
@@ -60,11 +60,12 @@ def _composite(query, key, value, weight, added, *, seen):
 
 @eager
 class AdditiveAttentionBackward(torch.autograd.Function):
-    """Gradients of query, key, value, weight and the scores; its own gradient comes from torch operations."""
+    """Gradients of query, key, value, weight (if it is used: kernels sum it over all) and scores; its own: torch's."""
 
     @staticmethod
-    def forward(grad_out, grad_weights, query, *rest):
-        return backends.op("additive_attention_bwd", query)(grad_out, grad_weights, query, *rest)
+    def forward(grad_out, grad_weights, query, key, value, weight, attn_mask, lse, mask_gradient, weight_gradient):
+        op = backends.op("additive_attention_bwd", query)
+        return op(grad_out, grad_weights, query, key, value, weight, attn_mask, lse, mask_gradient)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -86,11 +87,15 @@ class AdditiveAttentionBackward(torch.autograd.Function):
         inputs = (query, key, value, weight, added)
         (to_out, to_weights), to_inputs = double_backward(lambda *xs: _composite(*xs, seen=seen), dy, inputs, wanted)
         to_mask = _mask_gradient(to_inputs[4], attn_mask) if ctx.mask_gradient else None
-        return to_out, None if grad_weights is None else to_weights, *to_inputs[:4], to_mask, None, None
+        return to_out, None if grad_weights is None else to_weights, *to_inputs[:4], to_mask, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return loop_vmap(AdditiveAttentionBackward, info, in_dims, *inputs)
+        *_, mask_gradient, weight_gradient = inputs
+        if weight_gradient or in_dims[5] is not None:
+            return loop_vmap(AdditiveAttentionBackward, info, in_dims, *inputs)
+        grads = call(AdditiveAttentionBackward, *fold_leading(info, in_dims, inputs, shared=5, mask=6))
+        return grads, (0, 0, 0, None, 0 if mask_gradient else None)
 
 
 def _mask_gradient(grad_scores, attn_mask):
@@ -122,7 +127,7 @@ class AdditiveAttention(torch.autograd.Function):
         if grad_out is None:
             grad_out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         grad_weights = grad_weights if ctx.return_weights else None
-        inputs = (grad_out, grad_weights, *tensors, ctx.needs_input_grad[4])
+        inputs = (grad_out, grad_weights, *tensors, ctx.needs_input_grad[4], ctx.needs_input_grad[3])
         if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
             grads = AdditiveAttentionBackward.forward(*inputs)
         else:
@@ -131,7 +136,10 @@ class AdditiveAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return loop_vmap(AdditiveAttention, info, in_dims, *inputs)
+        if in_dims[3] is not None:
+            return loop_vmap(AdditiveAttention, info, in_dims, *inputs)
+        results = call(AdditiveAttention, *fold_leading(info, in_dims, inputs, shared=3, mask=4))
+        return results, (0, 0, 0 if inputs[5] else None)
 
 
 @overload

@@ -7,25 +7,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._function import autocast, compute_dtype, recorded
+from ._function import autocast, call, compute_dtype, eager
 from .scaled_dot_product_attention import scaled_dot_product_attention
 
 _NAME = "cosine_attention"
 _SHORTEST = 1e-12  # of a vector that has a direction, as in torch.nn.functional.normalize
 
 
-def _direction(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
-    """x with this norm, in its dtype; NaN where its norm is not finite, and then without a gradient.
+@eager
+class Direction(torch.autograd.Function):
+    """(x, length) -> (x with this norm, the norm it had); NaN where that is not finite, and then without a gradient.
 
-    The gradient of a norm would turn a 0 that comes back for a masked key into NaN.
-    """
-    wide = x.to(compute_dtype(x))
-    norm = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
-    finite = norm.isfinite()
-    if recorded((x,)):
-        wide = wide.masked_fill(~finite, 0)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * (length / norm.clamp_min(_SHORTEST)).masked_fill(~finite, torch.nan)).to(x.dtype)
+    One formula instead of those of norm, quotient and product: x is read and written half as often."""
+
+    @staticmethod
+    def forward(x, length):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * (length / norm.clamp_min(_SHORTEST)).masked_fill(~norm.isfinite(), torch.nan), norm
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, length = inputs
+        ctx.number = None if isinstance(length, Tensor) else length
+        ctx.save_for_backward(x, length if ctx.number is None else None, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, grad_norm):
+        x, length, norm = ctx.saved_tensors
+        length, of_length = (length, ctx.needs_input_grad[1]) if ctx.number is None else (ctx.number, False)
+        grad = torch.zeros_like(x) if grad is None else grad
+        finite, safe = norm.isfinite(), norm.clamp_min(_SHORTEST)
+        to_factor = (grad * x).sum(-1, keepdim=True).masked_fill(~finite, 0)
+        factor = length / safe
+        to_norm = (-to_factor * factor / safe).masked_fill(norm < _SHORTEST, 0)
+        if grad_norm is not None:
+            to_norm = to_norm + grad_norm
+        # A 0 that comes back for a masked key stays 0, whatever its norm.
+        to_x = torch.addcmul(grad * factor, to_norm / safe, x).masked_fill(~finite, 0)
+        return to_x, (to_factor / safe).sum_to_size(length.shape) if of_length else None
+
+    @staticmethod
+    def vmap(info, in_dims, x, length):
+        rank = x.dim() + (in_dims[0] is None)
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        if isinstance(length, Tensor) and in_dims[1] is not None:
+            length = length.movedim(in_dims[1], 0)
+            length = length.reshape(len(length), *(1,) * (rank - length.dim()), *length.shape[1:])
+        return call(Direction, x, length), (0, 0)
+
+
+def _direction(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
+    """x with this norm, in its dtype."""
+    return call(Direction, x.to(compute_dtype(x)), length)[0].to(x.dtype)
 
 
 def cosine_attention(

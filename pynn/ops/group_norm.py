@@ -34,6 +34,12 @@ def _(input, weight, bias, num_groups, eps, silu):
     return output, *statistics
 
 
+@define("group_norm_statistics(Tensor input, SymInt num_groups, float eps) -> (Tensor, Tensor)", triton="group_norm")
+def _(input, num_groups, eps):
+    mean, rstd = (input.new_empty((input.shape[0], num_groups), dtype=compute_dtype(input)) for _ in range(2))
+    return mean, rstd
+
+
 @define(
     "group_norm_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
     " SymInt num_groups, bool silu) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
@@ -132,6 +138,13 @@ class GroupNorm(torch.autograd.Function):
         return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0, 0, 0)
 
 
+def check_values(shape, num_groups: int) -> None:
+    """Torch's rule for the values of a group, in its words."""
+    if len(shape) >= 2 and 0 < num_groups == shape[0] * shape[1] and math.prod(shape[2:]) == 1:
+        size = [1, num_groups, *shape[2:]]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -158,8 +171,5 @@ def group_norm(
     """
     if activation is not None and activation != "silu":
         raise ValueError(f'group_norm: expected activation to be None or "silu", got {activation!r}')
-    shape = input.shape
-    if len(shape) >= 2 and 0 < num_groups == shape[0] * shape[1] and math.prod(shape[2:]) == 1:
-        size = [1, num_groups, *shape[2:]]
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    check_values(input.shape, num_groups)
     return call(GroupNorm, input, weight, bias, num_groups, eps, activation == "silu")[0]

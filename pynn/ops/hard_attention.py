@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttentionBackward
-from ._function import autocast, call, check_devices, compute_dtype, eager, loop_vmap
+from ._function import autocast, call, check_devices, compute_dtype, eager, loop_vmap, recorded
 
 _NAME = "hard_attention"
 _SCORES = 2**22  # formed at a time, at most: keys are gone through in pieces
@@ -49,8 +49,8 @@ def _taken(value: Tensor, index: Tensor) -> Tensor:
     return taken.masked_fill((index < 0)[..., None], 0)
 
 
-def _given_back(grad: Tensor, value: Tensor, index: Tensor) -> Tensor:
-    """The gradient of `_taken`: sums in float32 (float64), in one order on every device."""
+def _given_back(grad: Tensor, value: Tensor, index: Tensor, spare: Tensor | None) -> Tensor:
+    """The gradient of `_taken`: sums in float32 (float64), in one order on every device. spare: may become it."""
     if value.numel() == 0 or grad.numel() == 0:
         return torch.zeros_like(value)
     group = index.shape[-2] // value.shape[-3] if value.dim() > 2 and value.shape[-3] else 1
@@ -58,8 +58,11 @@ def _given_back(grad: Tensor, value: Tensor, index: Tensor) -> Tensor:
     heads = torch.arange(math.prod(index.shape[:-1]), device=index.device) // group
     place = (heads[:, None] * value.shape[-2] + index.reshape(-1, index.shape[-1]).clamp_min(0)).flatten()
     if value.device.type == "cpu":
-        sums = rows.new_zeros((math.prod(value.shape[:-1]), rows.shape[-1])).index_add_(0, place, rows)
-        return sums.to(value.dtype).view(value.shape)
+        if spare is not None and spare.dtype == rows.dtype and spare.is_contiguous():
+            sums = spare.zero_().view(-1, rows.shape[-1])
+        else:
+            sums = rows.new_zeros((math.prod(value.shape[:-1]), rows.shape[-1]))
+        return sums.index_add_(0, place, rows).to(value.dtype).view(value.shape)
     order = place.sort(stable=True).indices  # a segment per key: index_add would add in any order on a GPU
     lengths = torch.bincount(place, minlength=math.prod(value.shape[:-1]))
     sums = torch.segment_reduce(rows[order], "sum", lengths=lengths, unsafe=True, initial=0)
@@ -91,7 +94,8 @@ class HardAttention(torch.autograd.Function):
         function, arguments = ScaledDotProductAttentionBackward, (grad, None, *inputs, *soft, *options, of_mask, False)
         # A compiled backward has no backward of its own.
         grads = function.forward(*arguments) if torch.compiler.is_compiling() else call(function, *arguments)
-        to_value = _given_back(grad, value, index) if ctx.needs_input_grad[2] else None
+        spare = None if torch.compiler.is_compiling() or recorded((grad, *inputs)) else grads[2]  # memory at hand
+        to_value = _given_back(grad, value, index, spare) if ctx.needs_input_grad[2] else None
         return grads[0], grads[1], to_value, grads[3] if of_mask else None, None
 
     @staticmethod

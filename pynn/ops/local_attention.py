@@ -77,14 +77,23 @@ def local_attention(
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value = broadcast_leading(query, key, value, enable_gqa)
     center = _checked_center(center, query)
-    columns = torch.arange(key.shape[-2], device=query.device)
-    most = int(2 * width) + 1 if width < key.shape[-2] else key.shape[-2]  # keys of a window
-    if query.shape[-2] == 1 and query.shape[:-2] == key.shape[:-2] and 2 * most <= key.shape[-2]:
-        columns = _window(center.detach().expand(query.shape[:-1]), width, most, key.shape[-2])
-        rows = columns.squeeze(-2)[..., None]
-        key, value = key.take_along_dim(rows, -2), value.take_along_dim(rows, -2)
+    keys = key.shape[-2]
+    if attn_mask is not None and (attn_mask.dim() == 0 or attn_mask.shape[-1] not in (1, keys)):
+        raise RuntimeError(f"{_NAME}: expected attn_mask (..., {keys}), got {list(attn_mask.shape)}")
+    columns, place = torch.arange(keys, device=query.device), None
+    most = int(2 * width) + 1 if width < keys else keys  # keys of a window
+    if 2 * most <= keys:  # numbers for the keys of each window only
+        alone = query.shape[-2] == 1 and query.shape[:-2] == key.shape[:-2]
+        lead = () if attn_mask is None else attn_mask.shape[:-1]
+        lead = query.shape[:-1] if alone else torch.broadcast_shapes(center.shape, lead)
+        columns = _window(center.detach().expand(lead), width, most, keys)
         if attn_mask is not None and attn_mask.shape[-1] > 1:
-            attn_mask = attn_mask.expand(*query.shape[:-1], -1).take_along_dim(columns, -1)
+            attn_mask = attn_mask.expand(*lead, -1).take_along_dim(columns, -1)
+        if alone:
+            rows = columns.squeeze(-2)[..., None]
+            key, value = key.take_along_dim(rows, -2), value.take_along_dim(rows, -2)
+        else:
+            place = columns
     distance = columns - center[..., None]
     seen = distance.detach().abs() <= width
     added = None  # to the scores
@@ -93,15 +102,17 @@ def local_attention(
     elif attn_mask is not None:
         hidden = attn_mask == -math.inf
         seen, added = seen & ~hidden, attn_mask.to(distance.dtype).masked_fill(hidden, 0)
-    mask = seen if added is None else added.masked_fill(~seen, -math.inf)
     dropout_key = make_key(query.device, generator=generator, seed=seed) if dropout_p > 0 else None
     options = scores_options(_NAME, None, "upper_left", False, scale, None, query.shape[-1])
+
+    def plain_mask():
+        return _spread(seen if added is None else added.masked_fill(~seen, -math.inf), place, keys)
 
     def attended(values, mask, dropout_key, p):
         return call(ScaledDotProductAttention, query, key, values, mask, dropout_key, *(None,) * 4, float(p), *options)
 
     if sigma == math.inf or width == 0:  # with width 0 the window holds the centre itself or nothing
-        return attended(value, mask, dropout_key, dropout_p)[0]
+        return attended(value, plain_mask(), dropout_key, dropout_p)[0]
     exponent = distance.square() * (0.5 / sigma**2)
     weighted = (-exponent if added is None else added - exponent).masked_fill(~seen, -math.inf)
     # With dropout always: what is dropped must not depend on whether gradients are wanted.
@@ -110,9 +121,11 @@ def local_attention(
         rest = exponent.masked_fill(~apart, 1).neg().expm1().neg().log()  # log(1 - exp(-exponent))
         rest = (rest if added is None else added + rest).masked_fill(~(seen & apart), -math.inf)
         key, value = torch.cat((key, key), -2), torch.cat((value, torch.zeros_like(value)), -2)
-        return attended(value, torch.cat((weighted, rest), -1), dropout_key, dropout_p)[0]
-    out, with_gaussian = attended(value, weighted, dropout_key, dropout_p)
-    plain = attended(value.detach()[..., :1], mask, None, 0.0)[1]
+        twice = None if place is None else torch.cat((place, place + keys), -1)
+        both = _spread(torch.cat((weighted, rest), -1), twice, 2 * keys)
+        return attended(value, both, dropout_key, dropout_p)[0]
+    out, with_gaussian = attended(value, _spread(weighted, place, keys), dropout_key, dropout_p)
+    plain = attended(value.detach()[..., :1], plain_mask(), None, 0.0)[1]
     share = torch.where(plain == -math.inf, 0.0, with_gaussian - plain).exp()
     return (out.to(compute_dtype(query)) * share[..., None].to(compute_dtype(query))).to(query.dtype)
 
@@ -121,6 +134,14 @@ def _window(center: Tensor, width: float, most: int, keys: int) -> Tensor:
     """The `most` keys from the first one of each window on, moved to where there are so many: (..., H, 1, most)."""
     first = (center - width).ceil().nan_to_num().clamp(0, keys - most).long()
     return first[..., None] + torch.arange(most, device=center.device)
+
+
+def _spread(mask: Tensor, place: Tensor | None, keys: int) -> Tensor:
+    """The mask of all keys from that of the keys at `place`: the others take no part."""
+    if place is None:
+        return mask
+    hidden = False if mask.dtype == torch.bool else -math.inf
+    return mask.new_full((*place.shape[:-1], keys), hidden).scatter(-1, place, mask.expand(place.shape))
 
 
 def _checked_center(center: Tensor, query: Tensor) -> Tensor:

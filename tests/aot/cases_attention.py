@@ -121,10 +121,10 @@ def attention() -> Iterator[Case]:
     for label in ("bf16 64, causal", "bf16 128, row mask, everything", "fp32 128, everything", "fp64 128, everything"):
         yield Case(f"weights {label}", calls[label].weights(label.startswith("bf16")), Promise())
     for label in ("bf16 64", "bf16 64, causal", "bf16 128, causal"):
-        yield Case(f"{label}, Gluon", calls[label].gluon(), Promise(contains=("wgmma", "tma")), only_for="sm_90")
+        yield Case(f"{label}, Gluon", calls[label].gluon(), Promise(contains=("wgmma", "tma")), only_for=("sm_90",))
         if label.endswith("causal"):
-            yield Case(f"{label}, spoiled tiles", calls[label].spoiled(), Promise(), only_for="sm_90")
-    yield Case("fp16 128, Gluon", _Call(_FP16, 128).gluon(), Promise(contains=("wgmma", "tma")), only_for="sm_90")
+            yield Case(f"{label}, spoiled tiles", calls[label].spoiled(), Promise(), only_for=("sm_90",))
+    yield Case("fp16 128, Gluon", _Call(_FP16, 128).gluon(), Promise(contains=("wgmma", "tma")), only_for=("sm_90",))
     key = torch.zeros(2, dtype=torch.int64)
     q, k = calls["bf16 64"].q, calls["bf16 64"].k
     yield Case("mask", lambda: scaled_dot_product_attention_keep(q, k, key, 0.5), Promise())

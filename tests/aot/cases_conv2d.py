@@ -97,3 +97,41 @@ def conv2d() -> Iterator[Case]:
     y = dense(_BF16, 64).y
     yield Case("bf16 gelu", lambda: conv2d_bwd_activation(y, y, _GELU), _BOTH)
     yield Case("bf16 silu, two layouts", lambda: conv2d_bwd_activation(y.contiguous(), y, _SILU), _PLAIN)
+
+    for dtype, outputs, kernel in ((_BF16, 32, 1), (_BF16, 128, 1), (_BF16, 64, 3), (_FP32, 64, 1)):
+        layer = _Layer(dtype, True, 64, outputs, kernel)
+        name = {_BF16: "bf16", _FP32: "fp32"}[dtype]
+        yield Case(
+            f"{name} nhwc {outputs} k{kernel}, silu on the input", _prologue(layer, 1 if kernel > 1 else 8), _PLAIN
+        )
+    yield Case("bf16 nchw 64 k1, silu on the input", _prologue(_Layer(_BF16, False, 64, 64, 1), 8), _PLAIN)
+    for dtype, last in ((_BF16, True), (_FP32, False), (_FP64, True)):
+        x = dense(dtype, 64, last).x
+        name = {_BF16: "bf16", _FP32: "fp32", _FP64: "fp64"}[dtype] + (" nhwc" if last else " nchw")
+        yield Case(f"{name} prologue, silu", _prologue_pass(x), _PLAIN)
+        yield Case(f"{name} prologue, gradient, silu", _prologue_gradient(x), _PLAIN)
+
+
+def _coefficients(x: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.empty(x.shape[:2], dtype=torch.float64 if x.dtype is _FP64 else _FP32) for _ in range(2)]
+
+
+def _prologue(layer: _Layer, batch: int) -> Callable:
+    """A forward whose matrix product applies the prologue: with one tap, or of few images."""
+    from pynn.triton_kernels.conv2d_prologue import prologue_conv2d_fwd
+
+    x = layer.x[:batch]
+    arguments = _SILU, layer.w, layer.bias, None, *layer.geometry, 0, False
+    return lambda: prologue_conv2d_fwd(x, *_coefficients(x), *arguments)
+
+
+def _prologue_pass(x: torch.Tensor) -> Callable:
+    from pynn.triton_kernels.conv2d_prologue import conv2d_prologue_fwd
+
+    return lambda: conv2d_prologue_fwd(x, *_coefficients(x), _SILU)
+
+
+def _prologue_gradient(x: torch.Tensor) -> Callable:
+    from pynn.triton_kernels.conv2d_prologue import conv2d_prologue_bwd
+
+    return lambda: conv2d_prologue_bwd(x, x, *_coefficients(x), _SILU, True)

@@ -9,7 +9,9 @@ import torch
 from .labels import LABELS
 from .ratchet import Case, Promise
 
-_PLAIN = Promise()
+_PLAIN = Promise(exact=True)
+_WAITING = Promise(exact=True, contains=("acquire", "release"))
+_NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")  # the targets with teams, see recurrent_configs.py
 _STEPS = 3
 
 
@@ -56,10 +58,24 @@ class _Layer:
         return lambda: recurrent.rnn_bwd(*operands, False, self.reverse, mask[:4])
 
 
+def _without_teams(run: Callable) -> Callable:
+    def without() -> None:
+        from pynn.triton_kernels import recurrent_configs
+
+        with recurrent_configs.without_teams():
+            run()
+
+    return without
+
+
 def recurrent() -> Iterator[Case]:
     def both(label: str, *layer, **options) -> Iterator[Case]:
-        yield Case(label, _Layer(*layer, **options).forward(), _PLAIN)
-        yield Case(f"{label}, backward", _Layer(*layer, **options).backward(), _PLAIN)
+        yield Case(label, _without_teams(_Layer(*layer, **options).forward()), _PLAIN)
+        yield Case(f"{label}, backward", _without_teams(_Layer(*layer, **options).backward()), _PLAIN)
+
+    def teams(label: str, *layer, **options) -> Iterator[Case]:
+        yield Case(f"{label}, team", _Layer(*layer, **options).forward(), _WAITING, _NVIDIA)
+        yield Case(f"{label}, team, backward", _Layer(*layer, **options).backward(), _WAITING, _NVIDIA)
 
     few, many = 16, 1024  # rows
     for cell in ("lstm", "gru", "rnn"):
@@ -82,4 +98,15 @@ def recurrent() -> Iterator[Case]:
         yield from both(f"{name} 61", "lstm", dtype, few, 61)
         yield from both(f"{name} 1021", "lstm", dtype, few, 1021)
     yield from both("bf16 gru 1024, reverse, lengths", "gru", torch.bfloat16, few, 1024, reverse=True, lengths=True)
+    for dtype, hidden in ((torch.bfloat16, 256), (torch.bfloat16, 512), (torch.bfloat16, 1024), (torch.float32, 512)):
+        for cell in ("lstm", "gru", "rnn"):
+            if (cell, hidden) != ("rnn", 256):
+                yield from teams(f"{LABELS[dtype]} {cell} {hidden}", cell, dtype, few, hidden)
+    yield from teams("fp64 lstm 512", "lstm", torch.float64, few, 512)
+    yield from teams("fp16 lstm 768", "lstm", torch.float16, few, 768)
+    yield from teams("bf16 lstm 2048", "lstm", torch.bfloat16, few, 2048)
+    yield from teams("bf16 gru 512, reverse, lengths", "gru", torch.bfloat16, few, 512, reverse=True, lengths=True)
+    yield from teams("bf16 lstm 509", "lstm", torch.bfloat16, few, 509)
+    yield from teams("fp32 lstm 512, many rows", "lstm", torch.float32, 64, 512)
+    yield from teams("bf16 lstm 1024, many rows", "lstm", torch.bfloat16, 256, 1024)
     yield Case("bf16 lstm 64, not saved", _Layer("lstm", torch.bfloat16, few, 64).forward(save=False), _PLAIN)

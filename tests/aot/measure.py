@@ -11,6 +11,7 @@ A measurement is a flat dict of ints; ratchet.py says which way each is worse.
     fma                fused multiply-adds that the source asks for
     fusable            products and sums that an assembler may fuse: 0 where a kernel promises the CPU's bits
     mma, wgmma, tcgen05, mfma, tma, cp_async    tensor-core and asynchronous-copy instructions
+    acquire, release    of one program of a GPU by another
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _PTX = {
     "tcgen05": r"\btcgen05\.mma",
     "tma": r"\bcp\.async\.bulk\.tensor",
     "cp_async": r"\bcp\.async\.c[ag]\.shared",
+    "acquire": r"\b(?:ld|atom)\.global\.gpu\.acquire\.",
+    "release": r"\b(?:atom|red)\.global\.gpu\.release\.",
 }
 _WIDE = r"\S*\.(?:v4\.[bfu]32|v8\.[bfu]32|v2\.[bfu]64|v4\.[bfu]64|v2\.b128|b128)\b"
 

@@ -40,7 +40,7 @@ class Case:
     label: str
     run: Callable[[], object]
     promise: Promise
-    only_for: str = ""  # the target that the kernels are for; "" for all
+    only_for: tuple[str, ...] = ()  # the targets that the kernels are for; () for all
 
 
 @dataclasses.dataclass

@@ -55,6 +55,7 @@ RECURRENT = (
     ("lstm", (1, 70, 4, 31), {}),
     ("lstm", (3, 5, 7, 24), {"projection": 9}),
 )
+TEAMS = (3, 4, 5, 6, 7)  # those of RECURRENT whose programs wait for each other in Triton
 # ((batch, heads, key heads, queries, keys, dim, value dim), shape of a float mask or None, options): both widths of
 # tiles and beyond them, tails, shared heads, the diagonal, dropout, masks of every score, shared by rows, by heads; a
 # window with a soft cap, ALiBi and sinks, whose gradients are taken too; few queries over parts of the keys.
@@ -70,6 +71,16 @@ ATTENTION = (
     ((1, 4, 2, 3, 700, 128, 136), (1, 4, 3, 700), {"window": (500, 0), "alignment": "lower_right", "per_head": True}),
 )
 GLUON_ATTENTION = (0, 2)  # those of ATTENTION that the Gluon kernel covers
+# (op, (batch, heads, queries, keys, dim, value dim), shape of a float mask or None, options): keys of windows with and
+# without a copy of them, rows that begin anywhere.
+SCORERS = (
+    ("additive_attention", (2, 2, 9, 33, 19, 7), None, {}),
+    ("additive_attention", (1, 2, 1, 140, 64, 40), (2, 1, 140), {"return_weights": True}),
+    ("cosine_attention", (2, 2, 19, 70, 32, 24), (19, 70), {}),
+    ("local_attention", (1, 2, 37, 80, 64, 16), (1, 80), {"width": 4.5}),
+    ("local_attention", (3, 1, 1, 300, 16, 16), None, {"width": 20}),
+    ("hard_attention", (2, 2, 17, 45, 16, 24), (17, 45), {}),
+)
 # (parents, input, hidden): a chain, a star, a forest of two.
 TREES = (((1, 2, 3, -1), 5, 19), ((8,) * 8 + (-1,), 33, 64), ((2, 2, 6, 5, 5, 6, -1, 8, -1), 7, 130))
 # Where another order of summation or another libm is allowed: result -> difference relative to the largest element.
@@ -87,6 +98,7 @@ TOLERANCE = {
     "recurrent": REPEATED,
     "tree": REPEATED,
     "attention": SUMMED,
+    "scorer": SUMMED,
 }
 
 CASE_LIMIT_S = 110.0  # of a case in a process of its own
@@ -160,6 +172,9 @@ def convolution(device: str, dtype: torch.dtype, number: int) -> Results:
         y = pynn.ops.conv2d(*leaves[:3], **geometry, activation="silu", residual=leaves[3])
         results[name] = y
         results |= {f"{name} gradient {i}": gradient for i, gradient in enumerate(_gradients(y, leaves))}
+        scale, shift = weight.new_full(shape[1:2], 0.5), weight.new_full(shape[1:2], 0.25)
+        prologue = {"input_scale": scale, "input_shift": shift, "input_activation": "silu"}
+        results[f"{name} of silu"] = pynn.ops.conv2d(*leaves[:3], **geometry, **prologue)
     back = {name: value for name, value in geometry.items() if name != "padding_mode"}
     results["transposed convolution"] = pynn.ops.conv_transpose2d(y.detach(), weight, **back, activation="relu")
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
@@ -194,6 +209,17 @@ def recurrent(device: str, dtype: torch.dtype, number: int) -> Results:
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
+def team(device: str, dtype: torch.dtype, number: int) -> Results:
+    """The same, and whether each result has the bits of a launch per step."""
+    from pynn.triton_kernels import recurrent_configs as configs
+
+    results = recurrent(device, dtype, number)
+    with configs.without_teams():
+        step_by_step = recurrent(device, dtype, number)
+    same = torch.tensor([torch.equal(results[name], step_by_step[name]) for name in results])
+    return results | {"same as step by step": same}
+
+
 def attention(device: str, dtype: torch.dtype, number: int) -> Results:
     """Grouped heads, stored as (B, L, H, D), and all gradients, that of the mask among them."""
     (batch, heads, key_heads, queries, keys, dim, value_dim), mask_shape, options = ATTENTION[number]
@@ -214,6 +240,34 @@ def attention(device: str, dtype: torch.dtype, number: int) -> Results:
     leaves += [] if mask is None else [mask]
     gradients = torch.autograd.grad(out, leaves, leaf(out.shape).detach())
     results = {"attention": out} | {f"attention gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
+def scorer(device: str, dtype: torch.dtype, number: int) -> Results:
+    """An attention with scores of its own, and all its gradients. Products of whole numbers have no ties that rounding
+    decides, so hard attention takes the same keys everywhere."""
+    name, (batch, heads, queries, keys, dim, value_dim), mask_shape, options = SCORERS[number]
+    generator = torch.Generator().manual_seed(7)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        values = torch.randint(-2, 3, shape, generator=generator) / 2
+        return values.to(dtype).to(device).requires_grad_()
+
+    leaves = [leaf(batch, heads, rows, width) for rows, width in ((queries, dim), (keys, dim), (keys, value_dim))]
+    options = dict(options)
+    if name == "additive_attention":
+        leaves.append(leaf(dim))
+    elif name == "local_attention":
+        leaves.append((torch.rand(batch, heads, queries, generator=generator) * keys).to(device).requires_grad_())
+    elif name == "cosine_attention":
+        options["temperature"] = torch.full((heads, 1, 1), 5.0, device=device, requires_grad=True)
+    if mask_shape is not None:
+        leaves.append(leaf(*mask_shape))
+    out = getattr(pynn.ops, name)(*leaves, **options)  # the mask comes last everywhere
+    leaves += [t for t in options.values() if isinstance(t, torch.Tensor)]
+    outs = out if isinstance(out, tuple) else (out,)
+    gradients = torch.autograd.grad(outs, leaves, [leaf(*t.shape).detach() for t in outs])
+    results = {"scorer": outs[0]} | {f"scorer gradient {i}": gradient for i, gradient in enumerate(gradients)}
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
@@ -259,6 +313,12 @@ CASES |= {
     for number, (cell, shape, _) in enumerate(RECURRENT)
 }
 CASES |= {
+    f"{RECURRENT[number][0]} {RECURRENT[number][1]} team": Case(
+        f"{RECURRENT[number][0]}_fwd", functools.partial(team, number=number)
+    )
+    for number in TEAMS
+}
+CASES |= {
     f"tree_lstm {parents} {hidden}": Case("tree_lstm_fwd", functools.partial(tree, number=number))
     for number, (parents, _, hidden) in enumerate(TREES)
 }
@@ -267,6 +327,13 @@ CASES |= {
         "scaled_dot_product_attention_fwd", functools.partial(attention, number=number)
     )
     for number, (shape, _, _) in enumerate(ATTENTION)
+}
+CASES |= {
+    f"{name} {shape}": Case(
+        "additive_attention_fwd" if name == "additive_attention" else "scaled_dot_product_attention_fwd",
+        functools.partial(scorer, number=number),
+    )
+    for number, (name, shape, _, _) in enumerate(SCORERS)
 }
 CASES |= {
     f"scaled_dot_product_attention {ATTENTION[number][0]} Gluon": Case(

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .errors import (
     ConfigMismatch,
+    Deadlock,
     DuplicateStore,
     KernelError,
     KernelFailed,
@@ -27,6 +28,7 @@ from .settings import override, settings
 
 __all__ = [
     "ConfigMismatch",
+    "Deadlock",
     "DuplicateStore",
     "KernelError",
     "KernelFailed",

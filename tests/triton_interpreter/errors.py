@@ -25,6 +25,10 @@ class Race(KernelError):
     """Two programs touch the same bytes, at least one writes, and nothing orders them."""
 
 
+class Deadlock(KernelError):
+    """Programs wait for each other, or for one that need not be running."""
+
+
 class PoisonStored(KernelError):
     """A lane that tl.load masked off without `other` reached memory."""
 

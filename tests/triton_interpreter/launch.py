@@ -12,6 +12,7 @@ from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 from triton.runtime.jit import TensorWrapper, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .cooperative import Alone, Team
 from .regions import Region
 from .settings import settings
 from .shadow import Clock, Shadow
@@ -33,6 +34,7 @@ class Launch:
         self._shadows: dict[int, Shadow] = {}
         self.index = (0, 0, 0)
         self.clock = Clock(0)
+        self.team: Team | Alone = Alone()
 
     def begin(self, index: tuple[int, int, int]) -> None:
         """The program at `index` starts, having seen nothing of the others."""

@@ -6,8 +6,9 @@ whose origin was lost (read from memory, cast from an integer) may point into an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -17,6 +18,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
 from . import poison
+from .cooperative import Team
 from .errors import DuplicateStore, KernelError, Misaligned, NotFaithful, OutOfBounds, PoisonStored, Race
 from .launch import Launch
 from .regions import Region
@@ -65,6 +67,8 @@ class MemoryOps(interpreter.InterpreterBuilder):
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         active = _mask_array(mask, ptrs.data.shape)
+        if is_volatile and active.any():
+            self._running().team.look(int(ptrs.data[active].ravel()[0]))
         memory = self._check(ptrs, active, "load")
         if memory is not None:
             element = ptrs.get_element_ty()
@@ -79,6 +83,9 @@ class MemoryOps(interpreter.InterpreterBuilder):
         if value.data.dtype != _get_np_dtype(ptrs.get_element_ty()):
             raise NotFaithful(f"store of {value.data.dtype} data through a pointer to {ptrs.get_element_ty()}")
         self._check_no_poison(value, active, "store")
+        launch = self._running()
+        launch.clock.stored = True
+        launch.team.changed()
         if memory is not None:
             memory.view(value.data.dtype)[...] = np.broadcast_to(value.data, ptrs.data.shape).ravel()
             return None
@@ -89,14 +96,36 @@ class MemoryOps(interpreter.InterpreterBuilder):
         if element == tl.bfloat16:
             raise NotFaithful("atomics on bfloat16 are not available; accumulate in float32")
         active = _mask_array(mask, ptr.data.shape)
-        self._check(ptr, active, "atomic", sem)
-        self._check_no_poison(val, active, "atomic")
-        before = super().create_atomic_rmw(rmwOp, ptr, val, TensorHandle(active, tl.int1), sem, scope)
+        with self._atomic(ptr, active, sem):
+            self._check_no_poison(val, active, "atomic")
+            before = super().create_atomic_rmw(rmwOp, ptr, val, TensorHandle(active, tl.int1), sem, scope)
         return self._with_poison(before, active)
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
-        self._check(ptr, np.ones(ptr.data.shape, dtype=bool), "atomic", sem)
-        return super().create_atomic_cas(ptr, cmp, val, sem, scope)
+        with self._atomic(ptr, np.ones(ptr.data.shape, dtype=bool), sem):
+            return super().create_atomic_cas(ptr, cmp, val, sem, scope)
+
+    def create_barrier(self):
+        self._running().clock.stored = False
+
+    @contextlib.contextmanager
+    def _atomic(self, pointers: TensorHandle, active: np.ndarray, semantic) -> Iterator[None]:
+        """Around an atomic. In a cooperative launch other programs run before it, and learn what it changed."""
+        launch = self._running()
+        scalar = pointers.data.size == 1
+        cooperative = isinstance(launch.team, Team)
+        if active.any() and (scalar or cooperative):
+            launch.team.look(int(pointers.data[active].ravel()[0]))
+        if cooperative and scalar and semantic in RELEASING and launch.clock.stored:
+            raise Race(
+                "a release while stores of this program's other warps may be on their way: one thread makes it, so "
+                "tl.debug_barrier() has to come between"
+            )
+        memory = self._check(pointers, active, "atomic", semantic)
+        before = None if memory is None else memory.copy()
+        yield
+        if memory is None or not np.array_equal(memory, before):
+            launch.team.changed()
 
     # checks
 

@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import hints
+from .cooperative import Index, Team
 from .errors import KernelError, KernelFailed, Undefined
 from .launch import Launch
 from .settings import settings
@@ -26,7 +27,7 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 LANGUAGE_INTERNALS = ("triton.language.core", "triton.language.semantic")
 
 
-def program_order(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+def program_order(grid: Index) -> list[Index]:
     """All program indices, x fastest, in the order that the settings ask for."""
     order = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     if settings.program_order == "reverse":
@@ -94,7 +95,7 @@ def call_device_function(self: InterpretedFunction, *args, **kwargs) -> object:
         return self.rewrite()(*args, **kwargs)
 
 
-def _place(kernel: str, index: tuple[int, int, int] | None, error: BaseException) -> str:
+def _place(kernel: str, index: Index | None, error: BaseException) -> str:
     """Kernel, program, and the line of its source: that of the innermost frame outside Triton and this package."""
     if index is None:
         return f"{kernel}, converting its arguments"
@@ -111,6 +112,7 @@ class CheckedGridExecutor(interpreter.GridExecutor):
         name = self.fn.__name__
         if unknown := sorted(kwargs.keys() - set(self.arg_names) - LAUNCH_OPTIONS):
             raise TypeError(f"{name}: unknown keyword arguments {unknown}; its arguments are {self.arg_names}")
+        cooperative = kwargs.get("launch_cooperative_grid", False)
         kwargs = {key: value for key, value in kwargs.items() if key in self.arg_names}
         for hook in self.pre_run_hooks:
             hook(*args, **kwargs)
@@ -120,21 +122,33 @@ class CheckedGridExecutor(interpreter.GridExecutor):
         if builder.launch is not None:
             raise KernelError(f"{name}: launched while {builder.launch.kernel} is running")
         launch = builder.launch = Launch(name, grid)
-        index: tuple[int, int, int] | None = None
+        team: Team | None = None
+        index: Index | None = None
+
+        def enter(program: Index) -> None:
+            builder.set_grid_idx(*program)
+            launch.begin(program)
+
         try:
             # overflow to infinity, 0 / 0 and log(-1) are ordinary results in a kernel, and wanted ones in tests
             with patched_language(), np.errstate(all="ignore"):
                 values = {key: self._argument(launch, key, value) for key, value in bound.items()}
                 builder.set_grid_dim(*grid)
-                for index in program_order(grid):
-                    builder.set_grid_idx(*index)
-                    launch.begin(index)
-                    self.fn(**values)
+                order = program_order(grid)
+                if cooperative and order:
+                    launch.team = team = Team(launch, order, enter, lambda: self.fn(**values))
+                    team.run()
+                else:
+                    for index in order:
+                        enter(index)
+                        self.fn(**values)
         except KernelError as error:
+            index = team.running if team else index
             error.error_message = f"{_place(name, index, error)}: {error.error_message}"
             error.args = (error.error_message,)
             raise
         except Exception as error:
+            index = team.running if team else index
             raise KernelFailed(f"{_place(name, index, error)}: {error!r}") from error
         finally:
             builder.launch = None

@@ -28,6 +28,8 @@ class Settings:
     poison: fill lanes that tl.load masks off without `other`, and report them when they are stored.
     autotune: run every configuration of an autotuned kernel, or the first one only.
     autotune_compare: how equal the results of two configurations must be.
+    cooperative_programs: how many programs of a cooperative launch run at once; by default one on each processor of an
+        H200.
     """
 
     program_order: str = "forward"
@@ -39,6 +41,7 @@ class Settings:
     poison: bool = True
     autotune: str = "all"
     autotune_compare: str = "tolerance"
+    cooperative_programs: int = 132
 
     def validate(self) -> None:
         for name, choices in CHOICES.items():

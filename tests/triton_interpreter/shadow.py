@@ -20,11 +20,13 @@ SEVERAL = -1  # as a reader: more than one program, unordered among themselves
 
 @dataclasses.dataclass
 class Clock:
-    """The running program: its number (from 1), its epoch, and what it has acquired (None: nothing yet)."""
+    """A program: its number (from 1), its epoch, what it has acquired (None: nothing yet), and whether its warps have
+    stored anything since they last met at a barrier."""
 
     program: int
     epoch: int = 1
     seen: np.ndarray | None = None
+    stored: bool = False
 
     def before(self, programs: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Which accesses, given by program and epoch, happened before now in every possible schedule."""

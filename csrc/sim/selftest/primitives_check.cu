@@ -260,6 +260,11 @@ __global__ void to_tf32_kernel(const float* x, uint32_t* y, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < count) y[i] = to_tf32(x[i]);
 }
+template <class T>
+__global__ void round_pair_kernel(const float* x, uint32_t* y, int count) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < count) y[i] = round_pair<T>(x[i], x[(i + 1) % count]);
+}
 __global__ void ex2_kernel(const float* x, float* y, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < count) y[i] = ex2_approx(x[i]);
@@ -287,6 +292,31 @@ void check_to_tf32() {
     wrong += !both_nan && (got[i] & 0xffffe000u) != twins::to_tf32(x.host[i]);
   }
   report("to_tf32", count, wrong);
+}
+
+template <class T>
+void check_round_pair(const std::string& name) {
+  constexpr int count = 100'000;
+  Array<float> x(scalars(count, [] { return bit_cast<float>(random_bits()); }));
+  for (int i = 100; i < 50'000; ++i) x.host[i] = std::ldexp(random_normal(), int(random_bits() % 48) - 30);
+  for (int i = 100; i < 1000; ++i)  // ties, of both signs
+    x.host[i] = bit_cast<float>((bit_cast<uint32_t>(x.host[i]) & 0xffff0000u) | 0x8000u);
+  for (int i = 1000; i < 2000; ++i)
+    x.host[i] = bit_cast<float>((bit_cast<uint32_t>(x.host[i]) & 0xffffe000u) | 0x1000u);
+  Array<float> operands(x.host);
+  Array<uint32_t> y(count);
+  LAUNCH(round_pair_kernel<T>, (count + 255) / 256, 256, 0, nullptr, operands.device(), y.device(), count);
+  const auto& got = y.fetch();
+  const auto is_nan = [](uint16_t bits) { return std::isnan(to_float(T{bits})); };
+  size_t wrong = 0;
+  for (int i = 0; i < count; ++i) {
+    const uint32_t expected = twins::round_pair<T>(x.host[i], x.host[(i + 1) % count]);
+    for (int shift = 0; shift < 32; shift += 16) {
+      const uint16_t a = uint16_t(got[i] >> shift), b = uint16_t(expected >> shift);
+      wrong += a != b && !(is_nan(a) && is_nan(b));
+    }
+  }
+  report(name, count, wrong);
 }
 
 void check_ex2() {
@@ -451,6 +481,8 @@ int main() {
   check_mma_all<BFloat16>("mma_m16n8k16 bf16");
   check_mma_all<Tf32>("mma_m16n8k8_tf32");
   check_to_tf32();
+  check_round_pair<Half>("round_pair fp16");
+  check_round_pair<BFloat16>("round_pair bf16");
   check_ex2();
   check_streaming();
   check_between_blocks();
