@@ -136,7 +136,7 @@ def statistics_kernel(
             products *= load_rows(p_g, in_queries, column, VALUE_DIM, BLOCK_V).to(COMPUTE)
             delta += tl.sum(products, axis=1)[:, None]
         middle, second, end = begin, begin, begin
-    total = tl.zeros([ROWS, 1], COMPUTE)
+    total = tl.zeros([ROWS, 1], COMPUTE if BASE2 else tl.float64)  # as in the forward
     b_q, b_g = 0.0, 0.0
     if STEP == 0:
         b_q, b_g = load_rows(p_q, in_queries, 0, DIM, BLOCK_D), load_rows(p_g, in_queries, 0, VALUE_DIM, BLOCK_V)
@@ -171,9 +171,9 @@ def statistics_kernel(
     if swept:
         if sinks is not None:
             sink = tl.load(sinks + head)
-            total += weight_of(tl.zeros_like(total) + (sink * LOG2_E if BASE2 else sink), shift, BASE2) * norm
+            total += weight_of(tl.zeros([ROWS, 1], COMPUTE) + (sink * LOG2_E if BASE2 else sink), shift, BASE2) * norm
         total = tl.where(total == 0.0, 1.0, total)
-        norm, delta = norm / total, delta / total
+        norm, delta = (norm / total).to(COMPUTE), (delta / total).to(COMPUTE)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + place, mask=in_queries, other=0.0).to(COMPUTE)
     tl.store(statistics + place, shift, mask=in_queries)
