@@ -53,7 +53,8 @@ def gemm_kernel(
 ):  # fmt: skip
     """weight: (groups, out, h_kernel, w_kernel, in), out and in being channels of a group; see conv2d.py.
 
-    scale and shift are those of PROLOGUE, an activation's number, see conv2d_prologue_kernels.py.
+    scale and shift are those of PROLOGUE, an activation's number, see conv2d_prologue_kernels.py. Where samples have
+    their own (*_SAMPLES), a block of pixels is part of one sample.
     """
     AXIS: tl.constexpr = 0 if X_UNIT == 1 else 1  # of pixels
     channels_in, channels_out, w_count = in_units * IN_PACK, out_units * OUT_PACK, w_units * W_PACK
@@ -91,6 +92,7 @@ def gemm_kernel(
     else:
         acc = tl.zeros([BLOCK_O, BLOCK_P], COMPUTE)
     lost = acc if CHUNKED else 0.0
+    sample = p_block.to(INDEX) * BLOCK_P // (h_count.to(INDEX) * w_count)  # of all pixels, where that is asked for
     r_blocks = tl.cdiv(channels_in, BLOCK_R)
     h_tap, w_tap, r_block = 0, 0, 0
     for _ in range(h_taps * w_taps * r_blocks):
@@ -103,7 +105,7 @@ def gemm_kernel(
         b_x = tl.load(along(places, AXIS) + along(r.to(INDEX) * x_c, 1 - AXIS), mask=in_x, other=0.0)
         if PROLOGUE is not None:
             u = before_activation(
-                b_x, in_x, along(n, AXIS), along(group * channels_in + r, 1 - AXIS), groups * channels_in,
+                b_x, along(in_r, 1 - AXIS), sample, along(group * channels_in + r, 1 - AXIS), groups * channels_in,
                 scale, shift, SCALE_SAMPLES, SHIFT_SAMPLES, COMPUTE,
             )  # fmt: skip
             b_x = tl.where(in_x, activate(u, PROLOGUE, b_x.dtype), 0.0).to(b_x.dtype)

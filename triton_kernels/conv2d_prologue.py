@@ -54,7 +54,7 @@ def conv2d_prologue_bwd(grad_output, input, scale, shift, activation, with_sums)
     sums = input.new_empty((2, batch, channels) if with_sums else 0, dtype=compute_dtype(input))
     if not dx.numel():
         return dx, sums.zero_()
-    tile = configs.sum_tile(channels, input.element_size(), 2048)
+    tile = configs.sum_tile(channels, input.element_size(), 4096 // input.element_size())
     splits = triton.cdiv(height * width, tile.pixels * _STEPS)
     partials = sums.new_empty((splits, *sums.shape)) if with_sums else None
     layout, y_layout, s_layout = (Layout.of(t) for t in (dx, grad_output, input))
@@ -81,7 +81,8 @@ def prologue_conv2d_fwd(
     Tensor? bias, Tensor? residual, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups,
     int padding_mode, bool allow_tf32, int activation, bool save_pre) -> (Tensor, Tensor)"""
     h, w = axes(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    if not _applies_in_kernel(input, weight, h, w, groups, allow_tf32):
+    per_sample = any(t is not None and t.dim() == 2 for t in (scale, shift))
+    if not _applies_in_kernel(input, weight, h, w, groups, allow_tf32, per_sample):
         image = conv2d_prologue_fwd(input, scale, shift, input_activation)
         return conv2d_fwd(
             image, weight, bias, residual, stride, padding, dilation, groups, padding_mode, allow_tf32, activation,
@@ -96,13 +97,16 @@ def prologue_conv2d_fwd(
     )  # fmt: skip
 
 
-def _applies_in_kernel(input, weight, h, w, groups, allow_tf32) -> bool:
+def _applies_in_kernel(input, weight, h, w, groups, allow_tf32, per_sample) -> bool:
     """Whether the matrix product applies the prologue: each tap and block of output channels that reads a pixel does it
-    again, which costs little next to a pass where those are few, or where the GPU is not full."""
+    again, which costs little next to a pass where those are few, or where the GPU is not full. Coefficients of each
+    sample are read where a block of pixels has one sample."""
     outputs, reduced = weight.shape[0] // groups, weight.shape[1]
     if not multiplies(reduced, outputs):
         return False
     tile = configs.product_tile(kind_of(input, allow_tf32), outputs)
+    if per_sample and h.out * w.out % tile.pixels:
+        return False
     columns = triton.cdiv(outputs, tile.channels)
     programs = triton.cdiv(input.shape[0] * h.out * w.out, tile.pixels) * columns * groups
     return h.kernel * w.kernel * columns <= configs.MOST_REPEATS or programs < configs.PROGRAMS // 2
