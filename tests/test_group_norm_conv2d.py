@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conv2d_reference import LAST, interpret_only, on, operands
 from conv2d_reference import reference as convolution
-from policy import DTYPES, LOW_PRECISION, assert_bitwise, assert_relative, run, truth_of
+from policy import DTYPES, LOW_PRECISION, assert_bitwise, assert_relative, relative_error, run, truth_of
 from torch.autograd import gradcheck, gradgradcheck
 from transforms import assert_all, assert_compiles
 
@@ -44,10 +44,9 @@ def block(shape, outputs, kernel=3, dtype=torch.float32, groups=1):
 @pytest.mark.parametrize("shape", [(2, 16, 7, 6), (1, 32, 12, 12), (3, 8, 5, 4)])
 @pytest.mark.parametrize("silu", [False, True])
 def test_accuracy(backend, shape, dtype, silu):
-    """The output: P1. The gradients: the bits of the gradients of the convolution and of group_norm."""
+    """The output: P1; where torch's chain rounds as often as ours, to one per cent, as chance then decides. The
+    gradients: the bits of the gradients of the convolution and of group_norm."""
     interpret_only(backend, dtype in (torch.bfloat16, torch.float32) and silu)
-    if dtype in LOW_PRECISION and not silu:
-        pytest.skip("torch's chain rounds as often: nothing tells the errors apart")
     tensors = block(shape, 24, dtype=dtype)
     truth, _ = truth_of(lambda *t: reference(*t, silu=silu, padding=1), *tensors)
     peer, _ = run(lambda *t: reference(*t, silu=silu, padding=1), *tensors)
@@ -56,7 +55,10 @@ def test_accuracy(backend, shape, dtype, silu):
         x, *rest = on(backend, tensors[0].to(memory_format=memory_format), *tensors[1:])
         dy_ = dy.to(x.device)
         y, grads = run(lambda *t: ours(*t, silu=silu, padding=1), x, *rest, grad_output=dy_)
-        assert_relative(y.cpu(), truth, [peer], what=f"output {memory_format}")
+        if dtype in LOW_PRECISION and not silu:
+            assert relative_error(y.cpu(), truth) <= 1.01 * relative_error(peer, truth)
+        else:
+            assert_relative(y.cpu(), truth, [peer], what=f"output {memory_format}")
         mean, rstd = backend.ops.group_norm_statistics(x, 4, 1e-5)
         image = backend.ops.conv2d_prologue_fwd(x, *coefficients(mean, rstd, *rest[:2], shape[1]), 3 if silu else 0)
         _, parts = run(lambda x, w, b: conv2d(x, w, b, padding=1), image, *rest[2:], grad_output=dy_)
