@@ -316,7 +316,7 @@ void check_round_pair(const std::string& name) {
       wrong += a != b && !(is_nan(a) && is_nan(b));
     }
   }
-  report(name, count, wrong);
+  report(name.c_str(), count, wrong);
 }
 
 void check_ex2() {
