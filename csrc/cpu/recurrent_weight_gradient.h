@@ -57,11 +57,12 @@ void add_outer(const A* gradients, const PanelRows& places, const A* panels, int
                  stride);
       }
     };
-    if (n + width <= columns) return multiply_chains(kAdd, target, columns);
+    // Several chains are added to each other before they are added to what is there, which may be a much longer sum.
+    if (n + width <= columns && !(kAdd && rows > kRowChain)) return multiply_chains(kAdd, target, columns);
     alignas(64) A part[kTileHeight<kPanelVectors> * width];
     multiply_chains(false, part, width);
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = n; j < columns; j += L) {
+      for (int64_t j = n; j < std::min(n + width, columns); j += L) {
         const Vec<A> sum = load(part + i * width + j - n);
         A* const place = target + i * columns + j - n;
         store_some(place, columns - j, kAdd ? load_some(place, columns - j) + sum : sum);
