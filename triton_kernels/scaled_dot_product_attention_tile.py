@@ -114,7 +114,8 @@ def set_nan_aside(total):
     """A weight that is two numbers makes NaN of an infinity, where the second is negative or one is 0. Such sums become
     a number that no other sum can be, for nonfinite_sum; and whether there are any. put_nan_back: the others."""
     lost = total != total
-    return tl.where(lost, LARGEST, total), tl.sum(tl.sum(lost.to(tl.int32), axis=1), axis=0) > 0
+    # Raveled: at a sum of sums of rows Triton 3.7 stops with an error on sm_100.
+    return tl.where(lost, LARGEST, total), tl.sum(tl.ravel(lost.to(tl.int32)), axis=0) > 0
 
 
 @triton.jit
