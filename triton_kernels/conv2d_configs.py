@@ -75,15 +75,19 @@ def architecture() -> str:
     return "sm_80" if target.arch < 90 else "sm_90" if target.arch < 120 else "sm_120"
 
 
-def product_tile(kind: str, channels: int) -> Tile:
+def product_tile(kind: str, channels: int, prologue: bool = False) -> Tile:
     """For the matrix products of the forward, the input gradient and the weight gradient.
 
     Args:
         kind: half, tf32, fp32 or fp64.
         channels: output channels of a group.
+        prologue: whether the image is changed between its load and the product.
     """
     tiles = _PRODUCTS[architecture()][kind]
-    return next((tile for tile in tiles if channels <= tile.channels), tiles[-1])
+    tile = next((tile for tile in tiles if channels <= tile.channels), tiles[-1])
+    if prologue and architecture() == "sm_120":  # what is loaded goes through registers, of which four warps lack some
+        return dataclasses.replace(tile, num_warps=8)
+    return tile
 
 
 def weight_tile(kind: str, outputs: int, inputs: int) -> tuple[Tile, int, bool]:

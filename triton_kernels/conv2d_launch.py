@@ -157,7 +157,7 @@ def correlate(
     elif few_outputs:
         tile = configs.reduce_tile(reduced, triton.next_power_of_2(outputs))
     else:
-        tile = configs.product_tile(kind, outputs)
+        tile = configs.product_tile(kind, outputs, prologue is not None)
     w_pack = y_layout.pack if y_layout.unit == _COLUMNS and w.count(transposed) % y_layout.pack == 0 else 1
     pixels = x.shape[0] * h.count(transposed) * w.count(transposed)
     blocks = triton.cdiv(pixels, tile.pixels)
