@@ -183,7 +183,13 @@ def test_launches_compare_backends(capsys, monkeypatch):
     assert "elsewhere: no kernels (no such backend)" in capsys.readouterr().out
 
 
-def test_launches_in_processes(capsys):
+@pytest.fixture
+def paths(monkeypatch):
+    """Processes find the packages of this directory, as those of `make gpu` do."""
+    monkeypatch.setenv("PYTHONPATH", f"{gpu_main.ROOT}{os.pathsep}{gpu_main.ROOT / 'tests'}")
+
+
+def test_launches_in_processes(paths, capsys):
     name = next(iter(launches.CASES))
     assert launches.main(["--workers", "2", "--only", name, "cpu"]) == 0
     assert re.search(r"all \d+ comparisons agree on cpu", capsys.readouterr().out)
@@ -212,13 +218,13 @@ def run_tests(tmp_path, slow, *options):
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-def test_pytest_goes_on_after_a_crash_and_prints_failures_at_once(tmp_path):
+def test_pytest_goes_on_after_a_crash_and_prints_failures_at_once(paths, tmp_path):
     said = run_tests(tmp_path, False, "-n", "1")
     assert "2 failed, 10 passed" in said
     assert said.index("assert 7 != 7") < said.index("= FAILURES =")
 
 
-def test_pytest_ends_in_time(tmp_path):
+def test_pytest_ends_in_time(paths, tmp_path):
     said = run_tests(tmp_path, True, "--time-limit", "1e-9", "-n", "1")
     assert "12 skipped" in said
 
