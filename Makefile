@@ -29,7 +29,8 @@ demo: $(STAMP)
 # The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
 # has to be chosen when a process starts. With a GPU the first run takes its kernels along.
 INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
-	tests/test_conv_transpose2d.py tests/test_multi_head_attention.py tests/test_conv2d_triton.py tests/test_random.py tests/test_recurrent_triton.py \
+	tests/test_conv_transpose2d.py tests/test_multi_head_attention.py tests/test_conv2d_triton.py tests/test_random.py \
+	tests/test_recurrent_triton.py tests/test_recurrent_teams.py tests/test_recurrent_accuracy.py tests/test_group_norm_conv2d.py \
 	tests/test_scaled_dot_product_attention_decode.py tests/test_scaled_dot_product_attention_nonfinite.py \
 	tests/test_scaled_dot_product_attention_options.py
 test: build
@@ -42,7 +43,7 @@ test: build
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds
 # per element and the exact tests hold as they are).
 ISA_TESTS := tests/test_additive_attention.py tests/test_conv2d.py tests/test_conv2d_depthwise.py \
-	tests/test_conv2d_prologue.py \
+	tests/test_conv2d_prologue.py tests/test_group_norm_conv2d.py tests/test_recurrent_accuracy.py \
 	tests/test_conv2d_narrow.py tests/test_conv2d_winograd.py tests/test_conv_transpose2d.py \
 	tests/test_diffusion.py tests/test_group_norm.py tests/test_random.py \
 	tests/test_scaled_dot_product_attention.py tests/test_scaled_dot_product_attention_decode.py \

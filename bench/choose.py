@@ -96,7 +96,7 @@ def calls(point: Point, dtype: torch.dtype, device: str) -> dict[str, tuple]:
     grad, bias = made(point.batch, point.outputs, point.size, point.size), torch.randn(point.outputs, device=device)
     geometry = ((point.stride,) * 2, (pad,) * 4, (1, 1), point.groups, 0, False)
     return {
-        STEP: (input, weight, bias.to(dtype), grad, Geometry(*geometry)),
+        STEP: (input, weight, bias.to(dtype), None, *geometry, grad),
         "conv2d_fwd": (input, weight, bias.to(dtype), None, *geometry, 0, False),
         "conv2d_bwd_input": (grad, weight, input.shape, *geometry, point.channels_last),
         "conv2d_bwd_weight": (grad, input, weight.shape[2:], *geometry, True),
@@ -113,12 +113,14 @@ def _run(backend: str, name: str, operands: tuple) -> Callable[[], object]:
     return lambda: entry(*operands)
 
 
-def _steps(input, weight, bias, grad, geometry: Geometry) -> dict[str, Callable[[], object]]:
+def _steps(input, weight, bias, residual, *rest) -> dict[str, Callable[[], object]]:
     """A training step of ours and one of torch's."""
+    *geometry, grad = rest
+    geometry = Geometry(*geometry)
     leaves = [t.detach().requires_grad_() for t in (input, weight, bias)]
 
     def ours():
-        return torch.autograd.grad(convolve(Conv2d, *leaves, None, geometry, None), leaves, grad)
+        return torch.autograd.grad(convolve(Conv2d, *leaves, residual, geometry, None), leaves, grad)
 
     def theirs():
         return torch.autograd.grad(_conv2d_torch.conv2d(*leaves, geometry), leaves, grad)
@@ -130,13 +132,6 @@ def _providers(name: str, operands: tuple, device: str) -> dict[str, Callable[[]
     if name == STEP:
         return _steps(*operands) if device == "cpu" else {}
     return {b: _run(b, name, operands) for b in CONTENDERS[device] if not backends.why_not(name, b)}
-
-
-def _case(name: str, operands: tuple) -> choices.Case:
-    if name != STEP:
-        return getattr(cases, name)(*operands)
-    input, weight, bias, _, geometry = operands
-    return cases.conv2d_fwd(input, weight, bias, None, *geometry)
 
 
 def _assert_same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
@@ -161,7 +156,7 @@ def measure(name: str, operands: tuple, dtype: torch.dtype, device: str, budget_
     default, best = next(iter(providers)), min(medians, key=medians.__getitem__)
     if medians[default] / medians[best] < WORTH_IT:
         best = default
-    case = _case(name, operands)
+    case = getattr(cases, "conv2d_fwd" if name == STEP else name)(*operands)
     ratio = round(medians[default] / medians[best], 2)
     sizes = " ".join(map(str, case.sizes))
     return choices.Row(name, str(dtype).removeprefix("torch."), case.category, sizes, best, ratio)

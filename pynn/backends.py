@@ -277,8 +277,7 @@ def fastest_in_torch(name: str, tensor: torch.Tensor, case: choices.Case | None)
     """Whether torch's own function of this name, with its autograd, was measured to be the fastest for a call."""
     if _forced != "auto" or case is None or type(tensor) not in _PLAIN:
         return False
-    architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
-    if choices.fastest(architecture, name, _name_of(tensor.dtype), case) != "library":
+    if _measured(name, tensor, case) != "library":
         return False
     if _calls is not None:
         _record(name, "library", tensor, "measured fastest")
@@ -322,9 +321,13 @@ def entry(name: str, chosen: str, plain: bool = True) -> Callable:
 
 
 def _fastest(name: str, tensor: torch.Tensor, case: choices.Case) -> str | None:
-    architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
-    chosen = choices.fastest(architecture, _measured_as.get(name, name), _name_of(tensor.dtype), case)
+    chosen = _measured(name, tensor, case)
     return chosen if chosen is not None and not unavailable[chosen] and has_kernel(name, chosen) else None
+
+
+def _measured(name: str, tensor: torch.Tensor, case: choices.Case) -> str | None:
+    architecture = cpu_isa if tensor.is_cpu else _gpu_architecture(tensor.device)
+    return choices.fastest(architecture, _measured_as.get(name, name), _name_of(tensor.dtype), case)
 
 
 @functools.cache

@@ -170,3 +170,17 @@ def second_order(inputs, options, cotangents):
     d_mask = c_scores.sum_to_size(attn_mask.shape) if mask_gradient else None
     d_value = _summed(c_g.mT @ grad_out, value)
     return d_grad_out, d_grad_lse, d_query, _summed(d_key, key), d_value, d_mask, None, None, d_sinks
+
+
+def additive_composite(query, key, value, weight, added, *, seen):
+    """(out, weights) in differentiable torch operations; added and seen have the whole shape of the scores."""
+    scores = (query[..., :, None, :] + key[..., None, :, :]).tanh() @ weight
+    if added is not None:
+        scores = scores + added.masked_fill(~seen, 0).to(scores.dtype)
+    if seen is not None:
+        empty = ~seen.any(-1, keepdim=True)
+        scores = scores.masked_fill(~seen, -math.inf).masked_fill(empty, 0)
+    weights = scores.softmax(-1)
+    if seen is not None:
+        weights = weights.masked_fill(~seen, 0)
+    return weights @ value, weights

@@ -11,7 +11,7 @@ import torch
 
 from .. import backends
 from ._attention_composite import second_order
-from ._function import call, check_devices, compute_dtype, eager
+from ._function import call, call_in_backward, check_devices, compute_dtype, eager
 from ._registry import define
 
 _NAME = "scaled_dot_product_attention"
@@ -103,9 +103,7 @@ class ScaledDotProductAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(tensors[_TENSORS])
         gradients = (ctx.needs_input_grad[3], ctx.needs_input_grad[6])  # of the mask, of the sinks
         inputs = (grad_out, grad_lse, *tensors, *ctx.options, *gradients)
-        function = ScaledDotProductAttentionBackward
-        # A compiled backward has no backward of its own.
-        grads = function.forward(*inputs) if torch.compiler.is_compiling() else call(function, *inputs)
+        grads = call_in_backward(ScaledDotProductAttentionBackward, *inputs)
         grad_mask, grad_sinks = (g if wanted else None for g, wanted in zip(grads[3:], gradients, strict=True))
         return (*grads[:3], grad_mask, None, None, grad_sinks, None, None, *(None,) * len(ctx.options))
 

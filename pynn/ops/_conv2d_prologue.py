@@ -15,7 +15,7 @@ from .. import backends
 from ._conv2d_activation import ACTIVATIONS
 from ._conv2d_functions import Conv2d, ConvGradients, gradient_of_residual, gradient_of_sum, save_forward
 from ._conv2d_vmap import batch_first
-from ._function import call, compute_dtype, double_backward, eager
+from ._function import call, call_in_backward, compute_dtype, double_backward, eager
 
 _FUNCTIONS = {
     None: lambda u: u,
@@ -110,10 +110,7 @@ def gradients_of_prologue(grad, input, scale, shift, activation, needed):
         return None, None, None
     mask = needed[0], *(n and t is not None for n, t in zip(needed[1:], (scale, shift), strict=True))
     inputs = grad, input, scale, shift, activation, mask
-    if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-        grads = PrologueGradient.forward(*inputs)
-    else:
-        grads = call(PrologueGradient, *inputs)
+    grads = call_in_backward(PrologueGradient, *inputs)
     return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
 
 

@@ -43,6 +43,11 @@ def call(cls, *inputs: Any):
     return cls.forward(*inputs)
 
 
+def call_in_backward(cls, *inputs: Any):
+    """call() of what a backward pass consists of; a compiled one has no backward of its own."""
+    return cls.forward(*inputs) if torch.compiler.is_compiling() else call(cls, *inputs)
+
+
 def recorded(inputs: tuple) -> bool:
     """Whether a call has to go through its Function, which keeps what backward reads, instead of straight to the op."""
     return torch._C._are_functorch_transforms_active() or (

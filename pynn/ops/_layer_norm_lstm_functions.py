@@ -6,7 +6,7 @@ import torch
 
 from .. import backends
 from . import _layer_norm_lstm_composite as composite
-from ._function import call, check_devices, compute_dtype, double_backward, eager, loop_vmap
+from ._function import call_in_backward, check_devices, compute_dtype, double_backward, eager, loop_vmap
 from ._registry import define
 
 _OPERANDS = (
@@ -120,10 +120,7 @@ class LayerNormLSTM(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(needed)
         inputs = (*grads, *ctx.saved_tensors, *ctx.options, list(needed[:_DIFFERENTIABLE]))
-        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-            results = LayerNormLSTMBackward.forward(*inputs)
-        else:
-            results = call(LayerNormLSTMBackward, *inputs)
+        results = call_in_backward(LayerNormLSTMBackward, *inputs)
         results = (*results, *(None,) * (len(needed) - len(results)))
         return tuple(r if n else None for r, n in zip(results, needed, strict=True))
 

@@ -7,7 +7,7 @@ import torch
 from .. import backends
 from . import _recurrent_composite as composite
 from . import _recurrent_schemas  # noqa: F401 (defines the ops)
-from ._function import call, double_backward, eager, loop_vmap
+from ._function import call, call_in_backward, double_backward, eager, loop_vmap
 
 # Operands are (input, hx, cx of lstm, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of lstm, lengths).
 _INPUT, _HX, _LENGTHS = 0, 1, -1
@@ -130,10 +130,7 @@ def _functions(name: str, states: int, saved: int):
                 mask += [needed[bias + 2], needed[1] or needed[2]]
             options = ctx.options if name == "rnn" else ctx.options[:1]
             inputs = (*grads, *ctx.saved_tensors, *options, mask)
-            if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-                results = list(Backward.forward(*inputs))
-            else:
-                results = list(call(Backward, *inputs))
+            results = list(call_in_backward(Backward, *inputs))
             if not separate_biases:
                 results.insert(bias, results[bias])
             results += [None] * (len(needed) - len(results))

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._attention_composite import broadcast_leading
+from ._attention_composite import additive_composite, broadcast_leading
 from ._attention_functions import lse_dtype
-from ._function import autocast, call, check_devices, compute_dtype, double_backward, eager, fold_leading, loop_vmap
+from ._function import (
+    autocast,
+    call,
+    call_in_backward,
+    check_devices,
+    compute_dtype,
+    double_backward,
+    eager,
+    fold_leading,
+    loop_vmap,
+)
 from ._registry import define
 
 _NAME = "additive_attention"
@@ -44,20 +54,6 @@ def _(grad_out, grad_weights, query, key, value, weight, attn_mask, lse, mask_gr
     return (*grads, query.new_empty(scores, dtype=compute_dtype(query)))
 
 
-def _composite(query, key, value, weight, added, *, seen):
-    """(out, weights) in differentiable torch operations; added and seen have the whole shape of the scores."""
-    scores = (query[..., :, None, :] + key[..., None, :, :]).tanh() @ weight
-    if added is not None:
-        scores = scores + added.masked_fill(~seen, 0).to(scores.dtype)
-    if seen is not None:
-        empty = ~seen.any(-1, keepdim=True)
-        scores = scores.masked_fill(~seen, -math.inf).masked_fill(empty, 0)
-    weights = scores.softmax(-1)
-    if seen is not None:
-        weights = weights.masked_fill(~seen, 0)
-    return weights @ value, weights
-
-
 @eager
 class AdditiveAttentionBackward(torch.autograd.Function):
     """Gradients of query, key, value, weight (if it is used: kernels sum it over all) and scores; its own: torch's."""
@@ -85,7 +81,9 @@ class AdditiveAttentionBackward(torch.autograd.Function):
         dy = (grad_out, query.new_zeros(scores) if grad_weights is None else grad_weights)
         wanted = [*grad_grads[:4], grad_grads[4] if ctx.mask_gradient else None]
         inputs = (query, key, value, weight, added)
-        (to_out, to_weights), to_inputs = double_backward(lambda *xs: _composite(*xs, seen=seen), dy, inputs, wanted)
+        (to_out, to_weights), to_inputs = double_backward(
+            lambda *xs: additive_composite(*xs, seen=seen), dy, inputs, wanted
+        )
         to_mask = _mask_gradient(to_inputs[4], attn_mask) if ctx.mask_gradient else None
         return to_out, None if grad_weights is None else to_weights, *to_inputs[:4], to_mask, None, None, None
 
@@ -128,10 +126,7 @@ class AdditiveAttention(torch.autograd.Function):
             grad_out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         grad_weights = grad_weights if ctx.return_weights else None
         inputs = (grad_out, grad_weights, *tensors, ctx.needs_input_grad[4], ctx.needs_input_grad[3])
-        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-            grads = AdditiveAttentionBackward.forward(*inputs)
-        else:
-            grads = call(AdditiveAttentionBackward, *inputs)
+        grads = call_in_backward(AdditiveAttentionBackward, *inputs)
         return *grads[:4], _mask_gradient(grads[4], attn_mask) if ctx.needs_input_grad[4] else None, None
 
     @staticmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import backends
-from ._function import call, compute_dtype, double_backward, eager, loop_vmap
+from ._function import call, call_in_backward, compute_dtype, double_backward, eager, loop_vmap
 from ._registry import define
 
 
@@ -114,10 +114,7 @@ class GroupNorm(torch.autograd.Function):
             return (None,) * 6
         input, weight, bias, mean, rstd = ctx.saved_tensors
         inputs = (grad_output, input, weight, bias, mean, rstd, *ctx.config)
-        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-            grads = GroupNormBackward.forward(*inputs)
-        else:
-            grads = call(GroupNormBackward, *inputs)
+        grads = call_in_backward(GroupNormBackward, *inputs)
         needed = ctx.needs_input_grad
         return (
             grads[0] if needed[0] else None,

@@ -16,7 +16,7 @@ from .. import backends
 from ._conv2d_activation import ACTIVATIONS, check_activation
 from ._conv2d_functions import Conv2d, ConvGradients, convolve, gradient_of_residual, gradient_of_sum, save_forward
 from ._conv2d_prologue import Prologue
-from ._function import autocast, call, eager
+from ._function import autocast, call, call_in_backward, eager
 from .conv2d import geometry_of
 from .group_norm import GroupNorm, GroupNormBackward, check_values
 
@@ -73,10 +73,7 @@ class GroupNormConv2d(torch.autograd.Function):
         norm = (None,) * 3
         if grad_image is not None:
             inputs = grad_image, input, norm_weight, norm_bias, mean, rstd, *ctx.norm
-            if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-                norm = GroupNormBackward.forward(*inputs)
-            else:
-                norm = call(GroupNormBackward, *inputs)
+            norm = call_in_backward(GroupNormBackward, *inputs)
             norm = tuple(g if wanted else None for g, wanted in zip(norm, into_norm, strict=True))
         rest = gradient_of_residual(ctx, grad), None, None, None, *norm[1:], None, None, None
         return norm[0], grad_weight, grad_bias, *rest

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends
 from ._attention_composite import broadcast_leading
 from ._attention_functions import ScaledDotProductAttentionBackward
-from ._function import autocast, call, check_devices, compute_dtype, eager, loop_vmap, recorded
+from ._function import autocast, call, call_in_backward, check_devices, compute_dtype, eager, loop_vmap, recorded
 
 _NAME = "hard_attention"
 _SCORES = 2**22  # formed at a time, at most: keys are gone through in pieces
@@ -92,8 +92,7 @@ class HardAttention(torch.autograd.Function):
             soft = backends.op("scaled_dot_product_attention_fwd", query)(*inputs, *options)
         of_mask = ctx.needs_input_grad[3]
         function, arguments = ScaledDotProductAttentionBackward, (grad, None, *inputs, *soft, *options, of_mask, False)
-        # A compiled backward has no backward of its own.
-        grads = function.forward(*arguments) if torch.compiler.is_compiling() else call(function, *arguments)
+        grads = call_in_backward(function, *arguments)
         spare = None if torch.compiler.is_compiling() or recorded((grad, *inputs)) else grads[2]  # memory at hand
         to_value = _given_back(grad, value, index, spare) if ctx.needs_input_grad[2] else None
         return grads[0], grads[1], to_value, grads[3] if of_mask else None, None

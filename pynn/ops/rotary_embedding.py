@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._function import call, check_devices, compute_dtype, eager, loop_vmap
+from ._function import call, call_in_backward, check_devices, compute_dtype, eager, loop_vmap
 from ._registry import define
 
 _NAME = "rotary_embedding"
@@ -43,10 +43,7 @@ class RotaryEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         inputs = (grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-            to_x = RotaryEmbedding.forward(*inputs)
-        else:
-            to_x = call(RotaryEmbedding, *inputs)
+        to_x = call_in_backward(RotaryEmbedding, *inputs)
         return to_x, None, None, None, None
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ._forest import Forest
-from ._function import autocast, call, compute_dtype, double_backward, eager, loop_vmap
+from ._function import autocast, call, call_in_backward, compute_dtype, double_backward, eager, loop_vmap
 from ._registry import define
 
 _OPERANDS = "Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias"
@@ -131,10 +131,7 @@ class TreeLSTM(torch.autograd.Function):
         *operands, h, c, gates, sums = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:4])
         inputs = (grad_h, grad_c, *operands, ctx.levels, h, c, gates, sums, mask)
-        if torch.compiler.is_compiling():  # a compiled backward has no backward of its own
-            grads = TreeLSTMBackward.forward(*inputs)
-        else:
-            grads = call(TreeLSTMBackward, *inputs)
+        grads = call_in_backward(TreeLSTMBackward, *inputs)
         return (*(g if m else None for g, m in zip(grads, mask, strict=True)), None, None, None)
 
     @staticmethod
