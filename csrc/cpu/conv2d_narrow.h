@@ -26,7 +26,11 @@ inline std::vector<int64_t> piece_ends(int64_t depth, int64_t limit) {
 template <class T, class A>
 A* pack_outputs(const T* w, const WeightView& view, const Window& window, int64_t first, int64_t last, int64_t padding,
                 A* to) {
-  const int64_t kw = window.w.kernel;
+  const int64_t kw = window.w.kernel, width = last - first;
+  if (window.taps() == 1 && view.c == 1 && padding == 0) {  // a transposition
+    transpose_in(w + first * view.o, view.o, window.in_channels, width, to, [=](int64_t c) { return c * width; });
+    return to + window.in_channels * width;
+  }
   for (int64_t c = 0; c < window.in_channels; ++c)
     for (int64_t t = 0; t < window.taps(); ++t) {
       const T* from = w + c * view.c + t / kw * view.a + t % kw * view.b;

@@ -1,4 +1,4 @@
-// Correlations with 1 x 1 filters and few input or few output channels, of one group:
+// Correlations with 1 x 1 filters, of one group:
 //   out[n, o, i, j] = sum over c of x[n, c, i * stride, j * stride] * w[o, c]
 // So little is done with each element that moving it is what costs: operands in the compute type are read where they
 // are, and sums that only want a bias are stored where they belong. Where the channels of the output are innermost,
@@ -15,8 +15,7 @@ inline bool is_pointwise(const Window& window) {
     return axis.kernel == 0 || (axis.pad == 0 && axis.input(axis.out - 1, 0) < axis.in);
   };
   return window.taps() <= 1 && window.groups == 1 && !window.bordered() && inside(window.h) && inside(window.w) &&
-         std::min(window.in_channels, window.out_channels) <= 16 && window.out_channels >= 4 &&
-         window.h.out * window.w.out >= 2 * kLanes<float>;
+         window.out_channels >= 4 && window.h.out * window.w.out >= 2 * kLanes<float>;
 }
 
 template <class T>
@@ -25,6 +24,9 @@ class PointwiseCorrelation {
   static constexpr int L = kLanes<A>;
   static constexpr int64_t kElements = 6144, kLeast = 128, kMost = 2048;  // of the input, pixels of a unit
   static constexpr int64_t kLine = 96, kAhead = 32;  // pixels whose sums wait for the epilogue, that are prefetched
+  // Channels of some vectors of pixels that fit into the first cache; bytes of weights, and of the pixels that take
+  // turns with a panel of more, that fit into the second.
+  static constexpr int64_t kChannels = 128, kWeights = 512 << 10, kTurns = 256 << 10;
 
  public:
   PointwiseCorrelation(const T* x, const Strides4& s, const T* w, const WeightView& view, const Window& window)
@@ -40,7 +42,8 @@ class PointwiseCorrelation {
         rows_(rows_of(window)),
         planes_(window, rows_),
         // as in conv2d_engine.h; five products or fewer are as exact in one piece
-        ends_(piece_ends(in_, std::clamp<int64_t>(int64_t(std::sqrt(4.0 * double(in_))), 5, 64))),
+        piece_(std::clamp<int64_t>(int64_t(std::sqrt(4.0 * double(in_))), 5, 64)),
+        ends_(piece_ends(in_, piece_)),
         panels_(pixel_panels<A>(out_, 4)),
         padded_(panels_.back().first + panels_.back().width()),
         weights_(padded_ * in_) {}
@@ -61,7 +64,7 @@ class PointwiseCorrelation {
     const int64_t bands = ceil_div(window_.h.out, rows_), work = window_.batch * bands, positions = rows_ * width_;
     const int64_t slots = std::min<int64_t>(work, thread_count());
     const int64_t input_size = direct ? 0 : round_up(in_ * (pixels ? positions : planes_.channel()) + 2 * L, 16);
-    const int64_t sums_size = in_place ? 0 : pixels ? kLine * padded_ + L : kPlaneOutputs * round_up(positions, L);
+    const int64_t sums_size = in_place ? 0 : pixels ? kLine * padded_ + L : together() * round_up(positions, L);
     const Buffer<A> scratch(slots * (input_size + round_up(sums_size, 16)));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
@@ -88,10 +91,19 @@ class PointwiseCorrelation {
 
   static int64_t rows_of(const Window& window) {
     const int64_t pixels = std::clamp(kElements / std::max<int64_t>(window.in_channels, 1), kLeast, kMost);
-    int64_t bands = ceil_div(window.h.out, std::max<int64_t>(1, pixels / window.w.out));
-    bands = std::max(bands, std::min(ceil_div(8, window.batch), window.h.out / 8));
-    return ceil_div(window.h.out, bands);
+    const int64_t height = window.h.out, width = window.w.out;
+    int64_t bands = ceil_div(height, std::max<int64_t>(1, pixels / width));
+    bands = std::max(bands, std::min(ceil_div(8, window.batch), height / 8));
+    const auto vectors = [&](int64_t rows) {  // of all pixels
+      return height / rows * ceil_div(rows * width, L) + ceil_div(height % rows * width, L);
+    };
+    int64_t best = ceil_div(height, bands);
+    for (int64_t rows = std::min(height, 2 * best), least = best / 2; rows > least; --rows)
+      if (vectors(rows) < vectors(best)) best = rows;
+    return best;
   }
+  // Outputs that are summed before the next ones where lanes are pixels: those of a tile, or all.
+  int64_t together() const { return in_ > kChannels ? out_ : std::min<int64_t>(out_, kPlaneOutputs); }
   int64_t least_positions() const {
     return std::min(rows_, window_.h.out - (ceil_div(window_.h.out, rows_) - 1) * rows_) * width_;
   }
@@ -114,30 +126,43 @@ class PointwiseCorrelation {
   template <class E>
   void run_planes(const Band& band, const A* input, const int64_t* offsets, bool in_place, bool joined, A* sums,
                   const Epilogue<E>& e) const {
-    const int64_t positions = band.rows * width_, vectors = ceil_div(positions, L), stride = round_up(positions, L);
-    const int64_t most = kPlaneVectors[ceil_div(out_, tiles_) - 1], runs = ceil_div(vectors, most);
+    const int64_t positions = band.rows * width_, stride = round_up(positions, L);
     const int64_t y = band.image * e.s.n + band.row * e.s.h, r = band.image * e.r.n + band.row * e.r.h;
-    for (int64_t tile = 0; tile < tiles_; ++tile) {
-      const int64_t first = out_ * tile / tiles_, outputs = out_ * (tile + 1) / tiles_ - first;
-      const A* bias = e.bias ? e.bias + first : nullptr;
-      const auto sum = [&](A* to, int64_t to_stride) {
-        for (int64_t run = 0; run < runs; ++run) {
-          const int64_t v = vectors * run / runs, count = vectors * (run + 1) / runs - v, at = v * L;
-          const int64_t last = positions < L ? 0 : std::min((count - 1) * L, positions - L - at);
-          plane_tile_of<A>(outputs, count)(input + at, offsets, weights_.get() + first * in_, ends_.data(),
-                                           int64_t(ends_.size()) - 1, bias, to + at, to_stride, last, false);
-        }
-      };
+    const bool all = together() == out_;
+    for (int64_t tile = 0; tile < tiles_; tile += all ? tiles_ : 1) {
+      const int64_t end = all ? tiles_ : tile + 1, first = out_ * tile / tiles_, last = out_ * end / tiles_;
       if constexpr (std::is_same_v<E, A>)
         if (in_place) {
-          sum(e.y + y + first * e.s.c, e.s.c);
+          sum_planes(tile, end, input, offsets, positions, e.bias, e.y + y + first * e.s.c, e.s.c);
           continue;
         }
-      sum(sums, stride);
-      for (int64_t o = 0; o < outputs; ++o)
+      sum_planes(tile, end, input, offsets, positions, e.bias, sums, stride);
+      for (int64_t o = first; o < last; ++o)
         for (int64_t i = 0; i < (joined ? 1 : band.rows); ++i)
-          e.row(sums + o * stride + i * width_, joined ? positions : width_, nullptr, 0,
-                y + (first + o) * e.s.c + i * e.s.h, e.s.w, r + (first + o) * e.r.c + i * e.r.h, e.r.w);
+          e.row(sums + (o - first) * stride + i * width_, joined ? positions : width_, nullptr, 0,
+                y + o * e.s.c + i * e.s.h, e.s.w, r + o * e.r.c + i * e.r.h, e.r.w);
+    }
+  }
+
+  // The sums of tiles [tile, end) of outputs. Of many channels a part at a time, which stays in the first cache for
+  // all of the tiles. A last vector that overlaps is never alone in its run, so what it adds to is not yet changed.
+  void sum_planes(int64_t tile, int64_t end, const A* x, const int64_t* offsets, int64_t positions, const A* bias,
+                  A* to, int64_t stride) const {
+    const int64_t vectors = ceil_div(positions, L), most = kPlaneVectors[ceil_div(out_, tiles_) - 1];
+    const int64_t runs = ceil_div(vectors, most), start = out_ * tile / tiles_;
+    const int64_t pieces = int64_t(ends_.size()) - 1, step = std::max<int64_t>(1, kChannels / piece_);
+    for (int64_t piece = 0; piece < std::max<int64_t>(pieces, 1); piece += step) {
+      const int64_t count = std::min(step, pieces - piece);
+      for (int64_t run = 0; run < runs; ++run) {
+        const int64_t v = vectors * run / runs, width = vectors * (run + 1) / runs - v, at = v * L;
+        const int64_t last = positions < L ? 0 : std::min((width - 1) * L, positions - L - at);
+        for (int64_t t = tile; t < end; ++t) {
+          const int64_t first = out_ * t / tiles_, outputs = out_ * (t + 1) / tiles_ - first;
+          plane_tile_of<A>(outputs, width)(x + at, offsets, weights_.get() + first * in_, ends_.data() + piece, count,
+                                           bias && piece + count == pieces ? bias + first : nullptr,
+                                           to + (first - start) * stride + at, stride, last, piece > 0);
+        }
+      }
     }
   }
 
@@ -163,21 +188,30 @@ class PointwiseCorrelation {
     }
   }
 
-  // `width` pixels of all panels, so that whole pixels are written; those at `next` follow.
+  // `width` pixels of all panels; those at `next` follow. Whole pixels are written, block by block, unless it is the
+  // weights that are too many to be read again for each block.
   void sum_pixels(const A* x, const A* next, int64_t step, const int64_t* offsets, int64_t width, const A* bias, A* to,
                   int64_t stride) const {
-    const int64_t blocks = ceil_div(width, kPixelColumns[panels_[0].vectors - 1]);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t j = width * block / blocks, count = width * (block + 1) / blocks - j;
-      if (in_ > 1 && offsets[1] == 1)  // the hardware follows neither strides nor many short streams
-        for (int64_t p = j + kAhead; p < j + kAhead + count; ++p)
-          for (int64_t c = 0; c < in_; c += 64 / int64_t(sizeof(A)))
-            __builtin_prefetch((p < width ? x : next - width * step) + p * step + c);
+    const int64_t blocks = ceil_div(width, kPixelColumns[panels_[0].vectors - 1]), bytes = in_ * int64_t(sizeof(A));
+    const int64_t turn =
+        padded_ * bytes <= kWeights ? 1 : std::max<int64_t>(1, kTurns / (bytes * ceil_div(width, blocks)));
+    for (int64_t first = 0; first < blocks; first += turn)
       for (const PixelPanel& panel : panels_)
-        pixel_tile_of<A>(count, panel)(x + j * step, step, offsets, weights_.get() + panel.first * in_, ends_.data(),
-                                       int64_t(ends_.size()) - 1, bias ? bias + panel.first : nullptr,
-                                       to + j * stride + panel.first, stride);
-    }
+        for (int64_t block = first; block < std::min(blocks, first + turn); ++block) {
+          const int64_t j = width * block / blocks, count = width * (block + 1) / blocks - j;
+          if (panel.first == 0) prefetch_pixels(x, next, step, offsets, width, j, count);
+          pixel_tile_of<A>(count, panel)(x + j * step, step, offsets, weights_.get() + panel.first * in_, ends_.data(),
+                                         int64_t(ends_.size()) - 1, bias ? bias + panel.first : nullptr,
+                                         to + j * stride + panel.first, stride);
+        }
+  }
+  // What comes after pixels [j, j + count): the hardware follows neither strides nor many short streams.
+  void prefetch_pixels(const A* x, const A* next, int64_t step, const int64_t* offsets, int64_t width, int64_t j,
+                       int64_t count) const {
+    if (in_ < 2 || offsets[1] != 1) return;
+    for (int64_t p = j + kAhead; p < j + kAhead + count; ++p)
+      for (int64_t c = 0; c < in_; c += 64 / int64_t(sizeof(A)))
+        __builtin_prefetch((p < width ? x : next - width * step) + p * step + c);
   }
 
   // Pixels of a row, with their bias unless the last panel is not full.
@@ -196,7 +230,8 @@ class PointwiseCorrelation {
   Window window_;
   int64_t in_, out_, width_, tiles_, rows_;  // rows of a unit
   Planes planes_;
-  std::vector<int64_t> ends_;  // of the pieces of a sum
+  int64_t piece_;              // most products of a piece of a sum
+  std::vector<int64_t> ends_;  // of the pieces
   std::vector<PixelPanel> panels_;
   int64_t padded_;  // output channels and lanes without one
   Buffer<A> weights_;
