@@ -9,6 +9,11 @@
 
 namespace pynn::cpu {
 
+// Whether a weight gradient is one of those: few products, whose sums all stay in the cache.
+inline bool has_pointwise_weights(const Window& window) {
+  return is_pointwise(window) && window.taps() == 1 && window.in_channels * window.out_channels <= 1 << 14;
+}
+
 // Rows of a tile of one vector of lanes, and of two.
 inline constexpr int kPointwiseRows[2] = {kVectorRegisters == 32 ? 12 : 6, kVectorRegisters == 32 ? 8 : 4};
 

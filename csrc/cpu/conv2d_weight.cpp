@@ -234,7 +234,7 @@ void Conv2d<T>::bwd_weight(const T* dy, Strides4 dy_strides, const T* x, Strides
                            const Conv2dShape& d, void*, void*) {
   const Window window = window_of(d);
   if (window.depthwise()) return depthwise_weight_gradient(dy, dy_strides, x, x_strides, window, dw, dbias);
-  if (is_pointwise(window) && window.taps() == 1)
+  if (has_pointwise_weights(window))
     return PointwiseWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias);
   if (has_narrow_weights(window) && NarrowWeightGradient<T>(dy, dy_strides, x, x_strides, window).run(dw, dbias))
     return;
