@@ -203,19 +203,27 @@ class PointwiseWeightGradient {
     const int64_t units = window_.batch * bands_, products = scalars().channels * lanes().padded;
     std::fill_n(totals, products, 0.0);
     if (biases) std::fill_n(biases, dy_.padded, 0.0);
+    std::fill_n(sums, products, A(0));
+    int64_t summed = 0;  // pixels
+    const auto flush = [&] {
+      for (int64_t i = 0; i < products; ++i) totals[i] += double(sums[i]);
+      std::fill_n(sums, products, A(0));
+      summed = 0;
+    };
     for (int64_t u = units * part / parts_; u < units * (part + 1) / parts_; ++u) {
       const int64_t row = u % bands_ * rows_, rows = std::min(rows_, window_.h.out - row), pixels = rows * width_;
       const Values<A> dy = dy_.unit(u / bands_, row, rows, dy_copy), x = x_.unit(u / bands_, row, rows, x_copy);
       const int64_t blocks = ceil_div(pixels, kMost);  // one, unless rows are long
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t p = pixels * block / blocks, count = pixels * (block + 1) / blocks - p;
-        std::fill_n(sums, products, A(0));
+        if (summed + count > kMost) flush();
+        summed += count;
         lanes_are_outputs_ ? add_products(x.at(p, 0), dy.at(p, 0), count, sums)
                            : add_products(dy.at(p, 0), x.at(p, 0), count, sums);
-        for (int64_t i = 0; i < products; ++i) totals[i] += double(sums[i]);
         if (biases) add_biases(dy.at(p, 0), count, biases);
       }
     }
+    flush();
   }
 
   // All chains of a few planes, which are long streams, or all products of a chain, which stays in the cache.
