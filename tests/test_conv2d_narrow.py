@@ -1,4 +1,4 @@
-"""conv2d where channels are few: stems, heads, small groups and their gradients, in both layouts and every dtype."""
+"""conv2d where channels or taps are few: stems, heads, small groups, 1 x 1, in both layouts and every dtype."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ LAYERS = {
     "pointwise, 20 into 16, strided": ((2, 20, 23, 18), (16, 20, 1, 1), {"stride": (2, 3)}),
     "pointwise, 200 into 12": ((2, 200, 11, 13), (12, 200, 1, 1), {"stride": (1, 2)}),
     "pointwise, one long row": ((1, 12, 1, 4100), (20, 12, 1, 1), {}),
+    "pointwise, 64 into 256": ((2, 64, 7, 9), (256, 64, 1, 1), {}),
+    "pointwise, 300 into 130": ((2, 300, 9, 11), (130, 300, 1, 1), {}),
+    "pointwise, 90 into 200, strided": ((3, 90, 13, 18), (200, 90, 1, 1), {"stride": 2}),
+    "pointwise, more weights than fit": ((1, 1030, 6, 9), (261, 1030, 1, 1), {}),
     "stride beyond the kernel": ((2, 3, 31, 31), (9, 3, 2, 2), {"stride": 5}),
 }
 TAPS_OUTSIDE = ((2, 2, 9, 9), (3, 2, 3, 3), {"padding": 9, "dilation": 9})
