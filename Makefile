@@ -28,16 +28,10 @@ demo: $(STAMP)
 
 # The CPU kernels and the CUDA C++ ones (on the CPU, through csrc/sim); then the Triton ones in Triton's interpreter, which
 # has to be chosen when a process starts. With a GPU the first run takes its kernels along.
-INTERPRETED := $(wildcard $(patsubst triton_kernels/%.py,tests/test_%.py,$(wildcard triton_kernels/*.py))) \
-	tests/test_conv_transpose2d.py tests/test_multi_head_attention.py tests/test_conv2d_triton.py tests/test_random.py \
-	tests/test_recurrent_triton.py tests/test_recurrent_teams.py tests/test_recurrent_accuracy.py tests/test_group_norm_conv2d.py \
-	tests/test_scaled_dot_product_attention_decode.py tests/test_scaled_dot_product_attention_nonfinite.py \
-	tests/test_scaled_dot_product_attention_options.py
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -k "not [sim"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE_SIM) -k "[sim"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE) -k "[interpret" \
-	  $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --every $(SAMPLE) -k "[interpret"
 
 # The same kernels for older CPUs: the op tests again on the other instruction sets. The baseline has no fused
 # multiply-add, so each product is rounded: it is not held to the error of torch's kernels, which use one here (the bounds

@@ -1,9 +1,9 @@
 """Which backend is the fastest for a call, from measurements: `python -m bench.choose` writes <architecture>.csv here.
 
 A row is one measured call: op, dtype, a category (what must be equal for two calls to be alike: kernel size, stride,
-layout, ...), sizes (numbers such as channels and pixels), the fastest backend and how much faster it is than the
-default one. A call takes the backend of the nearest row of its category whose sizes are all within a factor of two of
-its own; without one, the default backend runs.
+layout, ...), sizes (numbers such as channels, pixels and the side of a map), the fastest backend and how much faster it
+is than the default one. A call takes the backend of the nearest row of its category whose sizes are all within a factor
+of two of its own; without one, the default backend runs.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ def _case(shape, outputs: int, kernel, stride, padding, dilation, groups: int, p
         return None  # the library would copy the image first
     batch, channels, *size = shape
     kind = "dense" if groups == 1 else "depthwise" if groups == channels else "grouped"
-    pixels = batch
+    positions = 1
     for extent, k, s, p, d in zip(size, kernel, stride, padding[:2], dilation, strict=True):
-        pixels *= (extent + 2 * p - d * (k - 1) - 1) // s + 1
+        positions *= (extent + 2 * p - d * (k - 1) - 1) // s + 1
     text = [f"{name}{h}x{w}" for name, (h, w) in (("k", kernel), ("s", stride), ("d", dilation))]
     category = " ".join((kind, *text, "NHWC" if last else "NCHW"))
-    return Case(category, (groups if kind == "depthwise" else channels // groups, outputs // groups, pixels))
+    map_size = round(max(positions, 0) ** 0.5)  # borders matter where maps are small
+    widths = groups if kind == "depthwise" else channels // groups, outputs // groups
+    return Case(category, (*widths, batch * positions, map_size))
 
 
 def conv2d_fwd(input, weight, bias, residual, stride, padding, dilation, groups, padding_mode, *_) -> Case | None:
