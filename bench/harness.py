@@ -248,8 +248,8 @@ def assert_agrees(
     """The check most cases need: relative Frobenius error within a few roundings of the dtype.
 
     Args:
-        peer: what torch computes in this dtype, for problems that magnify roundings (a norm within a recurrence): twice
-            its own error is then allowed where that is more.
+        peer: what torch computes in this dtype, for problems that magnify roundings (a norm within a recurrence) or may
+            be left to torch: twice its own error is then allowed where that is more.
     """
     limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
