@@ -8,7 +8,7 @@ import transforms
 from adversary import Canary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy import DTYPES, assert_bitwise, assert_relative, run, threads, truth_of
+from policy import DTYPES, LOW_PRECISION, assert_bitwise, assert_relative, run, threads, truth_of
 from torch.nn import functional as F
 
 from pynn.ops.scaled_dot_product_attention import scaled_dot_product_attention as attention
@@ -542,3 +542,28 @@ def test_bad_ranges_read_nothing_outside(backend):
         backend.ops.scaled_dot_product_attention_bwd(out, None, *args, out, lse, *options, False, False)
         for c in guarded:
             c.assert_untouched()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 0.05, 0.2], ids=str)
+@pytest.mark.parametrize("keys", [37, 600, 1100])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_scale_of_16_bits(cpu_kernels, dtype, keys, scale):
+    """Only scores with a positive factor are weighed without being scaled first."""
+    query, grad = (torch.randn(2, 70, 32).to(dtype) for _ in range(2))
+    key, value = (torch.randn(2, keys, 32).to(dtype) for _ in range(2))
+
+    def scaled(q, k, v):
+        return reference(q * (scale * math.sqrt(32)), k, v)[0]
+
+    output, grads = run(lambda *x: attention(*x, scale=scale), query, key, value, grad_output=grad)
+    expected, truth = truth_of(scaled, query, key, value, grad_output=grad)
+    assert_relative(output, expected)
+    for got, of, name in zip(grads, truth, ("query", "key", "value"), strict=True):
+        assert_relative(got, of, kind="gradient", what=name)
+
+
+def test_denormal_results_of_16_bits(cpu_kernels):
+    """What is too small for a normal number is rounded like the rest, not taken for 0."""
+    query, key = (torch.randn(1, 2, 9, 32).bfloat16() for _ in range(2))
+    value = torch.full((1, 2, 9, 32), 2.0**-130).bfloat16()
+    assert_bitwise(attention(query, key, value), value)

@@ -88,7 +88,7 @@ class Weights {
 
   void add_row(const HeadScores<F>& scores, int64_t head, int64_t query, int64_t k, int64_t count, bool one_block, F* s,
                F* sums) {
-    const auto [valid, top, masked] = finish_row(scores, s, query, k, count);
+    const auto [valid, top, factor, masked] = finish_row<T>(scores, s, query, k, count);
     if (valid == 0) return;
     const int64_t at = head * shape_.queries + query;
     const F* factors = nullptr;
@@ -98,9 +98,9 @@ class Weights {
     }
     // As in the backward, a row in one block is normalised by its own sum, which is more accurate than a rounded lse.
     const F shift = top == -kInfinity<F> ? F(0) : top;
-    F sum = exponentials<T>(s, valid, shift, factors);
-    if (per_head_.sinks) sum += exp(broadcast(per_head_.sinks[head] - shift))[0];
-    const F norm = sum == F(0) ? F(0) : one_block ? 1 / sum : F(std::exp(shift - lse_[at]));
+    F sum = sum_lanes<F>(exponentials<T>(s, valid, factor, shift, factors));
+    if (per_head_.sinks) sum += exp(broadcast(per_head_.sinks[head] - score_of<T>(shift)))[0];
+    const F norm = sum == F(0) ? F(0) : one_block ? 1 / sum : F(std::exp(score_of<T>(shift) - lse_[at]));
     for (int64_t j = 0; j < valid; j += kLanes<F>) {  // a masked weight stays 0 in a row of NaN
       const Vec<F> weight = load(s + j), zero{};
       store(sums + j,

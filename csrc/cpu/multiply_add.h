@@ -3,7 +3,7 @@
 // CPUs with AVX512-BF16 multiply pairs of bfloat16 and add both products to a float in one instruction, twice as many
 // as with float. Rows of bfloat16 along the sum are then taken as they are, two elements in the place of one float.
 #pragma once
-#include "vec.h"
+#include "vec_load.h"
 
 namespace pynn::cpu {
 
@@ -35,9 +35,26 @@ struct MultiplyAddPairs {
     return sum;
   }
 };
+// The same extension rounds two vectors to bfloat16, but takes denormal numbers for 0.
+PYNN_HD void store_pairs(BFloat16* to, VecFloat low, VecFloat high) {
+  constexpr int kDenormal = 0x20;
+  const __mmask16 left = _mm512_fpclass_ps_mask(low, kDenormal) | _mm512_fpclass_ps_mask(high, kDenormal);
+  if (__builtin_expect(left == 0, 1)) {
+    VecFloat rounded;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(low), "v"(high));
+    memcpy(to, &rounded, sizeof(rounded));
+  } else {
+    store_compute(to, low);
+    store_compute(to + kLanes<float>, high);
+  }
+}
 #else
 constexpr bool has_pair_products() { return false; }
 using MultiplyAddPairs = MultiplyAdd;
+PYNN_HD void store_pairs(BFloat16* to, VecFloat low, VecFloat high) {
+  store_compute(to, low);
+  store_compute(to + kLanes<float>, high);
+}
 #endif
 
 }  // namespace pynn::cpu

@@ -16,6 +16,40 @@ namespace pynn::cpu {
 namespace {
 using namespace attention;
 
+constexpr int64_t kAheadKeys = 512;  // so many keys of the next head are fetched ahead, at most
+
+// Rows that are wanted soon, brought into the caches a few at a time while others are at work.
+class Ahead {
+ public:
+  void clear() { begin_ = end_ = 0, rows_ = 0; }
+  template <class E>
+  void add(const E* data, int64_t row, int64_t column, int64_t rows, int64_t width) {
+    if (column != 1 || rows <= 0 || end_ == kRanges) return;
+    ranges_[end_++] = {reinterpret_cast<const char*>(data), row * int64_t(sizeof(E)), width * int64_t(sizeof(E)), rows};
+    rows_ += rows;
+  }
+  // In how many parts they are to be fetched.
+  void divide(int64_t parts) { part_ = divide_up(rows_, parts); }
+  void fetch() {
+    for (int64_t i = 0; i < part_ && begin_ < end_; ++i) {
+      Range& range = ranges_[begin_];
+      for (int64_t at = 0; at < range.bytes; at += kLine) __builtin_prefetch(range.data + at);
+      range.data += range.step;
+      if (--range.rows == 0) ++begin_;
+    }
+  }
+
+ private:
+  static constexpr int kRanges = 4;
+  struct Range {
+    const char* data;
+    int64_t step, bytes, rows;
+  };
+  Range ranges_[kRanges];
+  int begin_ = 0, end_ = 0;
+  int64_t rows_ = 0, part_ = 0;
+};
+
 template <class T>
 class Forward {
  public:
@@ -43,7 +77,7 @@ class Forward {
     value_buffer_ = scratch_.take<F>(shape.keys * value_width);
     query_buffer_ = scratch_.take<F>(kRows * width);
     query_columns_ = scratch_.take<F>(kRows * shape.dim);
-    scores_ = scratch_.take<F>(block_rows(shape) * stride_);
+    scores_ = scratch_.take<F>(kStrip<T> * stride_);
     sums_ = scratch_.take<F>(kRows * value_width);
     tile_mask_ = scratch_.take<F>(stride_);
     row_mask_ = scratch_.take<F>(stride_);
@@ -62,24 +96,44 @@ class Forward {
     values_finite_ = !masked || all_finite(values_, shape_.keys, padded<F>(shape_.value_dim));
   }
 
+  // What comes after the next block of queries, and whether that has other keys.
+  void expect(int64_t head, int64_t first, int64_t rows, bool other_keys) {
+    const auto add = [&](const auto& of, int64_t group, int64_t begin, int64_t count, int64_t width) {
+      ahead_.add(head_start(of, shape_, head, group) + begin * of.row, of.row, of.column, count, width);
+    };
+    ahead_.clear();
+    add(query_, 1, first, rows, shape_.dim);
+    add(out_, 1, first, rows, shape_.value_dim);
+    if (!other_keys) return;
+    add(key_, shape_.group, 0, std::min(shape_.keys, kAheadKeys), shape_.dim);
+    add(value_, shape_.group, 0, std::min(shape_.keys, kAheadKeys), shape_.value_dim);
+  }
+
   void block(int64_t head, int64_t first, int64_t rows) {
     const int64_t value_width = padded<F>(shape_.value_dim);
     const T* query = head_start(query_, shape_, head, 1) + first * query_.row;
     products_.pack_left({query, query_.row, query_.column}, rows, query_buffer_, query_columns_);
     const F* const sink = per_head_.sinks ? per_head_.sinks + head : nullptr;
     F top[kRows], total[kRows];
-    for (int64_t i = 0; i < rows; ++i) top[i] = sink ? *sink : -kInfinity<F>, total[i] = sink ? F(1) : F(0);
+    for (int64_t i = 0; i < rows; ++i) top[i] = sink ? *sink * kUnit<T> : -kInfinity<F>, total[i] = sink ? F(1) : F(0);
     const HeadScores<F> scores = scores_of(shape_, mask_, per_head_, head, tile_mask_, row_mask_);
     const KeyRange seen = keys_of(shape_, first, rows);
     bool started = false;
+    ahead_.divide(divide_up(std::max<int64_t>(seen.end - seen.begin, 1), block_keys_) * divide_up(rows, kStrip<T>) * 3);
     for (int64_t block = seen.begin / block_keys_ * block_keys_; block < seen.end; block += block_keys_) {
       const int64_t k = std::max(block, seen.begin / kPanel<F> * kPanel<F>);
       const int64_t count = read_tile_mask(scores, k, std::min(block + block_keys_, seen.end) - k);
       if (count <= 0) continue;
-      products_.multiply(rows, k, count, query_columns_, key_panels_, scores_, stride_);
-      for (int64_t i = 0; i < rows; ++i) softmax_row(scores, head, first, i, k, count, started, top[i], total[i]);
-      multiply_scores<T>(rows, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride},
-                         values_finite_, sums_, value_width, started);
+      for (int64_t i = 0; i < rows; i += kStrip<T>) {
+        const int64_t some = std::min(kStrip<T>, rows - i);
+        ahead_.fetch();
+        products_.multiply(some, k, count, query_columns_ + i, key_panels_, scores_, stride_);
+        ahead_.fetch();
+        softmax(scores, head, first, i, some, k, count, started, top + i, total + i);
+        ahead_.fetch();
+        multiply_scores<T>(some, shape_.value_dim, count, scores_, stride_, {values_.row(k), values_.stride},
+                           values_finite_, sums_ + i * value_width, value_width, started);
+      }
       started = true;
     }
     if (!started)
@@ -88,31 +142,47 @@ class Forward {
   }
 
  private:
-  // Folds scores [k, k + count) of query first + i into its running maximum and sum; rescales its output row.
-  void softmax_row(const HeadScores<F>& scores, int64_t head, int64_t first, int64_t i, int64_t k, int64_t count,
-                   bool started, F& top, F& total) {
-    F* s = scores_ + i * stride_;
-    const auto [valid, block_top, masked] = finish_row(scores, s, first + i, k, count);
-    if (valid == 0) return;
-    const F new_top = block_top > top ? block_top : top;
-    const F shift = new_top == -kInfinity<F> ? F(0) : new_top;
-    const F* factors = nullptr;
-    if (shape_.dropout_key) {
-      const uint64_t element = uint64_t((head * shape_.queries + first + i) * shape_.keys + k);
-      dropout_factors(shape_, element, valid, factors_);
-      factors = factors_;
-    }
-    const F sum = exponentials<T>(s, valid, shift, factors);
-    if (started || per_head_.sinks) {
-      const Vec<F> correction = exp(broadcast(top - shift));
-      total *= correction[0];
-      F* row = sums_ + i * padded<F>(shape_.value_dim);
-      for (int64_t j = 0; j < (started ? shape_.value_dim : 0); j += kLanes<F>)
-        store(row + j, load(row + j) * correction);
-    }
-    total += sum;
-    top = new_top;
+  // Folds scores [k, k + count) of `rows` queries from first + begin on into their running maxima and sums; rescales
+  // their output rows.
+  void softmax(const HeadScores<F>& scores, int64_t head, int64_t first, int64_t begin, int64_t rows, int64_t k,
+               int64_t count, bool started, F* top, F* total) {
+    for (int64_t i = 0; i < rows; i += kTogether)
+      softmax_together(scores, head, first, begin + i, std::min(kTogether, rows - i), scores_ + i * stride_, k, count,
+                       started, top + i, total + i);
   }
+  void softmax_together(const HeadScores<F>& scores, int64_t head, int64_t first, int64_t begin, int64_t rows, F* s,
+                        int64_t k, int64_t count, bool started, F* top, F* total) {
+    FinishedRow<F> finished[kTogether];
+    Vec<F> sums[kTogether];
+    F tops[kTogether];
+    for (int64_t i = 0; i < rows; ++i)
+      finished[i] = finish_row<T>(scores, s + i * stride_, first + begin + i, k, count);
+    for (int64_t i = 0; i < rows; ++i) {
+      const FinishedRow<F>& row = finished[i];
+      if (row.valid == 0) continue;
+      tops[i] = row.top > top[i] ? row.top : top[i];
+      const F* factors = nullptr;
+      if (shape_.dropout_key) {
+        const uint64_t element = uint64_t((head * shape_.queries + first + begin + i) * shape_.keys + k);
+        dropout_factors(shape_, element, row.valid, factors_);
+        factors = factors_;
+      }
+      sums[i] = exponentials<T>(s + i * stride_, row.valid, row.factor, shift_of(tops[i]), factors);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      if (finished[i].valid == 0) continue;
+      if (started || per_head_.sinks) {
+        const Vec<F> correction = exp(broadcast(score_of<T>(top[i] - shift_of(tops[i]))));
+        total[i] *= correction[0];
+        F* row = sums_ + (begin + i) * padded<F>(shape_.value_dim);
+        for (int64_t j = 0; j < (started ? shape_.value_dim : 0); j += kLanes<F>)
+          store(row + j, load(row + j) * correction);
+      }
+      total[i] += sum_lanes<F>(sums[i]);
+      top[i] = tops[i];
+    }
+  }
+  static F shift_of(F top) { return top == -kInfinity<F> ? F(0) : top; }
 
   void write(int64_t head, int64_t first, int64_t rows, const F* top, const F* total) {
     T* out = head_start(out_, shape_, head, 1) + first * out_.row;
@@ -120,10 +190,10 @@ class Forward {
     for (int64_t i = 0; i < rows; ++i, out += out_.row) {
       const F divisor = total[i] == F(0) ? F(1) : total[i];
       const F* row = sums_ + i * padded<F>(shape_.value_dim);
-      write_row<true>(out, out_.column, row, shape_.value_dim, divisor);
+      write_quotients(out, out_.column, row, shape_.value_dim, divisor);
       lse_[head * shape_.queries + first + i] =
           total[i] == F(0) ? -kInfinity<Lse>
-                           : Lse(top[i]) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));
+                           : Lse(score_of<T>(top[i])) + (exact ? std::log(Lse(total[i])) : Lse(std::log(total[i])));
     }
   }
 
@@ -139,6 +209,7 @@ class Forward {
   F *key_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *query_columns_, *scores_, *sums_, *tile_mask_,
       *row_mask_, *factors_;
   Matrix<F> values_{};
+  Ahead ahead_;
   bool values_finite_ = true;
 };
 
@@ -167,6 +238,10 @@ bool Attention<T>::fwd(Output out, Lse* lse, Input query, Input key, Input value
       const int64_t head = item / blocks, first = item % blocks * height;
       if (head / shape.group != loaded) forward.load_keys(head);
       loaded = head / shape.group;
+      if (item + 1 < end) {
+        const int64_t next = (item + 1) / blocks, begins = (item + 1) % blocks * height;
+        forward.expect(next, begins, std::min(height, shape.queries - begins), next / shape.group != loaded);
+      }
       forward.block(head, first, std::min(height, shape.queries - first));
     }
   });

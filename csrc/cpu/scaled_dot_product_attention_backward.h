@@ -82,10 +82,11 @@ class Backward {
     slopes_ = shape.softcap != 0 ? scratch_.take<F>(block_rows(shape) * stride_) : nullptr;
     tile_mask_ = scratch_.take<F>(stride_);
     row_mask_ = scratch_.take<F>(stride_);
-    factors_ = scratch_.take<F>(stride_);
+    factors_ = scratch_.take<F>(kTogether * stride_);
     keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, block_keys_));
     if (failed()) return;
-    for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = factors_[j] = 0;
+    for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = 0;
+    std::fill_n(factors_, kTogether * stride_, F(0));
     if (slopes_) std::fill_n(slopes_, block_rows(shape) * stride_, F(0));
   }
   bool failed() const { return scratch_.failed; }
@@ -151,9 +152,10 @@ class Backward {
       key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
       value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
     }
-    for (int64_t i = 0; i < rows_; ++i) {
-      row(scores, i, k, count, sum_delta_);
-      finished(i, k, count);
+    for (int64_t i = 0; i < rows_; i += kTogether) {
+      const int64_t some = std::min(kTogether, rows_ - i);
+      weigh(scores, i, some, k, count);
+      for (int64_t row = i; row < i + some; ++row) finished(row, k, count);
     }
     return {k, k + count};
   }
@@ -284,32 +286,49 @@ class Backward {
 
   F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
 
-  void row(const HeadScores<F>& scores, int64_t i, int64_t k, int64_t count, bool only_delta) {
-    F *s = scores_ + i * stride_, *g = score_grads_ + i * stride_;
-    const int64_t query = first_ + i, at = head_ * shape_.queries + query;
-    F* const slopes = slopes_ ? slopes_ + i * stride_ : nullptr;
-    const auto [valid, top, masked] = finish_row(scores, s, query, k, count, slopes);
-    for (int64_t j = valid > 0 ? padded<F>(valid) : 0; j < count; ++j) g[j] = 0;
-    if (valid == 0) return;
-    const F* factors = nullptr;
-    if (shape_.dropout_key) {
-      dropout_factors(shape_, uint64_t(at * shape_.keys + k), valid, factors_);
-      factors = factors_;
+  // Scores of rows [begin, begin + rows) become P (with dropout), gradients with respect to P become dS; both become 0
+  // where they take no part.
+  void weigh(const HeadScores<F>& scores, int64_t begin, int64_t rows, int64_t k, int64_t count) {
+    FinishedRow<F> finished[kTogether];
+    std::pair<Vec<F>, Vec<F>> sums[kTogether];
+    const int64_t first = head_ * shape_.queries + first_ + begin;  // of the rows
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (begin + i) * stride_;
+      const F known = F(in_.lse[first + i]) * kUnit<T>;
+      finished[i] =
+          finish_row<T>(scores, scores_ + at, first_ + begin + i, k, count, slopes_ ? slopes_ + at : nullptr, &known);
+      for (int64_t j = finished[i].valid > 0 ? padded<F>(finished[i].valid) : 0; j < count; ++j)
+        score_grads_[at + j] = 0;
     }
-    // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
-    const F shift = top == -kInfinity<F> ? kInfinity<F> : top;
-    auto [sum, dot] =
-        masked ? weigh<T, true>(s, g, valid, shift, factors) : weigh<T, false>(s, g, valid, shift, factors);
-    if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
-    const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[at]));
-    if (only_delta) {
-      in_.delta[at] += dot * norm;
-      return;
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto [valid, top, factor, masked] = finished[i];
+      if (valid == 0) continue;
+      F *s = scores_ + (begin + i) * stride_, *g = score_grads_ + (begin + i) * stride_;
+      const F* const factors = shape_.dropout_key ? factors_ + i * stride_ : nullptr;
+      if (factors) dropout_factors(shape_, uint64_t((first + i) * shape_.keys + k), valid, factors_ + i * stride_);
+      const F shift = shift_of(top);
+      sums[i] = masked ? weigh_row<T, true>(s, g, valid, factor, shift, factors)
+                       : weigh_row<T, false>(s, g, valid, factor, shift, factors);
     }
-    const F delta = one_block_ ? dot * norm - grad_lse(i) : in_.delta[at];
-    if (one_block_ && in_.delta) in_.delta[at] = delta;
-    score_gradients(s, g, valid, norm, delta, masked_ || masked, factors);
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto [valid, top, factor, masked] = finished[i];
+      if (valid == 0) continue;
+      // A row in one block is normalised by its own sum, which is more accurate than a rounded log-sum-exp.
+      F sum = sum_lanes<F>(sums[i].first);
+      const F dot = sum_lanes<F>(sums[i].second), shift = score_of<T>(shift_of(top));
+      if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
+      const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[first + i]));
+      if (sum_delta_) {
+        in_.delta[first + i] += dot * norm;
+        continue;
+      }
+      const F delta = one_block_ ? dot * norm - grad_lse(begin + i) : in_.delta[first + i];
+      if (one_block_ && in_.delta) in_.delta[first + i] = delta;
+      score_gradients(scores_ + (begin + i) * stride_, score_grads_ + (begin + i) * stride_, valid, norm, delta,
+                      masked_ || masked, shape_.dropout_key ? factors_ + i * stride_ : nullptr);
+    }
   }
+  static F shift_of(F top) { return top == -kInfinity<F> ? kInfinity<F> : top; }
 
   static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
                     int64_t stride, F scale) {

@@ -216,12 +216,13 @@ class Decode {
                F* s, F* factors) const {
     F* to = partial(head * shape_.queries + query, number) + padded<F>(shape_.value_dim);
     F &top = to[0], &total = to[1];
-    const auto [valid, largest, masked] = finish_row(of_head, s, query, begin, count);
+    const auto [valid, largest, factor, masked] = finish_row<T>(of_head, s, query, begin, count);
     top = largest;
     if (valid == 0) return;
     const bool drop = shape_.dropout_key != nullptr;
     if (drop) dropout_factors(shape_, uint64_t((head * shape_.queries + query) * shape_.keys + begin), valid, factors);
-    total = exponentials<T>(s, valid, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
+    total =
+        sum_lanes<F>(exponentials<T>(s, valid, factor, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr));
   }
 
   // The result of one query from those of its chunks.
@@ -229,12 +230,12 @@ class Decode {
     const int64_t width = padded<F>(shape_.value_dim);
     F* first = partial_ + row * chunks_ * stride_;
     const F* const sink = per_head_.sinks ? per_head_.sinks + row / shape_.queries : nullptr;
-    F top = sink ? *sink : -kInfinity<F>, total = 0;
+    F top = sink ? *sink * kUnit<T> : -kInfinity<F>, total = 0;
     for (int64_t c = 0; c < chunks_; ++c) top = std::max(top, first[c * stride_ + width]);
     const F shift = top == -kInfinity<F> ? F(0) : top;
     for (int64_t c = 0; c < chunks_; ++c) {
       const F* part = first + c * stride_;
-      const F factor = exp(broadcast(part[width] - shift))[0];
+      const F factor = exp(broadcast(score_of<T>(part[width] - shift)))[0];
       total += part[width + 1] * factor;
       if (chunks_ == 1 && !sink) break;
       for (int64_t d = 0; d < width; d += kLanes<F>) {
@@ -242,12 +243,13 @@ class Decode {
         store(first + d, c == 0 ? scaled : load(first + d) + scaled);
       }
     }
-    if (sink) total += exp(broadcast(*sink - shift))[0];
+    if (sink) total += exp(broadcast(*sink - score_of<T>(shift)))[0];
     T* out = head_start(out_, shape_, row / shape_.queries, 1) + row % shape_.queries * out_.row;
     const F divisor = total == F(0) ? F(1) : total;
-    write_row<true>(out, out_.column, first, shape_.value_dim, divisor);
+    write_quotients(out, out_.column, first, shape_.value_dim, divisor);
     const bool exact = shape_.keys > kKeys;  // as in the kernel for many queries
-    lse_[row] = total == F(0) ? -kInfinity<Lse> : Lse(top) + (exact ? std::log(Lse(total)) : Lse(std::log(total)));
+    lse_[row] =
+        total == F(0) ? -kInfinity<Lse> : Lse(score_of<T>(top)) + (exact ? std::log(Lse(total)) : Lse(std::log(total)));
   }
 
   typename Launcher::Output out_;

@@ -33,6 +33,7 @@ class RowProducts {
   void pack_right(Read<T> from, int64_t rows, F* buffer, F* panels) const {
     for (int64_t j = 0; j < rows; j += kPanel<F>) {
       const int64_t count = std::min(kPanel<F>, rows - j);
+      fetch_ahead(from, j, rows, width_);
       const Read<T> panel{from.data + j * from.row, from.row, from.column};
       pack_panels(elements(panel, count, buffer), count, depth_, panels + j * depth_);
     }

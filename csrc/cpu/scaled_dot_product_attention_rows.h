@@ -6,14 +6,26 @@
 #include "normal.h"
 #include "recurrent_activation.h"
 #include "scaled_dot_product_attention_products.h"
+#include "scaled_dot_product_attention_score.h"
 #include "vec_math.h"
 
 namespace pynn::cpu::attention {
+
+inline constexpr int64_t kTogether = 8;  // rows that do each step together, so that none waits for its own results
 
 // v in its first `count` lanes, `other` in the rest.
 template <class F>
 PYNN_HD Vec<F> keep_first(Vec<F> v, int64_t count, F other) {
   return lane_numbers<Vec<F>>(LaneIndices<F>()) < F(count) ? v : broadcast(other);
+}
+
+// The larger of top and x, top where x is NaN.
+template <class F>
+PYNN_HD Vec<F> larger(Vec<F> top, Vec<F> x) {
+  if constexpr (std::is_same_v<F, float>)
+    return at_least(top, x);
+  else
+    return x > top ? x : top;
 }
 
 template <class F, class Combine, int step = kLanes<F> / 2>
@@ -30,16 +42,32 @@ PYNN_HD F sum_lanes(Vec<F> v) {
 }
 template <class F>
 PYNN_HD F max_lanes(Vec<F> v) {
-  return reduce<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
+  return reduce<F>(v, larger<F>);
 }
 
-// The larger of top and x, top where x is NaN.
-template <class F>
-PYNN_HD Vec<F> larger(Vec<F> top, Vec<F> x) {
-  if constexpr (std::is_same_v<F, float>)
-    return at_least(top, x);
+// What scores are multiplied by before they are exponents: weights of data of 16 bits are powers of two.
+template <class T>
+inline constexpr accumulate_t<T> kUnit = sizeof(T) == 2 ? accumulate_t<T>(0x1.715476p0) : accumulate_t<T>(1);
+// An exponent as a score.
+template <class T, class F = accumulate_t<T>>
+PYNN_HD F score_of(F exponent) {
+  return sizeof(T) == 2 ? exponent * F(0x1.62e43p-1) : exponent;
+}
+// The weight of an exponent, at most 0.
+template <class T>
+PYNN_HD Vec<accumulate_t<T>> weight_of(Vec<accumulate_t<T>> exponent) {
+  if constexpr (sizeof(T) == 2)
+    return coarse_exp2(exponent);
   else
-    return x > top ? x : top;
+    return exp(exponent);
+}
+// The weights of scores that make exponents times `factor`.
+template <class T, class F>
+PYNN_HD Vec<F> weight_of(Vec<F> score, F factor, F shift) {
+  if constexpr (sizeof(T) == 2)
+    return weight_of<T>(score * factor - shift);
+  else
+    return weight_of<T>(score - shift);
 }
 
 // Scales and masks one row of `count` scores, fills its last vector with -inf; returns the largest score.
@@ -59,6 +87,23 @@ F finish_scores(F* s, int64_t count, F scale, const F* mask) {
     top = larger<F>(top, x);
   }
   return max_lanes<F>(top);
+}
+
+// The largest of `count` scores; fills their last vector with -inf.
+template <class F>
+F largest_score(F* s, int64_t count) {
+  constexpr int L = kLanes<F>;
+  Vec<F> top[kChains];
+  for (int c = 0; c < kChains; ++c) top[c] = broadcast(-kInfinity<F>);
+  int64_t j = 0;
+  for (; j + kChains * L <= count; j += kChains * L)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) top[c] = larger<F>(top[c], load(s + j + c * L));
+  for (; j < count; j += L) {
+    if (count - j < L) store(s + j, keep_first<F>(load(s + j), count - j, -kInfinity<F>));
+    top[0] = larger<F>(top[0], load(s + j));
+  }
+  return max_lanes<F>(larger<F>(larger<F>(top[0], top[1]), larger<F>(top[2], top[3])));
 }
 
 // One row of the mask as numbers to add to the scores.
@@ -150,7 +195,8 @@ HeadScores<F> scores_of(const AttentionShape& shape, const AttentionMaskOperand&
 template <class F>
 struct FinishedRow {
   int64_t valid;
-  F top;  // the largest
+  F top;     // the largest exponent
+  F factor;  // exponents are scores times this
   bool masked;
 };
 
@@ -175,16 +221,18 @@ void cap_gradients(F* g, int64_t count, const F* slopes) {
 }
 
 // Turns the products of query `query` with keys [key, key + count) into scores: scaled, capped, masked, with alibi.
-template <class F>
+// Those of 16-bit data that are only scaled are left as they are; nobody looks for the largest of them where the
+// exponent `known` takes its place, finite or not.
+template <class T, class F = accumulate_t<T>>
 FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_t key, int64_t count,
-                          F* slopes = nullptr) {
+                          F* slopes = nullptr, const F* known = nullptr) {
   const AttentionShape& shape = head.shape;
   const KeyRange seen = keys_of(shape, query, 1);
   int64_t valid = std::clamp<int64_t>(seen.end - key, 0, count);
   const int64_t hidden = std::clamp<int64_t>(seen.begin - key, 0, valid);
   if (hidden == valid) valid = 0;
   for (int64_t j = valid > 0 ? padded<F>(valid) : 0; j < count; ++j) s[j] = 0;
-  if (valid == 0) return {0, -kInfinity<F>, false};
+  if (valid == 0) return {0, -kInfinity<F>, F(1), false};
   const F* added = nullptr;
   if (head.mask.kind != AttentionMask::kNone) {
     added = head.tile_mask;
@@ -211,8 +259,15 @@ FinishedRow<F> finish_row(const HeadScores<F>& head, F* s, int64_t query, int64_
     cap_scores(shape, s, valid, slopes);
     scale = 1;
   }
+  if (sizeof(T) == 2 && !added && scale > F(0)) {
+    const F factor = scale * kUnit<T>;
+    if (!known) return {valid, largest_score(s, valid) * factor, factor, false};
+    if (const int64_t last = valid / kLanes<F> * kLanes<F>; last < valid)
+      store(s + last, keep_first<F>(load(s + last), valid - last, -kInfinity<F>));
+    return {valid, *known, factor, false};
+  }
   const F top = added ? finish_scores<true>(s, valid, scale, added) : finish_scores<false>(s, valid, scale, added);
-  return {valid, top, added != nullptr};
+  return {valid, top * kUnit<T>, kUnit<T>, added != nullptr};
 }
 
 // Reads the mask of a tile whose rows share it; returns how many of its keys are left without those at its end that it
@@ -262,35 +317,27 @@ void dropout_factors(const AttentionShape& shape, uint64_t first, int64_t count,
   }
 }
 
-// e^x for x <= 0 and results of type T.
-template <class T>
-PYNN_HD Vec<accumulate_t<T>> weight_of(Vec<accumulate_t<T>> x) {
-  if constexpr (sizeof(T) == 2)
-    return coarse_exp(x);
-  else
-    return exp(x);
-}
-
-// s = exp(s - top), times the dropout factor; returns the sum before dropout. T is the type of the data.
+// s becomes weights against the exponent `shift`, times the dropout factor; returns the sums of their lanes before
+// dropout. T is the type of the data.
 template <class T, class F>
-F exponentials(F* s, int64_t count, F top, const F* factors) {
+Vec<F> exponentials(F* s, int64_t count, F factor, F shift, const F* factors) {
   Vec<F> sum{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> p = weight_of<T>(load(s + j) - top);
+    const Vec<F> p = weight_of<T>(load(s + j), factor, shift);
     sum += p;
     store(s + j, factors ? p * load(factors + j) : p);
   }
-  return sum_lanes<F>(sum);
+  return sum;
 }
 
-// Weights of one row against `shift`, and G: s becomes exp(s - shift), g becomes G. Masked entries become 0 whatever
-// they held. Returns (sum_j s, sum_j s G).
+// Weights of one row against the exponent `shift`, and G: s becomes weights, g becomes G. Masked entries become 0
+// whatever they held. Returns the sums of the lanes of s and of s G.
 template <class T, bool kMasked, class F>
-std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
+std::pair<Vec<F>, Vec<F>> weigh_row(F* s, F* g, int64_t count, F factor, F shift, const F* factors) {
   Vec<F> sum{}, dot{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
     const Vec<F> x = load(s + j);
-    Vec<F> d = load(g + j), p = weight_of<T>(x - shift);
+    Vec<F> d = load(g + j), p = weight_of<T>(x, factor, shift);
     if (factors) d *= load(factors + j);
     if constexpr (kMasked) p = x == -kInfinity<F> ? Vec<F>{} : p;
     if (count - j < kLanes<F>) {
@@ -303,7 +350,7 @@ std::pair<F, F> weigh(F* s, F* g, int64_t count, F shift, const F* factors) {
     store(s + j, p);
     if (kMasked || factors) store(g + j, d);
   }
-  return {sum_lanes<F>(sum), sum_lanes<F>(dot)};
+  return {sum, dot};
 }
 
 // With P = s * norm: g = P (G - delta), s = P times the dropout factor.

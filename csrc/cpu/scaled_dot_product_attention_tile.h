@@ -18,6 +18,7 @@ inline constexpr int64_t kKeys = 1024;      // keys of a block, at most
 inline constexpr int64_t kShortKeys = 512;  // the same of a tile with all kRows rows
 inline constexpr int64_t kShortStride = kShortKeys + 16,
                          kLongStride = kKeys + 16;  // row strides of tiles, off powers of two
+inline constexpr int64_t kLine = 64;                // bytes of a line of a cache
 inline constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
 template <class F>
 inline constexpr int64_t kPanel = kPanelVectors * kLanes<F>;  // columns of a packed panel
@@ -87,6 +88,16 @@ struct Read {
   int64_t row, column;
 };
 
+// Every kFetchRows rows, when row i's turn comes, brings those after the next ones into the cache: rows of a head lie
+// too far apart for the CPU to see which comes next.
+inline constexpr int64_t kFetchRows = 64;
+template <class T>
+void fetch_ahead(const Read<T>& of, int64_t i, int64_t rows, int64_t width) {
+  if (of.column != 1 || i % kFetchRows != 0) return;
+  for (int64_t r = i + kFetchRows; r < std::min(i + 2 * kFetchRows, rows); ++r)
+    for (int64_t d = 0; d < width; d += kLine / int64_t(sizeof(T))) __builtin_prefetch(of.data + r * of.row + d);
+}
+
 // Where head number `head` of an operand starts; the last batch dimension is divided by `group`.
 template <class Pointer>
 Pointer head_start(const AttentionOperand<Pointer>& operand, const AttentionShape& shape, int64_t head, int64_t group) {
@@ -107,14 +118,26 @@ void widen(const T* from, accumulate_t<T>* to, int64_t count) {
   for (; j < count; ++j) to[j] = to_float(from[j]);
 }
 
-// to[d * column] = from[d] times a number, or over it.
-template <bool kDivide = false, class T, class F = accumulate_t<T>>
+// to[d * column] = from[d] times a number.
+template <class T, class F = accumulate_t<T>>
 void write_row(T* to, int64_t column, const F* from, int64_t width, F number) {
-  const auto scaled = [&](auto x) { return kDivide ? x / number : x * number; };
+  constexpr int L = kLanes<F>;
+  int64_t d = 0;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (column == 1 && has_pair_products())
+      for (; d + 2 * L <= width; d += 2 * L) store_pairs(to + d, load(from + d) * number, load(from + d + L) * number);
+  if (column == 1)
+    for (; d + L <= width; d += L) store_compute(to + d, Vec<F>(load(from + d) * number));
+  for (; d < width; ++d) to[d * column] = from_float<T>(from[d] * number);
+}
+// The same over a number. Results of 16 bits do not notice that it is inverted first.
+template <class T, class F = accumulate_t<T>>
+void write_quotients(T* to, int64_t column, const F* from, int64_t width, F number) {
+  if constexpr (sizeof(T) == 2) return write_row(to, column, from, width, 1 / number);
   int64_t d = 0;
   if (column == 1)
-    for (; d + kLanes<F> <= width; d += kLanes<F>) store_compute(to + d, Vec<F>(scaled(load(from + d))));
-  for (; d < width; ++d) to[d * column] = from_float<T>(scaled(from[d]));
+    for (; d + kLanes<F> <= width; d += kLanes<F>) store_compute(to + d, Vec<F>(load(from + d) / number));
+  for (; d < width; ++d) to[d * column] = from_float<T>(from[d] / number);
 }
 
 template <class F>
@@ -130,6 +153,7 @@ Matrix<accumulate_t<T>> rows_of(Read<T> from, int64_t rows, int64_t width, accum
     if (from.column == 1 && width % kLanes<F> == 0) return {from.data, from.row};
   const int64_t stride = padded<F>(width);
   for (int64_t i = 0; i < rows; ++i) {
+    fetch_ahead(from, i, rows, width);
     const T* source = from.data + i * from.row;
     F* target = buffer + i * stride;
     if (from.column == 1)
@@ -227,6 +251,10 @@ template <int64_t kChunk>
 constexpr int rows_of_tile(int vectors) {
   return std::min(12, kAccumulators / (kChunk == kNoChunks ? 1 : 2) / vectors);
 }
+// Query rows that go through all steps of a block of keys one after another: those of a register tile where results
+// are so short that it has them all, since their scores stay in the first-level cache.
+template <class T>
+inline constexpr int64_t kStrip = sizeof(T) == 2 ? rows_of_tile<kNoChunks>(kPanelVectors) : kRows;
 inline constexpr int64_t kLastSteps = 8;  // of a sum, for which a register tile is done a few rows at a time
 
 // Adds products [begin, end) of each sum of M rows.

@@ -63,11 +63,17 @@ PYNN_HD VecFloat exp(VecFloat x) {
   return scale_by_power(p, n, shifted);
 }
 
-// The same for results that are rounded to 16 bits, and x <= 0: within 3e-6 of e^x.
-PYNN_HD VecFloat coarse_exp(VecFloat x) {
-  x = at_least(x * 0x1.715476p0f, broadcast(-151.0f));  // already 0 there
+// 2^x for results that are rounded to 16 bits, and x <= 0: within 3e-6. 2^0 is exactly 1, 2^-inf is 0, NaN stays NaN.
+PYNN_HD VecFloat coarse_exp2(VecFloat x) {
+#if defined(__AVX512F__)
+  const VecFloat n = _mm512_maskz_roundscale_ps(__mmask16(-1), x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                 shifted = n;
+#else
+  x = at_least(x, broadcast(-151.0f));  // already 0 there
   const float magic = 0x1.8p23f;
-  const VecFloat shifted = x + magic, n = shifted - magic, f = x - n;
+  const VecFloat shifted = x + magic, n = shifted - magic;
+#endif
+  const VecFloat f = x - n;  // of -inf NaN, which the instruction that multiplies by 2^n turns into 0
   VecFloat p = fma(broadcast(0x1.3a02ccp-7f), f, broadcast(0x1.c9fc46p-5f));
   p = fma(p, f, broadcast(0x1.ec0378p-3f));
   p = fma(p, f, broadcast(0x1.62e12cp-1f));
