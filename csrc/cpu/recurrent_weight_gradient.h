@@ -49,6 +49,8 @@ void add_outer(const A* gradients, const PanelRows& places, const A* panels, int
     const A* const left = gradients + v * L + first;
     const A* const panel = panels + n * capacity;
     A* const target = to + (places.first[v] + first) * columns + n;
+    for (int64_t i = 0; i < height; ++i)  // to be here when the sums are ready
+      for (int64_t j = 0; j < width; j += L) __builtin_prefetch(target + i * columns + j, 1);
     const auto multiply_chains = [&](bool add, A* sums, int64_t stride) {
       for (int64_t r = 0; r < rows; r += kRowChain, add = true) {
         const auto multiply =
