@@ -82,26 +82,52 @@ inline void each_tile(int64_t rows, const Body& body) {
   }
 }
 
+// With many rows a panel of the right operand takes so long that the processor does not expect the next one: this
+// brings it to the second-level cache, some lines with every tile.
+template <class A>
+class NextPanel {
+  static constexpr int64_t kRows = 48;  // that are many
+
+ public:
+  NextPanel(const A* from, int64_t rows) : from_(rows < kRows ? nullptr : from) {}
+  // For the tiles of `rows` rows with a part of the right operand of this many vectors.
+  template <int NV>
+  void begin(int64_t vectors, int64_t rows) {
+    lines_ = from_ ? ceil_div(vectors * int64_t(sizeof(Vec<A>)), 64 * ceil_div(rows, kTileHeight<NV>)) : 0;
+  }
+  PYNN_HD void lines() {
+    for (int64_t i = 0; i < lines_; ++i, from_ += 64 / sizeof(A)) __builtin_prefetch(from_, 0, 2);
+  }
+
+ private:
+  const A* from_;
+  int64_t lines_ = 0;
+};
+
 // One panel: c[r * c_stride + :] += sum over k < depth of a(r, k) * b[k * NV * L + :] for `rows` rows, where
 // block(k, count) gives the rows k to k + count of b. Chains are whole runs of a, which have at most kChain elements.
 template <int NV, class A, class Block>
-void multiply_blocks(const LeftRows<A>& a, int64_t depth, const Block& block, int64_t rows, A* c, int64_t c_stride) {
+void multiply_blocks(const LeftRows<A>& a, int64_t depth, const Block& block, int64_t rows, A* c, int64_t c_stride,
+                     NextPanel<A> next) {
   const int64_t chain = kChain / a.run * a.run, width = NV * kLanes<A>;
   for (int64_t k = 0; k < depth; k += chain) {
     const int64_t count = std::min(chain, depth - k);
     const A* const from = a.base + k / a.run * a.run_stride;
     const A* const b = block(k, count);
+    next.template begin<NV>(count * NV, rows);
     each_tile<NV>(rows, [&](int64_t first, int64_t height) {
+      next.lines();
       const A* const left = from + first * a.stride;
       A* const to = c + first * c_stride;
       kTiles<NV, true, A>[height - 1](left, a.stride, 1, count / a.run, a.run, a.run_stride, b, width, to, c_stride);
     });
   }
 }
+// With panels one after the other.
 template <int NV, class A>
 void multiply(const LeftRows<A>& a, int64_t depth, const A* b, int64_t rows, A* c, int64_t c_stride) {
   const auto block = [&](int64_t k, int64_t) { return b + k * NV * kLanes<A>; };
-  multiply_blocks<NV>(a, depth, block, rows, c, c_stride);
+  multiply_blocks<NV>(a, depth, block, rows, c, c_stride, NextPanel<A>(b + depth * NV * kLanes<A>, rows));
 }
 
 template <class T>
