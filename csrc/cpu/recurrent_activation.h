@@ -1,4 +1,4 @@
-// The logistic function and the hyperbolic tangent of recurrent cells: float from vec_activation.h, double here.
+// The logistic function and the hyperbolic tangent of recurrent cells.
 //
 // NaN stays NaN, infinities give the limits. tanh keeps its relative accuracy around 0: it is -m / (m + 2) with
 // m = e^(-2|x|) - 1 = 2^n p + (2^n - 1), where p = e^r - 1 is the polynomial of exp() without its leading 1.
@@ -54,8 +54,32 @@ PYNN_HD VecDouble tanh(VecDouble x) {
 }
 
 PYNN_HD VecDouble sigmoid(VecDouble x) { return 1 / (exp(VecDouble(-x)) + 1); }
-PYNN_HD VecFloat sigmoid(VecFloat x) { return logistic(x); }
-PYNN_HD VecFloat tanh(VecFloat x) { return hyperbolic_tangent(x); }
+
+// e^x for x within -104.5 .. 89.5, to one unit in the last place as exp() does within -20 .. 20: those take n ln 2 off
+// in one part, for float happens to hold ln 2 to 2^-29.
+PYNN_HD VecFloat exp_near(VecFloat x) {
+  const float magic = 0x1.8p23f;
+  const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic)), n = shifted - magic;
+#ifdef __FMA__
+  const VecFloat r = fma(n, broadcast(-0x1.62e43p-1f), x);
+#else
+  const VecFloat r = fma(n, broadcast(0x1.e8082ep-16f), fma(n, broadcast(-0x1.62e8p-1f), x));
+#endif
+  const VecFloat series = polynomial(r, {0.0013814538f, 0.008368745f, 0.04166839f, 0.16666521f, 0.49999994f});
+  return scale_by_power(fma(series, r * r, r) + 1.0f, n, shifted);
+}
+PYNN_HD VecFloat sigmoid(VecFloat x) {
+  return 1.0f / (1.0f + exp_near(at_most(at_least(-x, broadcast(-104.5f)), broadcast(89.5f))));
+}
+// x plus an odd polynomial near 0, so that its last rounding is nearly the only one; an exponential elsewhere.
+PYNN_HD VecFloat tanh(VecFloat x) {
+  const VecFloat a = absolute(x), q = x * x;
+  const VecFloat series = polynomial(q, {-0.005717037f, 0.020650579f, -0.053743497f, 0.13331491f, -0.33333284f});
+  const VecFloat near = fma(x * q, series, x);
+  const VecFloat far = 1.0f - 2.0f / (exp_near(at_most(a + a, broadcast(20.0f))) + 1.0f);
+  const VecFloat signed_far = (VecFloat)((VecInt)far | ((VecInt)x & INT32_MIN));
+  return select(a < 0.625f, near, signed_far);
+}
 
 // e^x - 1 = power * p + (power - 1), for x within -80 .. 80.
 struct ShortExponential {
