@@ -112,12 +112,13 @@ template <int NV, class Op, class A, class Block>
 void multiply_packed_blocks(const A* a, int64_t a_stride, int64_t depth, const Block& block, int64_t rows, A* c,
                             int64_t c_stride, NextPanel<A> next) {
   constexpr int S = kResidues<A>, width = NV * kLanes<A>;
+  const int64_t highest = tile_height<NV>(rows, depth);
   for (int64_t k = 0; k < depth; k += kBlock<A>) {
     const int64_t count = std::min(kBlock<A>, depth - k), length = ceil_div(count, S);
     const A* b = block(k, count);
-    next.template begin<NV>(length * NV, rows);
+    next.begin(length * NV, ceil_div(rows, highest));
     for (int r = 0; r < S; ++r, b += length * width)
-      each_tile<NV>(rows, [&](int64_t first, int64_t height) {
+      each_tile(rows, highest, [&](int64_t first, int64_t height) {
         next.lines();
         const A* const left = a + first * a_stride + k + r;
         A* const to = c + first * c_stride;

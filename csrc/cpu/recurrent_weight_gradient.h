@@ -43,7 +43,8 @@ void add_outer(const A* gradients, const PanelRows& places, const A* panels, int
   constexpr int64_t L = kLanes<A>, width = kPanelWidth<A>;
   const auto each_vector = [&](const auto& body) {
     for (int v = 0; v < NV; ++v)
-      each_tile<kPanelVectors>(places.count[v], [&](int64_t first, int64_t height) { body(v, first, height); });
+      each_tile(places.count[v], tile_height<kPanelVectors>(places.count[v], rows),
+                [&](int64_t first, int64_t height) { body(v, first, height); });
   };
   const auto tile = [&](int64_t n, int v, int64_t first, int64_t height) {
     const A* const left = gradients + v * L + first;
