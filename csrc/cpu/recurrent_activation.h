@@ -65,7 +65,8 @@ PYNN_HD VecFloat exp_near(VecFloat x) {
 #else
   const VecFloat r = fma(n, broadcast(0x1.e8082ep-16f), fma(n, broadcast(-0x1.62e8p-1f), x));
 #endif
-  const VecFloat series = polynomial(r, {0.0013814538f, 0.008368745f, 0.04166839f, 0.16666521f, 0.49999994f});
+  const VecFloat series =
+      polynomial(r, {0.000197394722f, 0.00139350875f, 0.00833357126f, 0.041666463f, 0.166666657f, 0.5f});
   return scale_by_power(fma(series, r * r, r) + 1.0f, n, shifted);
 }
 PYNN_HD VecFloat sigmoid(VecFloat x) {
@@ -74,7 +75,8 @@ PYNN_HD VecFloat sigmoid(VecFloat x) {
 // x plus an odd polynomial near 0, so that its last rounding is nearly the only one; an exponential elsewhere.
 PYNN_HD VecFloat tanh(VecFloat x) {
   const VecFloat a = absolute(x), q = x * x;
-  const VecFloat series = polynomial(q, {-0.005717037f, 0.020650579f, -0.053743497f, 0.13331491f, -0.33333284f});
+  const VecFloat series =
+      polynomial(q, {0.00215761387f, -0.00819507334f, 0.0217087474f, -0.053948462f, 0.133332223f, -0.333333313f});
   const VecFloat near = fma(x * q, series, x);
   const VecFloat far = 1.0f - 2.0f / (exp_near(at_most(a + a, broadcast(20.0f))) + 1.0f);
   const VecFloat signed_far = (VecFloat)((VecInt)far | ((VecInt)x & INT32_MIN));
