@@ -55,16 +55,13 @@ PYNN_HD VecDouble tanh(VecDouble x) {
 
 PYNN_HD VecDouble sigmoid(VecDouble x) { return 1 / (exp(VecDouble(-x)) + 1); }
 
-// e^x for x within -104.5 .. 89.5. With fused multiply-adds n ln 2 is taken off in one part, for a float happens to
+#if defined(__AVX512F__)
+// e^x for x within -104.5 .. 89.5. n ln 2 is taken off in one part, for a float happens to
 // hold ln 2 to 2^-29: that costs a unit in the last place only where |x| > 20.
 PYNN_HD VecFloat exp_near(VecFloat x) {
   const float magic = 0x1.8p23f;
   const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic)), n = shifted - magic;
-#ifdef __FMA__
   const VecFloat r = fma(n, broadcast(-0x1.62e43p-1f), x);
-#else
-  const VecFloat r = fma(n, broadcast(0x1.e8082ep-16f), fma(n, broadcast(-0x1.62e8p-1f), x));
-#endif
   const VecFloat series =
       polynomial(r, {0.000197394722f, 0.00139350875f, 0.00833357126f, 0.041666463f, 0.166666657f, 0.5f});
   return scale_by_power(fma(series, r * r, r) + 1.0f, n, shifted);
@@ -83,6 +80,10 @@ PYNN_HD VecFloat tanh(VecFloat x) {
   const VecFloat signed_far = (VecFloat)((VecInt)far | ((VecInt)x & INT32_MIN));
   return select(a < 0.625f, near, signed_far);
 }
+#else
+PYNN_HD VecFloat sigmoid(VecFloat x) { return logistic(x); }
+PYNN_HD VecFloat tanh(VecFloat x) { return hyperbolic_tangent(x); }
+#endif
 
 // e^x - 1 = power * p + (power - 1), for x within -80 .. 80.
 struct ShortExponential {
