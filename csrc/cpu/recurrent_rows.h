@@ -110,13 +110,16 @@ void pack_rows(const T* w, int64_t depth, const PanelRows& rows, accumulate_t<T>
 // filled with 0 up to whole vectors; block(k, count) gives the packed rows k to k + count.
 template <int NV, class Op, class A, class Block>
 void multiply_packed_blocks(const A* a, int64_t a_stride, int64_t depth, const Block& block, int64_t rows, A* c,
-                            int64_t c_stride) {
+                            int64_t c_stride, NextPanel<A> next) {
   constexpr int S = kResidues<A>, width = NV * kLanes<A>;
+  const int64_t highest = tile_height<NV>(rows, depth);
   for (int64_t k = 0; k < depth; k += kBlock<A>) {
     const int64_t count = std::min(kBlock<A>, depth - k), length = ceil_div(count, S);
     const A* b = block(k, count);
+    next.begin(length * NV, ceil_div(rows, highest));
     for (int r = 0; r < S; ++r, b += length * width)
-      each_tile<NV>(rows, [&](int64_t first, int64_t height) {
+      each_tile(rows, highest, [&](int64_t first, int64_t height) {
+        next.lines();
         const A* const left = a + first * a_stride + k + r;
         A* const to = c + first * c_stride;
         kTiles<NV, true, A, Op>[height - 1](left, a_stride, S, 1, length, 0, b, width, to, c_stride);
@@ -126,8 +129,10 @@ void multiply_packed_blocks(const A* a, int64_t a_stride, int64_t depth, const B
 template <int NV, class Op = MultiplyAdd, class A>
 void multiply_packed(const A* a, int64_t a_stride, int64_t depth, const A* packed, int64_t rows, A* c,
                      int64_t c_stride) {
-  const auto block = [&](int64_t k, int64_t) { return packed + k * NV * kLanes<A>; };
-  multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride);
+  constexpr int64_t width = NV * kLanes<A>;
+  const auto block = [&](int64_t k, int64_t) { return packed + k * width; };
+  const NextPanel<A> next(packed + packed_depth<A>(depth) * width, rows);
+  multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride, next);
 }
 // With a panel that is packed block by block, as it is used.
 template <int NV, class Op, class T, class A = accumulate_t<T>>
@@ -138,7 +143,7 @@ template <int NV, class Op, class T, class A = accumulate_t<T>>
     pack_block<NV>(w, depth, columns, k, count, packed, ahead);
     return packed;
   };
-  multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride);
+  multiply_packed_blocks<NV, Op>(a, a_stride, depth, block, rows, c, c_stride, NextPanel<A>(nullptr, rows));
 }
 
 // Vectors of kResidues columns of some rows: lane i * kResidues + r of x[q] is column q * kResidues + r of row i; 0

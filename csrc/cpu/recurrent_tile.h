@@ -71,10 +71,19 @@ inline constexpr auto make_tiles(std::integer_sequence<int, I...>) {
 template <int NV, bool kAdd, class A, class Op = MultiplyAdd>
 inline constexpr auto kTiles = make_tiles<NV, kAdd, Op, A>(std::make_integer_sequence<int, kTileHeight<NV>>{});
 
+// Tiles of fewer sums leave registers to the next tile, which then begins before they end: the higher ones are for few
+// rows with a long panel, which comes from far.
+inline constexpr int64_t kManyRows = 48, kLongPanel = 256;
+template <int NV>
+inline int64_t tile_height(int64_t rows, int64_t depth) {
+  constexpr int kLow = kVectorRegisters == 32 ? 16 / NV : kTileHeight<NV>;
+  return rows < kManyRows && depth > kLongPanel ? kTileHeight<NV> : kLow;
+}
+
 // Calls body(first, height) for tiles of about the same height.
-template <int NV, class Body>
-inline void each_tile(int64_t rows, const Body& body) {
-  const int64_t tiles = ceil_div(rows, kTileHeight<NV>);
+template <class Body>
+inline void each_tile(int64_t rows, int64_t highest, const Body& body) {
+  const int64_t tiles = ceil_div(rows, highest);
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int64_t height = rows / tiles + (t < rows % tiles);
     body(first, height);
@@ -82,26 +91,49 @@ inline void each_tile(int64_t rows, const Body& body) {
   }
 }
 
+// With many rows a panel of the right operand takes so long that the processor does not expect the next one: this
+// brings it to the second-level cache, some lines with every tile.
+template <class A>
+class NextPanel {
+ public:
+  NextPanel(const A* from, int64_t rows) : from_(rows < kManyRows ? nullptr : from) {}
+  // So many tiles take a part of the right operand of this many vectors.
+  void begin(int64_t vectors, int64_t tiles) {
+    lines_ = from_ ? ceil_div(vectors * int64_t(sizeof(Vec<A>)), 64 * tiles) : 0;
+  }
+  PYNN_HD void lines() {
+    for (int64_t i = 0; i < lines_; ++i, from_ += 64 / sizeof(A)) __builtin_prefetch(from_, 0, 2);
+  }
+
+ private:
+  const A* from_;
+  int64_t lines_ = 0;
+};
+
 // One panel: c[r * c_stride + :] += sum over k < depth of a(r, k) * b[k * NV * L + :] for `rows` rows, where
 // block(k, count) gives the rows k to k + count of b. Chains are whole runs of a, which have at most kChain elements.
 template <int NV, class A, class Block>
-void multiply_blocks(const LeftRows<A>& a, int64_t depth, const Block& block, int64_t rows, A* c, int64_t c_stride) {
-  const int64_t chain = kChain / a.run * a.run, width = NV * kLanes<A>;
+void multiply_blocks(const LeftRows<A>& a, int64_t depth, const Block& block, int64_t rows, A* c, int64_t c_stride,
+                     NextPanel<A> next) {
+  const int64_t chain = kChain / a.run * a.run, width = NV * kLanes<A>, highest = tile_height<NV>(rows, depth);
   for (int64_t k = 0; k < depth; k += chain) {
     const int64_t count = std::min(chain, depth - k);
     const A* const from = a.base + k / a.run * a.run_stride;
     const A* const b = block(k, count);
-    each_tile<NV>(rows, [&](int64_t first, int64_t height) {
+    next.begin(count * NV, ceil_div(rows, highest));
+    each_tile(rows, highest, [&](int64_t first, int64_t height) {
+      next.lines();
       const A* const left = from + first * a.stride;
       A* const to = c + first * c_stride;
       kTiles<NV, true, A>[height - 1](left, a.stride, 1, count / a.run, a.run, a.run_stride, b, width, to, c_stride);
     });
   }
 }
+// With panels one after the other.
 template <int NV, class A>
 void multiply(const LeftRows<A>& a, int64_t depth, const A* b, int64_t rows, A* c, int64_t c_stride) {
   const auto block = [&](int64_t k, int64_t) { return b + k * NV * kLanes<A>; };
-  multiply_blocks<NV>(a, depth, block, rows, c, c_stride);
+  multiply_blocks<NV>(a, depth, block, rows, c, c_stride, NextPanel<A>(b + depth * NV * kLanes<A>, rows));
 }
 
 template <class T>

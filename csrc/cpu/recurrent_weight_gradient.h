@@ -43,12 +43,15 @@ void add_outer(const A* gradients, const PanelRows& places, const A* panels, int
   constexpr int64_t L = kLanes<A>, width = kPanelWidth<A>;
   const auto each_vector = [&](const auto& body) {
     for (int v = 0; v < NV; ++v)
-      each_tile<kPanelVectors>(places.count[v], [&](int64_t first, int64_t height) { body(v, first, height); });
+      each_tile(places.count[v], tile_height<kPanelVectors>(places.count[v], rows),
+                [&](int64_t first, int64_t height) { body(v, first, height); });
   };
   const auto tile = [&](int64_t n, int v, int64_t first, int64_t height) {
     const A* const left = gradients + v * L + first;
     const A* const panel = panels + n * capacity;
     A* const target = to + (places.first[v] + first) * columns + n;
+    for (int64_t i = 0; i < height; ++i)  // to be here when the sums are ready
+      for (int64_t j = 0; j < width; j += L) __builtin_prefetch(target + i * columns + j, 1);
     const auto multiply_chains = [&](bool add, A* sums, int64_t stride) {
       for (int64_t r = 0; r < rows; r += kRowChain, add = true) {
         const auto multiply =
