@@ -222,8 +222,9 @@ struct Contiguous : Channels<T> {
       Coefficients<T> k(channels);
       this->set_forward(group, lists, first, channels, k);
       const int64_t at = first * shape.pixels;
-      with_constant(stream,
-                    [&](auto streams) { run_forward<kSilu, streams>(x + at, y + at, channels, shape.pixels, k); });
+      with_constant(stream, [&](auto streams) {
+        run_forward<kSilu, streams>(x + at, y + at, channels, shape.pixels, k, count * size);
+      });
     });
   }
 
