@@ -110,6 +110,28 @@ def test_error_is_no_larger_than_torchs(backend, dtype, channels_last, mean, act
         assert_error_is_no_larger_than_torchs(problems, activation)
 
 
+SMALL = [  # shape, groups: maps of up to four whole and partial vectors of every instruction set, and one more
+    ((5, channels, pixels), groups)
+    for pixels in (2, 9, 16, 21, 32, 40, 48, 50, 64, 65)
+    for channels, groups in ((6, 3), (20, 1))
+]
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(torch.float32, None), (torch.float32, "silu"), (torch.float16, "silu")]
+)
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_small_maps(dtype, activation, mean):
+    problems = [(*problem(shape, dtype, mean), groups) for shape, groups in SMALL]
+    results = assert_error_is_no_larger_than_torchs(problems, activation)
+    for (x, weight, bias, grad, groups), (y, grad_input, *_) in zip(problems, results, strict=True):
+        fn = functools.partial(ours, groups=groups, activation=activation)
+        part, part_grads = run(fn, x[2:], weight, bias, grad_output=grad[2:])  # other groups share a task
+        assert_bitwise(part, y[2:], "batch slice")
+        assert_bitwise(part_grads[0], grad_input[2:], "gradient of a batch slice")
+
+
 LARGE = [  # shape, groups
     ((1, 2, 210, 190), 1),  # one group, many splits of a channel
     ((2, 24, 30, 31), 2),
