@@ -165,8 +165,8 @@ PYNN_HD void fill_columns(A* columns, int64_t begin, int64_t end, A value) {
   for (int64_t j = begin; j < end; j += kLanes<A>) store(columns + j, broadcast(value));
 }
 
-// A run of one channel of `pixels` elements after the other. Where y goes past the caches, what comes `ahead` elements
-// later, the next task's x, comes from memory in the meantime.
+// A run of one channel of `pixels` elements after the other. While a SiLU is computed and y goes past the caches, what
+// follows `ahead` elements later, the next task's x, comes from memory; without one, memory has enough to do.
 template <bool kSilu, bool kStream, class T>
 void run_forward(const T* x, T* y, int64_t channels, int64_t pixels, const Coefficients<T>& k, int64_t ahead) {
   using A = accumulate_t<T>;
@@ -177,7 +177,7 @@ void run_forward(const T* x, T* y, int64_t channels, int64_t pixels, const Coeff
     each_pack<kComputeLanes<T>>(pixels, [&](auto vectors, int64_t i, int64_t tail) __attribute__((always_inline)) {
       constexpr int V = vectors;
       Vec<A> v[V];
-      if constexpr (kStream) {
+      if constexpr (kSilu && kStream) {
 #pragma GCC unroll 4
         for (int u = 0; u < V; ++u) __builtin_prefetch(x + i + ahead + u * kComputeLanes<T>, 0, 2);
       }
