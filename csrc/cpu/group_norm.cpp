@@ -116,8 +116,9 @@ struct Channels {
   void set_forward(int64_t first_group, const GroupLists<kMost>& lists, int64_t first, int64_t count,
                    Coefficients<T>& k) const {
     each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        k.center[j] = A(lists.center[g]), k.delta[j] = lists.delta[g], k.rstd[j] = lists.rstd[g];
+      fill_columns(k.center, begin, end, A(lists.center[g]));
+      fill_columns(k.delta, begin, end, lists.delta[g]);
+      fill_columns(k.rstd, begin, end, lists.rstd[g]);
     });
     each_sample(first_group, first, count, [&](int64_t begin, int64_t end, int64_t c) {
       for (int64_t j = begin; j < end; ++j) {
@@ -158,8 +159,8 @@ struct Channels {
   template <int64_t kMost>
   void set_backward(const GroupLists<kMost>& lists, int64_t first, int64_t count, Coefficients<T>& k) const {
     each_group(first, count, [&](int64_t g, int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        k.slope[j] = A(lists.weighted[0][g]), k.constant[j] = A(lists.weighted[1][g]);
+      fill_columns(k.slope, begin, end, A(lists.weighted[0][g]));
+      fill_columns(k.constant, begin, end, A(lists.weighted[1][g]));
     });
   }
 };
@@ -221,8 +222,9 @@ struct Contiguous : Channels<T> {
       Coefficients<T> k(channels);
       this->set_forward(group, lists, first, channels, k);
       const int64_t at = first * shape.pixels;
-      with_constant(stream,
-                    [&](auto streams) { run_forward<kSilu, streams>(x + at, y + at, channels, shape.pixels, k); });
+      with_constant(stream, [&](auto streams) {
+        run_forward<kSilu, streams>(x + at, y + at, channels, shape.pixels, k, count * size);
+      });
     });
   }
 

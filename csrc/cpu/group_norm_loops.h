@@ -22,12 +22,52 @@ inline constexpr int64_t kColumns = 32 * kComputeLanes<T>;  // channels whose co
 
 // ---------------------------------------------------------------- contiguous runs: (channel, pixels)
 
-// Calls body(index, whole) for each vector of [0, count); whole is std::false_type for a last, partial one.
+inline constexpr int kPack = 4;  // vectors that are computed side by side
+
+// Calls body(std::integral_constant<int, vectors>, index, tail) for the vectors of [0, count), up to kPack at a time;
+// tail: elements of the last of them.
 template <int kStep, class Body>
-PYNN_HD void each_vector(int64_t count, const Body& body) {
+PYNN_HD void each_pack(int64_t count, const Body& body) {
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) body(i, std::true_type{});
-  if (i < count) body(i, std::false_type{});
+  for (; i + kPack * kStep <= count; i += kPack * kStep) body(std::integral_constant<int, kPack>{}, i, int64_t(kStep));
+  if (i == count) return;
+  const int64_t vectors = (count - i + kStep - 1) / kStep, tail = count - i - (vectors - 1) * kStep;
+  if (vectors == 1) return body(std::integral_constant<int, 1>{}, i, tail);
+  if (vectors == 2) return body(std::integral_constant<int, 2>{}, i, tail);
+  if (vectors == 3) return body(std::integral_constant<int, 3>{}, i, tail);
+  body(std::integral_constant<int, 4>{}, i, tail);
+}
+
+// One vector of `count` elements, where kWhole all its lanes.
+template <bool kWhole, class T>
+PYNN_HD Vec<accumulate_t<T>> read_run(const T* from, int64_t count, accumulate_t<T> fill) {
+  return kWhole ? load_compute(from) : load_part(from, count, fill);
+}
+template <bool kWhole, class T>
+PYNN_HD void write_run(T* to, int64_t count, Vec<accumulate_t<T>> v) {
+  kWhole ? store_compute(to, v) : store_part(to, count, v);
+}
+
+template <class T, int N>
+PYNN_HD void read_pack(Vec<accumulate_t<T>> (&to)[N], const T* from, int64_t tail, accumulate_t<T> fill) {
+  constexpr int kStep = kComputeLanes<T>;
+#pragma GCC unroll 4
+  for (int u = 0; u < N - 1; ++u) to[u] = load_compute(from + u * kStep);
+  const T* last = from + (N - 1) * kStep;
+  to[N - 1] = tail == kStep ? load_compute(last) : load_part(last, tail, fill);
+}
+template <bool kStream, class T, int N>
+PYNN_HD void write_pack(T* to, int64_t tail, const Vec<accumulate_t<T>> (&from)[N]) {
+  constexpr int kStep = kComputeLanes<T>;
+  if constexpr (kStream) {
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) stream_compute(to + u * kStep, from[u]);
+  } else {
+#pragma GCC unroll 4
+    for (int u = 0; u < N - 1; ++u) store_compute(to + u * kStep, from[u]);
+    T* last = to + (N - 1) * kStep;
+    tail == kStep ? store_compute(last, from[N - 1]) : store_part(last, tail, from[N - 1]);
+  }
 }
 
 // Two sums whose lanes are still to be added up.
@@ -37,7 +77,7 @@ struct LaneSums {
 
 // Sums of x - center and, for kSecond, of its square.
 template <bool kSecond, class T>
-LaneSums run_moments(const T* x, int64_t count, accumulate_t<T> center) {
+PYNN_HD LaneSums run_moments(const T* x, int64_t count, accumulate_t<T> center) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = 4, kStep = kComputeLanes<T>;
   const Vec<A> center_v = broadcast(center);
@@ -84,8 +124,9 @@ void add_lanes_of(int64_t count, double* first, double* second, const Lanes& lan
 template <class T>
 struct Coefficients {
   using A = accumulate_t<T>;
-  A center[kColumns<T>], scale[kColumns<T>], shift[kColumns<T>], slope[kColumns<T>], constant[kColumns<T>];
-  double delta[kColumns<T>], rstd[kColumns<T>];  // the statistics of each channel's group
+  static constexpr int64_t kRoom = kColumns<T> + kComputeLanes<T>;  // a last vector may begin at the last column
+  A center[kRoom], scale[kRoom], shift[kRoom], slope[kRoom], constant[kRoom];
+  double delta[kRoom], rstd[kRoom];  // the statistics of each channel's group
 
   explicit Coefficients(int64_t channels) {
     const int64_t last = (channels - 1) / kComputeLanes<T> * kComputeLanes<T>;
@@ -93,19 +134,126 @@ struct Coefficients {
   }
 };
 
-// A run of one channel of `pixels` elements after the other.
-template <bool kSilu, bool kStream, class T>
-void run_forward(const T* x, T* y, int64_t channels, int64_t pixels, const Coefficients<T>& k) {
+// Calls body(std::integral_constant<int, N>, c) for N channels from c on, up to kPack at a time.
+template <class Body>
+PYNN_HD void each_few(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kPack <= channels; c += kPack) body(std::integral_constant<int, kPack>{}, c);
+  for (; c < channels; ++c) body(std::integral_constant<int, 1>{}, c);
+}
+
+// run_forward of channels of up to one vector: those of several channels are computed side by side.
+template <bool kSilu, bool kWhole, class T>
+void short_forward(const T* x, T* y, int64_t channels, int64_t pixels, const Coefficients<T>& k) {
   using A = accumulate_t<T>;
+  each_few(channels, [&](auto count, int64_t c) __attribute__((always_inline)) {
+    constexpr int N = count;
+    Vec<A> v[N];
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u)
+      v[u] = fma(Vec<A>(read_run<kWhole>(x + (c + u) * pixels, pixels, A(0)) - broadcast(k.center[c + u])),
+                 broadcast(k.scale[c + u]), broadcast(k.shift[c + u]));
+    activate<kSilu>(v);
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) write_run<kWhole>(y + (c + u) * pixels, pixels, v[u]);
+  });
+}
+
+// Writes a value to the columns from begin to end, and up to a vector beyond.
+template <class A>
+PYNN_HD void fill_columns(A* columns, int64_t begin, int64_t end, A value) {
+  for (int64_t j = begin; j < end; j += kLanes<A>) store(columns + j, broadcast(value));
+}
+
+// A run of one channel of `pixels` elements after the other. While a SiLU is computed and y goes past the caches, what
+// follows `ahead` elements later, the next task's x, comes from memory; without one, memory has enough to do.
+template <bool kSilu, bool kStream, class T>
+void run_forward(const T* x, T* y, int64_t channels, int64_t pixels, const Coefficients<T>& k, int64_t ahead) {
+  using A = accumulate_t<T>;
+  if (!kStream && pixels == kComputeLanes<T>) return short_forward<kSilu, true>(x, y, channels, pixels, k);
+  if (!kStream && pixels < kComputeLanes<T>) return short_forward<kSilu, false>(x, y, channels, pixels, k);
   for (int64_t c = 0; c < channels; ++c, x += pixels, y += pixels) {
     const Vec<A> center = broadcast(k.center[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
-    each_vector<kComputeLanes<T>>(pixels, [&](int64_t i, auto whole) {
-      const Vec<A> v = whole ? load_compute(x + i) : load_part(x + i, pixels - i, A(0));
-      const Vec<A> out = activate<kSilu>(fma(Vec<A>(v - center), scale, shift));
-      if constexpr (kStream) return stream_compute(y + i, out);
-      whole ? store_compute(y + i, out) : store_part(y + i, pixels - i, out);
+    each_pack<kComputeLanes<T>>(pixels, [&](auto vectors, int64_t i, int64_t tail) __attribute__((always_inline)) {
+      constexpr int V = vectors;
+      Vec<A> v[V];
+      if constexpr (kSilu && kStream) {
+#pragma GCC unroll 4
+        for (int u = 0; u < V; ++u) __builtin_prefetch(x + i + ahead + u * kComputeLanes<T>, 0, 2);
+      }
+      read_pack(v, x + i, tail, A(0));
+#pragma GCC unroll 4
+      for (Vec<A>& z : v) z = fma(Vec<A>(z - center), scale, shift);
+      activate<kSilu>(v);
+      write_pack<kStream>(y + i, tail, v);
     });
   }
+}
+
+// The sum of N vectors, of a balanced tree.
+template <int N, class V>
+PYNN_HD V sum_of(const V* values) {
+  if constexpr (N == 1)
+    return values[0];
+  else
+    return sum_of<(N + 1) / 2>(values) + sum_of<N / 2>(values + (N + 1) / 2);
+}
+
+// run_backward_sums of channels of V vectors, of which kWhole the last too: those of several channels are computed side
+// by side, and nothing waits in memory.
+template <bool kSilu, bool kKeep, int V, bool kWhole, class T, class A = accumulate_t<T>>
+void short_backward_sums(const T* dy, const T* x, A* kept, int64_t channels, int64_t pixels, const Coefficients<T>& k,
+                         double* sum_dz, double* sum_dzx) {
+  constexpr int kStep = kComputeLanes<T>, kTogether = kLanes<double>, N = std::min(std::max(1, kPack / V), kTogether);
+  const int64_t tail = pixels - (V - 1) * kStep;
+  for (int64_t first = 0; first < channels; first += kTogether) {
+    VecDouble rows[2][kTogether];
+#pragma GCC unroll 8
+    for (int j = 0; j < kTogether; j += N) {
+      Vec<A> d[N * V], z[N * V], dz[N * V];
+      int64_t at[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const int64_t c = std::min<int64_t>(first + j + n, channels - 1);  // past the last one that one again
+        at[n] = c * pixels;
+        const Vec<A> center = broadcast(k.center[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const int64_t i = at[n] + v * kStep;
+          const int u = n * V + v;
+          d[u] = (v < V - 1 ? load_compute(x + i) : read_run<kWhole>(x + i, tail, k.center[c])) - center;
+          dz[u] = v < V - 1 ? load_compute(dy + i) : read_run<kWhole>(dy + i, tail, A(0));
+          z[u] = fma(d[u], scale, shift);
+        }
+      }
+      activate_grad<kSilu>(dz, z);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        Vec<A> products[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const int u = n * V + v;
+          products[v] = dz[u] * d[u];
+          if constexpr (kKeep)
+            v < V - 1 ? store(kept + at[n] + v * kStep, dz[u])
+                      : write_run<kWhole>(kept + at[n] + v * kStep, tail, dz[u]);
+        }
+        rows[0][j + n] = fold(sum_of<V>(dz + n * V)), rows[1][j + n] = fold(sum_of<V>(products));
+      }
+    }
+    store(sum_dz + first, add_rows(rows[0]));
+    store(sum_dzx + first, add_rows(rows[1]));
+  }
+}
+template <bool kSilu, bool kKeep, int V, class T, class A = accumulate_t<T>>
+void short_backward_sums(const T* dy, const T* x, A* kept, int64_t channels, int64_t pixels, const Coefficients<T>& k,
+                         double* sum_dz, double* sum_dzx) {
+  if (pixels == V * kComputeLanes<T>)
+    return short_backward_sums<kSilu, kKeep, V, true>(dy, x, kept, channels, pixels, k, sum_dz, sum_dzx);
+  if constexpr (V > 1)
+    if (pixels <= (V - 1) * kComputeLanes<T>)
+      return short_backward_sums<kSilu, kKeep, V - 1>(dy, x, kept, channels, pixels, k, sum_dz, sum_dzx);
+  short_backward_sums<kSilu, kKeep, V, false>(dy, x, kept, channels, pixels, k, sum_dz, sum_dzx);
 }
 
 // Sums of dz and dz * (x - center) of each channel. With kKeep, dz is kept for the second pass.
@@ -113,56 +261,73 @@ template <bool kSilu, bool kKeep, class T, class A = accumulate_t<T>>
 void run_backward_sums(const T* dy, const T* x, A* kept, int64_t channels, int64_t pixels, const Coefficients<T>& k,
                        double* sum_dz, double* sum_dzx) {
   constexpr int64_t kStep = kComputeLanes<T>;
+  if (pixels <= 4 * kStep)
+    return short_backward_sums<kSilu, kKeep, 4>(dy, x, kept, channels, pixels, k, sum_dz, sum_dzx);
   add_lanes_of(channels, sum_dz, sum_dzx, [&](int64_t c) __attribute__((always_inline)) {
     const Vec<A> center = broadcast(k.center[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
     const T *const from = x + c * pixels, *const grads = dy + c * pixels;
-    const auto add = [&](int64_t i, auto whole, Vec<A>& first, Vec<A>& second) {
-      const Vec<A> v = whole ? load_compute(from + i) : load_part(from + i, pixels - i, k.center[c]);
-      const Vec<A> grad = whole ? load_compute(grads + i) : load_part(grads + i, pixels - i, A(0));
-      const Vec<A> d = v - center, dz = activate_grad<kSilu>(grad, fma(d, scale, shift));
-      if constexpr (kKeep) whole ? store(kept + c * pixels + i, dz) : store_part(kept + c * pixels + i, pixels - i, dz);
-      first += dz;
-      second = fma(dz, d, second);
-    };
     LaneSums total;
-    for (int64_t i = 0; i < pixels;) {
+    for (int64_t begin = 0; begin < pixels; begin += 2 * kFlush * kStep) {
       Vec<A> first0 = {}, first1 = {}, second0 = {}, second1 = {};
-      const int64_t end = std::min<int64_t>(pixels, i + 2 * kFlush * kStep);
-      for (; i + 2 * kStep <= end; i += 2 * kStep) {
-        add(i, std::true_type{}, first0, second0);
-        add(i + kStep, std::true_type{}, first1, second1);
-      }
-      if (i + kStep <= end) {
-        add(i, std::true_type{}, first0, second0);
-        i += kStep;
-      }
-      if (i < end) {
-        add(i, std::false_type{}, first1, second1);
-        i = end;
-      }
+      const auto add = [&](auto vectors, int64_t i, int64_t tail) __attribute__((always_inline)) {
+        constexpr int V = vectors;
+        Vec<A> d[V], z[V], dz[V];
+        i += begin;
+        read_pack(d, from + i, tail, k.center[c]);
+        read_pack(dz, grads + i, tail, A(0));
+#pragma GCC unroll 4
+        for (int u = 0; u < V; ++u) d[u] -= center, z[u] = fma(d[u], scale, shift);
+        activate_grad<kSilu>(dz, z);
+        if constexpr (kKeep) write_pack<false>(kept + c * pixels + i, tail, dz);
+        first0 += dz[0], second0 = fma(dz[0], d[0], second0);
+        if constexpr (V > 1) first1 += dz[1], second1 = fma(dz[1], d[1], second1);
+        if constexpr (V > 2) first0 += dz[2], second0 = fma(dz[2], d[2], second0);
+        if constexpr (V > 3) first1 += dz[3], second1 = fma(dz[3], d[3], second1);
+      };
+      each_pack<kStep>(std::min<int64_t>(pixels - begin, 2 * kFlush * kStep), add);
       total.first += fold(Vec<A>(first0 + first1)), total.second += fold(Vec<A>(second0 + second1));
     }
     return total;
   });
 }
 
+// run_backward of channels of one whole vector.
+template <class T, class A>
+void short_backward(const A* dz, const T* x, T* dx, int64_t channels, const Coefficients<T>& k) {
+  constexpr int kStep = kComputeLanes<T>;
+  for (int64_t c = 0; c < channels; ++c, dz += kStep, x += kStep, dx += kStep)
+    store_compute(dx, fma(broadcast(k.scale[c]), load_compute(dz),
+                          fma(broadcast(k.slope[c]), Vec<accumulate_t<T>>(load_compute(x) - broadcast(k.center[c])),
+                              broadcast(k.constant[c]))));
+}
+
 template <bool kSilu, bool kKeep, bool kStream, class T, class A = accumulate_t<T>>
 void run_backward(const T* dy, const T* x, const A* kept, T* dx, int64_t channels, int64_t pixels,
                   const Coefficients<T>& k) {
+  if constexpr (!kStream && (kKeep || !kSilu))
+    if (pixels == kComputeLanes<T>) {
+      if constexpr (kKeep) return short_backward(kept, x, dx, channels, k);
+      if constexpr (!kKeep) return short_backward(dy, x, dx, channels, k);
+    }
   for (int64_t c = 0; c < channels; ++c, dy += pixels, kept += pixels, x += pixels, dx += pixels) {
     const Vec<A> center = broadcast(k.center[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]),
                  slope = broadcast(k.slope[c]), constant = broadcast(k.constant[c]);
-    const auto read = [&](const auto* from, int64_t i, auto whole) {
-      return whole ? load_compute(from + i) : load_part(from + i, pixels - i, A(0));
-    };
-    each_vector<kComputeLanes<T>>(pixels, [&](int64_t i, auto whole) {
-      const Vec<A> d = read(x, i, whole) - center;
-      Vec<A> dz;
-      if constexpr (kKeep) dz = read(kept, i, whole);
-      if constexpr (!kKeep) dz = activate_grad<kSilu>(read(dy, i, whole), fma(d, scale, shift));
-      const Vec<A> out = fma(scale, dz, fma(slope, d, constant));
-      if constexpr (kStream) return stream_compute(dx + i, out);
-      whole ? store_compute(dx + i, out) : store_part(dx + i, pixels - i, out);
+    each_pack<kComputeLanes<T>>(pixels, [&](auto vectors, int64_t i, int64_t tail) __attribute__((always_inline)) {
+      constexpr int V = vectors;
+      Vec<A> d[V], dz[V];
+      read_pack(d, x + i, tail, A(0));
+      if constexpr (kKeep) read_pack(dz, kept + i, tail, A(0));
+      if constexpr (!kKeep) read_pack(dz, dy + i, tail, A(0));
+#pragma GCC unroll 4
+      for (Vec<A>& v : d) v -= center;
+      if constexpr (kSilu && !kKeep) {
+        Vec<A> z[V];
+        for (int u = 0; u < V; ++u) z[u] = fma(d[u], scale, shift);
+        activate_grad<kSilu>(dz, z);
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < V; ++u) dz[u] = fma(scale, dz[u], fma(slope, d[u], constant));
+      write_pack<kStream>(dx + i, tail, dz);
     });
   }
 }
@@ -323,8 +488,8 @@ struct Block {
       for (int64_t r = begin; r < end; ++r) {
         R row = R::read(x + r * stride + c, tail);
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j)
-          row.v[j] = activate<kSilu>(fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]));
+        for (int j = 0; j < V; ++j) row.v[j] = fma(Vec<A>(row.v[j] - center.v[j]), scale.v[j], shift.v[j]);
+        activate<kSilu>(row.v);
         row.template write<kStream>(y + r * stride + c, tail);
       }
     });
@@ -345,13 +510,12 @@ struct Block {
         R::prefetch(dy + ahead<V>(kTile, begin, r, c));
         const R row = R::read(x + at, tail);
         auto dz = Row<A, V>::of(R::read(dy + at, tail));
+        Vec<A> d[V], z[V];
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) {
-          const Vec<A> d = row.v[j] - center.v[j];
-          if constexpr (kSilu) dz.v[j] = activate_grad<kSilu>(dz.v[j], fma(d, scale.v[j], shift.v[j]));
-          first[j] += dz.v[j];
-          second[j] = fma(dz.v[j], d, second[j]);
-        }
+        for (int j = 0; j < V; ++j) d[j] = row.v[j] - center.v[j], z[j] = fma(d[j], scale.v[j], shift.v[j]);
+        activate_grad<kSilu>(dz.v, z);
+#pragma GCC unroll 8
+        for (int j = 0; j < V; ++j) first[j] += dz.v[j], second[j] = fma(dz.v[j], d[j], second[j]);
         if constexpr (kKeep && std::is_same_v<T, A>) R::template prefetch<true>(kept + ahead<V>(kTile, begin, r, c));
         if constexpr (kKeep) dz.template write<false>(kept + r * kept_stride + c, tail);
       });
@@ -372,13 +536,12 @@ struct Block {
         Row<A, V> dz;
         if constexpr (kKeep) dz = Row<A, V>::read(kept + r * kept_stride + c, tail);
         if constexpr (!kKeep) dz = Row<A, V>::of(R::read(dy + at, tail));
+        Vec<A> d[V], z[V];
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) {
-          const Vec<A> d = row.v[j] - center.v[j];
-          Vec<A> grad = dz.v[j];
-          if constexpr (!kKeep) grad = activate_grad<kSilu>(grad, fma(d, scale.v[j], shift.v[j]));
-          row.v[j] = fma(scale.v[j], grad, fma(slope.v[j], d, constant.v[j]));
-        }
+        for (int j = 0; j < V; ++j) d[j] = row.v[j] - center.v[j], z[j] = fma(d[j], scale.v[j], shift.v[j]);
+        if constexpr (!kKeep) activate_grad<kSilu>(dz.v, z);
+#pragma GCC unroll 8
+        for (int j = 0; j < V; ++j) row.v[j] = fma(scale.v[j], dz.v[j], fma(slope.v[j], d[j], constant.v[j]));
         row.template write<kStream>(dx + at, tail);
       }
     });

@@ -3,12 +3,15 @@
 
 #include <limits>
 
+#include "kept_scratch.h"
 #include "kept_tensor.h"
 
 namespace pynn {
 namespace {
 
 using torch::headeronly::MemoryFormat;
+
+constexpr int64_t kDouble = sizeof(double);
 
 // The i-th dimension of a channels-last tensor from the innermost on: channels, then the pixels from the last dimension
 // on, then the batch.
@@ -130,14 +133,6 @@ const T* pointer_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
-std::optional<Tensor> doubles(const Tensor& like, int64_t count) {
-  if (count == 0) return std::nullopt;
-  return new_dense(like, {count}, ScalarType::Double);
-}
-double* scratch_pointer(std::optional<Tensor>& scratch) {
-  return scratch ? mutable_pointer<double>(*scratch) : nullptr;
-}
-
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<Tensor>& weight,
                                        const std::optional<Tensor>& bias, int64_t num_groups, double eps, bool silu) {
   const GroupNormShape shape = check_fwd(input, weight, bias, num_groups, silu);
@@ -155,9 +150,10 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const std::optional<
   dispatch_floating("group_norm", x.scalar_type(), [&]<class T>(Tag<T>) {
     using A = accumulate_t<T>;
     using Launch = launch::GroupNorm<T>;
-    std::optional<Tensor> scratch = doubles(input, Launch::fwd_scratch(shape, true));
+    KeptScratch scratch(input, kDouble * Launch::fwd_scratch(shape, true));
     Launch::fwd(pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), eps, mutable_pointer<T>(output),
-                mutable_pointer<A>(mean), mutable_pointer<A>(rstd), scratch_pointer(scratch), shape, current_stream(x));
+                mutable_pointer<A>(mean), mutable_pointer<A>(rstd), static_cast<double*>(scratch.get()), shape,
+                current_stream(x));
   });
   return {output, mean, rstd};
 }
@@ -176,9 +172,9 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t num_groups, d
   dispatch_floating("group_norm", x.scalar_type(), [&]<class T>(Tag<T>) {
     using A = accumulate_t<T>;
     using Launch = launch::GroupNorm<T>;
-    std::optional<Tensor> scratch = doubles(input, Launch::fwd_scratch(shape, false));
+    KeptScratch scratch(input, kDouble * Launch::fwd_scratch(shape, false));
     Launch::fwd(pointer<T>(x), nullptr, nullptr, eps, nullptr, mutable_pointer<A>(mean), mutable_pointer<A>(rstd),
-                scratch_pointer(scratch), shape, current_stream(x));
+                static_cast<double*>(scratch.get()), shape, current_stream(x));
   });
   return {mean, rstd};
 }
@@ -202,10 +198,10 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_output, const Tensor& 
     dispatch_floating("group_norm_bwd", x.scalar_type(), [&]<class T>(Tag<T>) {
       using A = accumulate_t<T>;
       using Launch = launch::GroupNorm<T>;
-      std::optional<Tensor> scratch = doubles(input, Launch::bwd_scratch(shape));
+      KeptScratch scratch(input, kDouble * Launch::bwd_scratch(shape));
       Launch::bwd(pointer<T>(dy), pointer<T>(x), pointer_or_null<A>(w), pointer_or_null<A>(b), pointer<A>(mean),
                   pointer<A>(rstd), mutable_pointer<T>(grad_input), mutable_pointer<A>(grad_weight),
-                  mutable_pointer<A>(grad_bias), scratch_pointer(scratch), shape, current_stream(x));
+                  mutable_pointer<A>(grad_bias), static_cast<double*>(scratch.get()), shape, current_stream(x));
     });
   }
   const auto like = [&](const Tensor& grad, const std::optional<Tensor>& parameter) {
