@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench._attention_gpu import cases as gpu_cases  # noqa: F401  python -m bench --device cuda
 from bench.harness import Case, assert_agrees
@@ -74,6 +75,10 @@ def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None, key_h
     def theirs():
         return call(F.scaled_dot_product_attention)
 
+    def theirs_in_parts():  # what torch has beside its flash attention, and does not choose by itself
+        with sdpa_kernel(SDPBackend.MATH):
+            return call(F.scaled_dot_product_attention)
+
     def check():
         if option == "dropout":
             return  # the two draw different masks
@@ -88,7 +93,7 @@ def _case(batch, heads, tokens, dim, dtype, mode, option="", queries=None, key_h
         + (f" {option}" if option else ""),
         str(dtype).removeprefix("torch."),
         mode,
-        {"pynn": ours, "torch": theirs},
+        {"pynn": ours, "torch": theirs, "torch math": theirs_in_parts},
         check,
         flops=4.0 * scores * dim * (3.5 if backward else 1) / (2 if option == "causal" else 1),
     )
