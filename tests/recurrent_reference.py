@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
+from policy import FLOOR, relative_error
 
 from pynn.ops.recurrent import gru, lstm, rnn
 
@@ -151,3 +153,32 @@ def seeds(p: Problem):
     """A random gradient for each result, in the dtype of the results."""
     with torch.no_grad():
         return [torch.randn(r.shape, dtype=torch.float64).to(r.dtype).to(r.device) for r in ours(p)]
+
+
+# Of torch's error, in the output and in gradients. Those of float32 are of a sum's order, carried on from step to step;
+# 16 bits are rounded at every step.
+MARGIN = {torch.float32: (1.1, 1.25), torch.bfloat16: (1.0, 1.0), torch.float16: (1.0, 1.0)}
+
+
+def assert_errors_are_no_larger_than_torchs(backend, problems: Iterable[Problem], dtype: torch.dtype) -> None:
+    """P1 of results and all gradients, over several problems together: chance in one result does not decide."""
+    # Kernels that get weight_ih x from the library, rounded, are compared with torch's that do: without oneDNN.
+    with_onednn = backend.name == "cpu"
+    columns: dict = {}
+    for p in problems:
+        grads = seeds(p)
+        for column, fn, problem in (
+            ("truth", torchs, p.to(dtype=torch.float64)),  # tied to the formulas by test_matches_the_formulas
+            ("torch", torchs, p.to("cpu")),
+            ("ours", ours, p),
+        ):
+            device = problem.input.device
+            with torch.backends.mkldnn.flags(enabled=with_onednn or column != "torch"):
+                results, got = gradients(fn, problem, [g.to(device) for g in grads])
+            for name, tensor in (("output", results[0]), *got.items()):
+                columns.setdefault(name, {}).setdefault(column, []).append(tensor.detach().cpu().reshape(-1))
+    for name, column in columns.items():
+        truth, theirs, mine = (torch.cat(column[c]) for c in ("truth", "torch", "ours"))
+        peer, error = relative_error(theirs, truth), relative_error(mine, truth)
+        limit = max(MARGIN[dtype][name != "output"] * peer, 1.25 * FLOOR[dtype])
+        assert error <= limit, f"{p.cell} {name}: error {error:.3e} > {limit:.3e} (torch {peer:.3e})"

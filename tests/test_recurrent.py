@@ -12,15 +12,22 @@ from adversary import Canary, constant, layouts
 from bad_input import assert_rejects
 from generated import generated
 from hypothesis import strategies as st
-from policy import DTYPES, FLOOR, LOW_PRECISION, assert_bitwise, integers, relative_error, threads
-from recurrent_reference import GATES, gradients, make, ours, reference, seeds, torchs
+from policy import DTYPES, LOW_PRECISION, assert_bitwise, integers, threads
+from recurrent_reference import (
+    GATES,
+    assert_errors_are_no_larger_than_torchs,
+    gradients,
+    make,
+    ours,
+    reference,
+    seeds,
+)
 from transforms import assert_all
 
 import pynn
 from pynn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 # Times torch's own error: (results, gradients). In float32 both are sums in some order, and as good: chance decides.
-MARGIN = {torch.float32: (1.1, 1.25), torch.bfloat16: (1.0, 1.0), torch.float16: (1.0, 1.0)}
 KERNEL = "lstm_fwd"
 CELLS = ("lstm", "gru", "rnn")
 VARIANTS = [  # cell, options
@@ -70,28 +77,11 @@ def test_error_is_no_larger_than_torchs(backend, dtype, cell):
     """P1, over several problems together: chance in one result does not decide."""
     small = backend.name in ("sim", "interpret")
     shapes = [(7, 3, 9, 17), (4, 2, 5, 12)] * 3 if small else [(40, 8, 32, 64), (64, 4, 20, 48), (17, 9, 33, 25)]
-    # Kernels that get weight_ih x from the library, rounded, are compared with torch's that do: without oneDNN.
-    with_onednn = backend.name == "cpu"
-    columns: dict = {}
-    for shape, reverse in itertools.product(shapes, (False, True)):
-        p = make(cell, *shape, dtype=dtype, reverse=reverse).to(backend.device)
-        grads = seeds(p)
-        for column, fn, problem in (
-            ("truth", torchs, p.to(dtype=torch.float64)),  # tied to the formulas by test_matches_the_formulas
-            ("torch", torchs, p.to("cpu")),
-            ("ours", ours, p),
-        ):
-            device = problem.input.device
-            with torch.backends.mkldnn.flags(enabled=with_onednn or column != "torch"):
-                results, got = gradients(fn, problem, [g.to(device) for g in grads])
-            for name, tensor in (("output", results[0]), *got.items()):
-                columns.setdefault(name, {}).setdefault(column, []).append(tensor.detach().cpu().reshape(-1))
-    for name, column in columns.items():
-        truth, theirs, mine = (torch.cat(column[c]) for c in ("truth", "torch", "ours"))
-        # Errors of float32 are those of a sum's order, carried on from step to step; 16 bits are rounded at every step.
-        limit = max(MARGIN[dtype][name != "output"] * relative_error(theirs, truth), 1.25 * FLOOR[dtype])
-        error = relative_error(mine, truth)
-        assert error <= limit, f"{cell} {name}: error {error:.3e} > {limit:.3e} (torch {relative_error(theirs, truth)})"
+    problems = (
+        make(cell, *shape, dtype=dtype, reverse=reverse).to(backend.device)
+        for shape, reverse in itertools.product(shapes, (False, True))
+    )
+    assert_errors_are_no_larger_than_torchs(backend, problems, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

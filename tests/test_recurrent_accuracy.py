@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from policy import FLOOR, LOW_PRECISION, integers, relative_error
-from recurrent_reference import gradients, make, ours, seeds, torchs
-from test_recurrent import CELLS, MARGIN
+from recurrent_reference import assert_errors_are_no_larger_than_torchs, gradients, make, ours, seeds, torchs
+from test_recurrent import CELLS
 
 KERNEL = "lstm_fwd"
 MANY = {"cpu": 4096, "cuda": 4096, "triton": 4096}  # steps; the tools that stand for a GPU get fewer
@@ -28,26 +28,8 @@ def test_error_is_no_larger_than_torchs(backend, cell, steps, dtype):
         pytest.skip("few steps and many are enough for a tool")
     steps = steps_of(backend) if steps == "many" else steps
     problems, batch = (12, 6) if steps == 1 else (8, 6) if steps <= FEW else (1, 3)
-    with_onednn = backend.name == "cpu"  # as in test_recurrent.py
-    columns: dict = {}
-    for _ in range(problems):
-        p = make(cell, steps, batch, 33, 40, dtype=dtype).to(backend.device)
-        grads = seeds(p)
-        for column, fn, problem in (
-            ("truth", torchs, p.to(dtype=torch.float64)),
-            ("torch", torchs, p.to("cpu")),
-            ("ours", ours, p),
-        ):
-            device = problem.input.device
-            with torch.backends.mkldnn.flags(enabled=with_onednn or column != "torch"):
-                results, got = gradients(fn, problem, [g.to(device) for g in grads])
-            for name, tensor in (("output", results[0]), *got.items()):
-                columns.setdefault(name, {}).setdefault(column, []).append(tensor.detach().cpu().reshape(-1))
-    for name, column in columns.items():
-        truth, theirs, mine = (torch.cat(column[c]) for c in ("truth", "torch", "ours"))
-        limit = max(MARGIN[dtype][name != "output"] * relative_error(theirs, truth), 1.25 * FLOOR[dtype])
-        error = relative_error(mine, truth)
-        assert error <= limit, f"{name}: error {error:.3e} > {limit:.3e} (torch {relative_error(theirs, truth):.3e})"
+    made = (make(cell, steps, batch, 33, 40, dtype=dtype).to(backend.device) for _ in range(problems))
+    assert_errors_are_no_larger_than_torchs(backend, made, dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)

@@ -51,7 +51,7 @@ PYNN_HD void write_run(T* to, int64_t count, Vec<accumulate_t<T>> v) {
 template <class T, int N>
 PYNN_HD void read_pack(Vec<accumulate_t<T>> (&to)[N], const T* from, int64_t tail, accumulate_t<T> fill) {
   constexpr int kStep = kComputeLanes<T>;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int u = 0; u < N - 1; ++u) to[u] = load_compute(from + u * kStep);
   const T* last = from + (N - 1) * kStep;
   to[N - 1] = tail == kStep ? load_compute(last) : load_part(last, tail, fill);
@@ -60,10 +60,10 @@ template <bool kStream, class T, int N>
 PYNN_HD void write_pack(T* to, int64_t tail, const Vec<accumulate_t<T>> (&from)[N]) {
   constexpr int kStep = kComputeLanes<T>;
   if constexpr (kStream) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int u = 0; u < N; ++u) stream_compute(to + u * kStep, from[u]);
   } else {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int u = 0; u < N - 1; ++u) store_compute(to + u * kStep, from[u]);
     T* last = to + (N - 1) * kStep;
     tail == kStep ? store_compute(last, from[N - 1]) : store_part(last, tail, from[N - 1]);
@@ -370,23 +370,12 @@ struct Row {
   }
   static PYNN_HD Row read(const T* from, int64_t tail) {
     Row row;
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors - 1; ++j) row.v[j] = load_compute(from + j * kStep);
-    const T* last = from + (kVectors - 1) * kStep;
-    row.v[kVectors - 1] = tail == kStep ? load_compute(last) : load_part(last, tail, A(0));
+    read_pack(row.v, from, tail, A(0));
     return row;
   }
   template <bool kStream>
   PYNN_HD void write(T* to, int64_t tail) const {
-    if constexpr (kStream) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) stream_compute(to + j * kStep, v[j]);
-    } else {
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors - 1; ++j) store_compute(to + j * kStep, v[j]);
-      T* last = to + (kVectors - 1) * kStep;
-      tail == kStep ? store_compute(last, v[kVectors - 1]) : store_part(last, tail, v[kVectors - 1]);
-    }
+    write_pack<kStream>(to, tail, v);
   }
   template <bool kToWrite = false>
   static PYNN_HD void prefetch(const T* from) {
