@@ -65,14 +65,17 @@ def twins(name: str) -> tuple[nn.Module, nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("name", PEERS)
 def test_same_outputs_and_gradients_as_torchvision(name):
     ours, theirs, x = twins(name)
-    outputs = [model.eval()(x) for model in (ours, theirs)]
-    peers.assert_close(*outputs)
+    with torch.no_grad():
+        peers.assert_close(*(model.eval()(x) for model in (ours, theirs)))
+    # Gradients in float64: where an input of a ReLU or two of a maximum are within a rounding, float32 tosses a coin.
+    outputs = [model.double()(x.double()) for model in (ours, theirs)]
+    peers.assert_close(*outputs, bound=1e-9)
     for output in outputs:
         peers.backward(output)
     gradients = [
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in (ours, theirs)
     ]
-    peers.assert_gradients_close(*gradients)
+    peers.assert_gradients_close(*gradients, bound=1e-9)
     del gradients, outputs
     theirs.load_state_dict(pynn.export_weights(ours, "torchvision"))  # strict: the way back
 
