@@ -64,7 +64,9 @@ class PointwiseCorrelation {
     const int64_t bands = ceil_div(window_.h.out, rows_), work = window_.batch * bands, positions = rows_ * width_;
     const int64_t slots = std::min<int64_t>(work, thread_count());
     const int64_t input_size = direct ? 0 : round_up(in_ * (pixels ? positions : planes_.channel()) + 2 * L, 16);
-    const int64_t sums_size = in_place ? 0 : pixels ? kLine * padded_ + L : together() * round_up(positions, L);
+    const int64_t sums_size = in_place ? 0
+                              : pixels ? kLine * padded_ + L
+                                       : ceil_div(out_ * tiles_together(), tiles_) * round_up(positions, L);
     const Buffer<A> scratch(slots * (input_size + round_up(sums_size, 16)));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
@@ -102,8 +104,8 @@ class PointwiseCorrelation {
       if (vectors(rows) < vectors(best)) best = rows;
     return best;
   }
-  // Outputs that are summed before the next ones where lanes are pixels: those of a tile, or all.
-  int64_t together() const { return in_ > kChannels ? out_ : std::min<int64_t>(out_, kPlaneOutputs); }
+  // Tiles of outputs that are summed before the next ones where lanes are pixels.
+  int64_t tiles_together() const { return in_ > kChannels ? tiles_ : 1; }
   int64_t least_positions() const {
     return std::min(rows_, window_.h.out - (ceil_div(window_.h.out, rows_) - 1) * rows_) * width_;
   }
@@ -128,9 +130,8 @@ class PointwiseCorrelation {
                   const Epilogue<E>& e) const {
     const int64_t positions = band.rows * width_, stride = round_up(positions, L);
     const int64_t y = band.image * e.s.n + band.row * e.s.h, r = band.image * e.r.n + band.row * e.r.h;
-    const bool all = together() == out_;
-    for (int64_t tile = 0; tile < tiles_; tile += all ? tiles_ : 1) {
-      const int64_t end = all ? tiles_ : tile + 1, first = out_ * tile / tiles_, last = out_ * end / tiles_;
+    for (int64_t tile = 0; tile < tiles_; tile += tiles_together()) {
+      const int64_t end = tile + tiles_together(), first = out_ * tile / tiles_, last = out_ * end / tiles_;
       if constexpr (std::is_same_v<E, A>)
         if (in_place) {
           sum_planes(tile, end, input, offsets, positions, e.bias, e.y + y + first * e.s.c, e.s.c);

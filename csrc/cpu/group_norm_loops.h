@@ -261,8 +261,8 @@ template <bool kSilu, bool kKeep, class T, class A = accumulate_t<T>>
 void run_backward_sums(const T* dy, const T* x, A* kept, int64_t channels, int64_t pixels, const Coefficients<T>& k,
                        double* sum_dz, double* sum_dzx) {
   constexpr int64_t kStep = kComputeLanes<T>;
-  if (pixels <= 4 * kStep)
-    return short_backward_sums<kSilu, kKeep, 4>(dy, x, kept, channels, pixels, k, sum_dz, sum_dzx);
+  if (pixels <= kPack * kStep)
+    return short_backward_sums<kSilu, kKeep, kPack>(dy, x, kept, channels, pixels, k, sum_dz, sum_dzx);
   add_lanes_of(channels, sum_dz, sum_dzx, [&](int64_t c) __attribute__((always_inline)) {
     const Vec<A> center = broadcast(k.center[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
     const T *const from = x + c * pixels, *const grads = dy + c * pixels;

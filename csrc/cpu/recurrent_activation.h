@@ -56,8 +56,8 @@ PYNN_HD VecDouble tanh(VecDouble x) {
 PYNN_HD VecDouble sigmoid(VecDouble x) { return 1 / (exp(VecDouble(-x)) + 1); }
 
 #if defined(__AVX512F__)
-// e^x for x within -104.5 .. 89.5. n ln 2 is taken off in one part, for a float happens to
-// hold ln 2 to 2^-29: that costs a unit in the last place only where |x| > 20.
+// e^x for x within -104.5 .. 89.5. n ln 2 is taken off in one part, for a float happens to hold ln 2 to 2^-29: that
+// costs a unit in the last place only where |x| > 20.
 PYNN_HD VecFloat exp_near(VecFloat x) {
   const float magic = 0x1.8p23f;
   const VecFloat shifted = fma(x, broadcast(0x1.715476p0f), broadcast(magic)), n = shifted - magic;

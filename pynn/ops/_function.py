@@ -37,14 +37,14 @@ def call(cls, *inputs: Any):
         NotImplementedError: for torch.compile around torch.func transforms, where torch drops the backward of an
             autograd.Function without a word (pytorch issue 193279).
     """
-    if records_eagerly(inputs):
-        return cls.apply_eager(*inputs)
     compiling = torch.compiler.is_compiling()
     if torch._C._are_functorch_transforms_active():
         if compiling:
             raise NotImplementedError("pynn: put torch.compile inside torch.func.grad/vmap, not outside")
         return cls.apply(*inputs)
-    return cls.apply(*inputs) if compiling else cls.forward(*inputs)  # Dynamo traces the setup_context form
+    if compiling:
+        return cls.apply(*inputs)  # Dynamo traces the setup_context form
+    return cls.apply_eager(*inputs) if torch.is_grad_enabled() and requires_grad(inputs) else cls.forward(*inputs)
 
 
 def records_eagerly(inputs: tuple) -> bool:

@@ -148,9 +148,8 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, num_groups, eps, silu):
-        op = backends.op("group_norm_fwd", input)
-        output, mean, rstd = op(input, weight, bias, num_groups, eps, silu)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        output, *statistics = GroupNorm.forward(input, weight, bias, num_groups, eps, silu)
+        ctx.save_for_backward(input, weight, bias, *statistics)
         ctx.config = num_groups, eps, silu
         return output
 
