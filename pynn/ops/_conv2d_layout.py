@@ -22,8 +22,12 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # for Dynamo, which compiles anew where the setting is another
 def allows_tf32() -> bool:
     """Whether float32 products may be computed in TF32: by torch.set_float32_matmul_precision, or by what is newer,
     torch.backends.cuda.matmul.fp32_precision, after which the older getter raises."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compiler.assume_constant_result without its import of Dynamo, which takes longer than that of torch. Dynamo
+# compiles anew where the setting is another.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
