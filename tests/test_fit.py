@@ -224,7 +224,7 @@ def test_two_processes_are_one_and_survive_the_death_of_one(tmp_path, shard):
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path), shard=shard))
     for attempt in (0, 1):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["--monitor-interval", "0.2", str(script), str(attempt)]
+        command += ["--monitor-interval", "0.2", "--log-dir", str(tmp_path), str(script), str(attempt)]
         result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert (result.returncode == 0) == (attempt == 1), result.stderr[-3000:]
     model = build(0.0)
