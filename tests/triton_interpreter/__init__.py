@@ -43,7 +43,7 @@ __all__ = [
     "settings",
 ]
 
-VERIFIED_VERSIONS = ("3.6.0", "3.7.1")
+VERIFIED_VERSIONS = ("3.6.0", "3.7.1", "3.8.0")
 ANY_VERSION_VARIABLE = "TRITON_INTERPRETER_ANY_VERSION"
 
 _installed = False

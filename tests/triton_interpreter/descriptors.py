@@ -59,4 +59,5 @@ def _with_origin(handle_type: Any) -> None:
 def install() -> None:
     interpreter.TensorDescHandle.validate = validate
     _with_origin(interpreter.TensorDescHandle)
-    _with_origin(interpreter.BlockPointerHandle)
+    if hasattr(interpreter, "BlockPointerHandle"):  # until Triton 3.7
+        _with_origin(interpreter.BlockPointerHandle)

@@ -288,9 +288,9 @@ BUGS = [
     ),
     Bug(
         "tl.dot below the smallest shape",
-        lambda: kernels.small_dot[(1,)](zeros(8, 8), zeros(8, 8), BLOCK=8),
+        lambda: kernels.small_dot[(1,)](zeros(4, 4), zeros(4, 4), BLOCK=4),
         "KernelFailed",
-        r"K >= 16",
+        r"K >= (8|16)",  # 8 since Triton 3.8
     ),
     Bug(
         "one autotune configuration is wrong",
