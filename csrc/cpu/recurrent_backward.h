@@ -73,6 +73,7 @@ class BackwardPass {
   void run() {
     schedule_.fill(call_.lengths);
     prepare();
+    if (call_.gates_given) return sum_given();
     for (int64_t first = 0; first < shape_.batch; first += rows_) piece(first, std::min(first + rows_, shape_.batch));
     finish_weights();
   }
@@ -88,7 +89,7 @@ class BackwardPass {
         for (int64_t t = schedule_.lengths[j]; t < shape_.steps; ++t)
           memset(static_cast<void*>(call_.grad_input + (t * shape_.batch + schedule_.order[j]) * shape_.input), 0,
                  size_t(shape_.input) * sizeof(T));
-    if (ready_hh_) pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
+    if (ready_hh_ && !call_.gates_given) pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
     if (wants_input() && !single_) pack(call_.weights.ih, shape_.input, input_panels_, false, packed_ih_);
     for (int64_t p = 0; p < hidden_panels_; ++p)
       for (int64_t k = 0; k < state_panels_ * kWidth; ++k)
@@ -181,6 +182,45 @@ class BackwardPass {
     }
   }
 
+  // The gradients of weights and biases from given gradients of the pre-activations.
+  void sum_given() {
+    for (int64_t first = 0; first < shape_.batch; first += rows_) {
+      const int64_t rows = std::min(rows_, shape_.batch - first);
+      keep_left_rows(0, first, 0, rows, 0);
+      each_vector_of_gates([&](int64_t column, int64_t count, A* at) {
+        for (int64_t r = 0; r < rows; ++r, at += kWidth) {
+          const T* const from = call_.gates_given + (first + r) * gates_width() + column;
+          store(at, count > 0 ? load_some(from, count) : Vec<A>{});
+        }
+      });
+      add_weights(rows);
+    }
+    finish_weights();
+  }
+  // Those of a chunk for who wants them.
+  void put_gates(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    each_vector_of_gates([&](int64_t column, int64_t count, A* at) {
+      if (count > 0)
+        each_row(begin, end, first, last, [&](int64_t r, int64_t row) {
+          store_some(call_.grad_gates + row * gates_width() + column, count, load(at + r * kWidth));
+        });
+    });
+  }
+  int64_t gates_width() const { return gradients_of(kCell) * shape_.hidden; }
+  // body(column, count, at): where a vector of the gradients of pre-activations begins in a row of all of them, how many
+  // of its lanes there are, and where the first row of the chunk has it.
+  template <class Body>
+  void each_vector_of_gates(const Body& body) const {
+    const int64_t hidden = shape_.hidden;
+    for (int64_t p = 0; p < panels_; ++p)
+      for (int64_t v = 0; v < kPanelVectors; ++v) {
+        const int64_t unit = p * P::kUnits + (P::kSingle ? v * L : 0);
+        const int64_t gate = P::kSingle ? 0 : P::kGru && v < 3 ? (v + 2) % 3 : v;
+        body(gate * hidden + unit, std::clamp<int64_t>(hidden - unit, 0, L),
+             gradients_[0] + p * capacity_ * kWidth + v * L);
+      }
+  }
+
   // All steps of the rows at places first to last.
   void piece(int64_t first, int64_t last) {
     const int64_t rows = last - first;
@@ -210,6 +250,7 @@ class BackwardPass {
                s + 1 < end ? gradients_[0] + offsets_[s + 1 - begin] * kWidth : gradients_[1], panels_on_threads);
       });
       add_weights(count);
+      if (call_.grad_gates) put_gates(begin, end, first, last);
       if (call_.grad_input) make_grad_input(begin, end, first, last);
       std::swap(gradients_[0], gradients_[1]);
     }

@@ -23,6 +23,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._recurrent_call import apply_gru, apply_lstm, apply_rnn
+from ._recurrent_steps import gru_step, lstm_step, rnn_step
 
 
 def _states(name: str, hx, input: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +156,7 @@ def lstm_cell(
     """One step of an LSTM: (h, c), each (B, H), from input (B, I) and hx = (h, c); see `lstm`."""
     _check_rank("lstm_cell", "input", input, 2)
     h, c = _states("lstm_cell", hx, input, weight_hh)
-    results = apply_lstm(input.unsqueeze(0), h, c, (weight_ih, weight_hh, bias_ih, bias_hh, None), None, False)
-    return results[1], results[2]
+    return lstm_step(input.unsqueeze(0), h, c, (weight_ih, weight_hh, bias_ih, bias_hh))
 
 
 def gru_cell(
@@ -170,7 +170,7 @@ def gru_cell(
     """One step of a GRU: h (B, H) from input (B, I) and hx (B, H); see `gru`."""
     _check_rank("gru_cell", "input", input, 2)
     hx = _start(hx, input, weight_hh)
-    return apply_gru(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, False)[1]
+    return gru_step(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh))
 
 
 def rnn_cell(
@@ -187,4 +187,4 @@ def rnn_cell(
     _check_rank("rnn_cell", "input", input, 2)
     relu = _relu("rnn_cell", nonlinearity)
     hx = _start(hx, input, weight_hh)
-    return apply_rnn(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, relu, False)[1]
+    return rnn_step(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), relu)
