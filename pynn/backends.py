@@ -285,7 +285,7 @@ def fastest_in_torch(name: str, tensor: torch.Tensor, case: choices.Case | None)
 
 
 def chooses_cpu(tensor: torch.Tensor) -> bool:
-    """Whether the C++ kernels of the CPU serve this tensor: one that is on the CPU, while no other backend is forced."""
+    """Whether the C++ kernels of the CPU serve this tensor: it is on the CPU, and no other backend is forced."""
     return tensor.is_cpu and type(tensor) in _PLAIN and _forced in ("auto", "cpu")
 
 

@@ -207,8 +207,8 @@ class BackwardPass {
     });
   }
   int64_t gates_width() const { return gradients_of(kCell) * shape_.hidden; }
-  // body(column, count, at): where a vector of the gradients of pre-activations begins in a row of all of them, how many
-  // of its lanes there are, and where the first row of the chunk has it.
+  // body(column, count, at): where a vector of the gradients of pre-activations begins in a row of all of them, how
+  // many of its lanes there are, and where the first row of the chunk has it.
   template <class Body>
   void each_vector_of_gates(const Body& body) const {
     const int64_t hidden = shape_.hidden;

@@ -31,21 +31,20 @@ Four recurrent_step_bwd(const OptionalTensor& grad_output, const OptionalTensor&
   PYNN_CHECK(bool(cx) == lstm && bool(cells) == lstm && bool(gates) == saves,
              "recurrent_step_bwd: expected cx and cells of lstm, and gates of lstm and gru");
   PYNN_CHECK(output_mask.size() == 2, "recurrent_step_bwd: expected output_mask of 2 values, got ", output_mask.size());
-  const RecurrentOperands o{kind, input, hx,    lstm ? &*cx : nullptr, ih,   weight_hh,
-                            none, none,  &none, none,                  false};
+  const RecurrentOperands o{kind, input, hx, lstm ? &*cx : nullptr, ih, weight_hh, none, none, &none, none, false};
   const RecurrentShape shape =
       check(o, {grad_output, grad_h_n, &grad_c_n, output, saves ? &*gates : nullptr, lstm ? &*cells : nullptr});
   PYNN_CHECK(shape.steps == 1, "recurrent_step_bwd: expected input of 1 step, got ", shape_of(input));
   const ScalarType dtype = input.scalar_type(), wide = accumulate_type(input);
   const auto state = [&](bool wanted, int64_t width, ScalarType type) {
-    return !wanted            ? new_dense(input, {0}, type)
+    return !wanted           ? new_dense(input, {0}, type)
            : o.hx.dim() == 3 ? new_dense(input, {1, shape.batch, width}, type)
-                              : new_dense(input, {shape.batch, width}, type);
+                             : new_dense(input, {shape.batch, width}, type);
   };
   Tensor grad_hx = state(output_mask[1], shape.state, dtype);
   Tensor grad_cx = state(lstm, shape.hidden, wide);
-  Tensor grad_input = output_mask[0] ? new_kept(input, {1, shape.batch, shape.input}, dtype)
-                                     : new_dense(input, {0}, dtype);
+  Tensor grad_input =
+      output_mask[0] ? new_kept(input, {1, shape.batch, shape.input}, dtype) : new_dense(input, {0}, dtype);
   Tensor grad_gates = new_kept(input, {shape.batch, gradients_of(kind) * shape.hidden}, dtype);
   if (shape.batch > 0) {
     const Dense d(o);

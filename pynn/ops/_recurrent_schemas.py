@@ -138,10 +138,10 @@ def _(
     )
 
 
-# Of the CPU: one step, input (1, B, I), whose weight gradients wait, and those of the rows of many steps. grad_gates are
-# the gradients of the pre-activations: (B, 4 * H) of lstm, i f g o, and of gru, r z n and what weight_hh has in n; (B, H)
-# of rnn. cell is 0 lstm, 1 gru, 2 rnn with tanh, 3 with relu. The flags are input and states; weight_ih, weight_hh and
-# biases. LSTM and RNN have one gradient of both biases, grad_bias_ih.
+# Of the CPU: one step, input (1, B, I), whose weight gradients wait, and those of the rows of many steps. grad_gates
+# are the gradients of the pre-activations: (B, 4 * H) of lstm, i f g o, and of gru, r z n and what weight_hh has in n;
+# (B, H) of rnn. cell is 0 lstm, 1 gru, 2 rnn with tanh, 3 with relu. The flags are input and states; weight_ih,
+# weight_hh and biases. LSTM and RNN have one gradient of both biases, grad_bias_ih.
 @define(
     "recurrent_step_bwd(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor hx, Tensor? cx,"
     " Tensor weight_ih, Tensor weight_hh, Tensor output, Tensor? gates, Tensor? cells, int cell, bool[2] output_mask)"

@@ -18,7 +18,9 @@ from ._function import eager, plain_apply, requires_grad
 from ._recurrent_call import apply_gru, apply_lstm, apply_rnn
 from ._recurrent_functions import GRU, LSTM, RNN
 
-_ROWS = 512  # that wait at most before their products are made
+_ROWS = 256  # that wait at most before their products are made
+# Weights that are worth it: they have more elements than this, and so many times as many as the rows of a step.
+_SIZE, _TIMES = 1 << 18, 8
 _current_task = torch._C._current_graph_task_id
 _will_run = torch._C._will_engine_execute_node
 
@@ -79,23 +81,23 @@ class _Source(torch.autograd.Function):
 class _Weights:
     """The weights of the steps of a graph: held by each of them, so that they live as long as the graph."""
 
-    __slots__ = ("__weakref__", "cell", "given", "mask", "node", "taken", "waiting")
+    __slots__ = ("__weakref__", "cell", "given", "mask", "node", "taken", "waiting", "wanted")
 
     def __init__(self, cell: int, given: tuple[Tensor | None, ...]) -> None:
         self.cell, self.given = cell, given
         self.waiting: dict[int, _Waiting] = {}
-        wanted = [w is not None and w.requires_grad for w in given]
+        self.wanted = wanted = [w is not None and w.requires_grad for w in given]
         self.mask = [wanted[0], wanted[1], wanted[2] or wanted[3]]
         shared = _share(self.waiting, *(w if n else None for w, n in zip(given, wanted, strict=True)))
         self.taken = tuple(w if s is None else s for w, s in zip(given, shared, strict=True))
         self.node = next(s.grad_fn for s in shared if s is not None)
 
     def serve(self, cell: int, given: tuple[Tensor | None, ...]) -> bool:
-        """Whether these are still the same: neither replaced nor frozen since."""
-        for now, before, taken in zip(given, self.given, self.taken, strict=True):
-            if now is not before or (
-                now is not None and not (now.requires_grad == taken.requires_grad and taken.is_set_to(now))
-            ):
+        """Whether these are still the same: neither replaced nor frozen since, nor in other memory."""
+        for now, before, taken, wanted in zip(given, self.given, self.taken, self.wanted, strict=True):
+            if now is not before:
+                return False
+            if now is not None and not (now.requires_grad is wanted and taken.is_set_to(now)):
                 return False
         return cell == self.cell
 
@@ -155,7 +157,9 @@ def _step(function, states: int):
             wants = [needed[0], any(needed[1:count])]
             first = [*grads] if states == 2 else [*grads, None]
             operands = [*saved[:count]] if states == 2 else [*saved[:count], None]
-            kept = [*saved[-3:]] if states == 2 else [*saved[-2:], None] if weights.cell == 1 else [saved[-1], None, None]
+            kept = (
+                [*saved[-3:]] if states == 2 else [*saved[-2:], None] if weights.cell == 1 else [saved[-1], None, None]
+            )
             op = backends.op("recurrent_step_bwd", input)
             results = op(*first, *operands, *saved[count : count + 2], *kept, weights.cell, wants)
             weights.leave(results[3], input[0], operands[1].view(-1, operands[1].shape[-1]))
@@ -180,11 +184,19 @@ def _may_wait(input: Tensor) -> bool:
 
 
 def _waits(input: Tensor, weights: tuple[Tensor | None, ...]) -> bool:
-    """Whether a step's backward pass may leave weight gradients to be made with those of other steps."""
-    return (
-        torch.is_grad_enabled() and weights[0] is not None and requires_grad(weights) and _may_wait(input)
-        and all(w is None or backends.chooses_cpu(w) for w in weights)
-    )  # fmt: skip
+    """Whether a step may leave its weight gradients to be made with those of other steps, and gains by it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not requires_grad(weights):
+        return False
+    of_input, of_state = weights[:2]
+    if of_input is None or of_state is None:
+        return False
+    size, row = of_input.numel() + of_state.numel(), input.shape[2] + sum(of_state.shape)
+    if size < _SIZE or size < _TIMES * input.shape[1] * row:
+        return False
+    for weight in weights:  # what is no leaf may get another history while it stays the same tensor
+        if weight is not None and not (weight.is_leaf and backends.chooses_cpu(weight)):
+            return False
+    return _may_wait(input)
 
 
 def lstm_step(input: Tensor, h: Tensor, c: Tensor, weights: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
