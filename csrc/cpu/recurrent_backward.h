@@ -161,6 +161,18 @@ class BackwardPass {
       Ahead ahead[kPanelsOfChain];
       for (int64_t i = 0; i < kPanelsOfChain; ++i) ahead[i] = after(q + kPanelsOfChain + i);
       for (int64_t p = begin; p < end; ++p) {
+        if constexpr (std::is_same_v<T, A> && kPanelsOfChain == 1)
+          if (const PanelRows places = P::rows(q, shape_.hidden, of_hidden);
+              (p + 1) * kWidth <= columns && places.count[P::kVectors - 1] == L) {
+            const int64_t height = ceil_div(rows, ceil_div(rows, tile_height<kPanelVectors>(rows, P::kProduct)));
+            const A* const left = gradients + q * capacity_ * kWidth;
+            A* const to = sums + (p - begin) * stride;
+            kPackingTiles<A>[height - 1](left, kWidth, weight + p* kWidth, columns, places, P::kVectors, part, to,
+                                         kWidth, ahead[0]);
+            multiply<4>(left_rows(left + height * kWidth), P::kProduct, part, rows - height, to + height * kWidth,
+                        kWidth);
+            continue;
+          }
         for (int64_t i = 0; q + i < next; ++i)
           pack_block(weight, columns, p, of_hidden, q + i, part + i * P::kProduct * kWidth, ahead[i]);
         multiply<4>(left_rows(gradients + q * capacity_ * kWidth), (next - q) * P::kProduct, part, rows,

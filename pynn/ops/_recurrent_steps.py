@@ -97,18 +97,18 @@ class _Weights:
         for now, before, taken, wanted in zip(given, self.given, self.taken, self.wanted, strict=True):
             if now is not before:
                 return False
-            if now is not None and not (now.requires_grad is wanted and taken.is_set_to(now)):
+            if now is not None and taken is not None and not (now.requires_grad is wanted and taken.is_set_to(now)):
                 return False
         return cell == self.cell
 
-    def leave(self, *rows: Tensor) -> None:
+    def leave(self, gradients: Tensor, input: Tensor, state: Tensor) -> None:
         """A step's rows for the products, if this backward pass comes to the weights at all."""
         if _will_run(self.node):
             task = _current_task()
             waiting = self.waiting.get(task)
             if waiting is None:
                 waiting = self.waiting[task] = _Waiting(self.cell, self.mask)
-            waiting.add(rows)
+            waiting.add((gradients, input, state))
 
 
 _share = plain_apply(_Source)
@@ -134,7 +134,6 @@ def _step(function, states: int):
     """The Function of one step: a sequence's, with the step's _Weights as one more input."""
     count = 1 + states  # of input and states
 
-    @eager
     class Step(torch.autograd.Function):
         @staticmethod
         def forward(*inputs):
@@ -166,7 +165,7 @@ def _step(function, states: int):
             given = (r if n else None for r, n in zip(results[:count], needed, strict=False))
             return *given, *(None,) * (len(needed) - count)
 
-    return Step.apply_eager
+    return eager(Step).apply_eager
 
 
 _apply_lstm, _apply_gru, _apply_rnn = _step(LSTM, 2), _step(GRU, 1), _step(RNN, 1)
