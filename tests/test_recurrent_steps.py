@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pynn
 from pynn.ops import _recurrent_steps as steps
+from pynn.ops import _recurrent_weights as shared_weights
 
 CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"})]
 KERNEL = "recurrent_step_bwd"
@@ -26,7 +27,7 @@ def _always(monkeypatch):
     """Weights of any size are worth it, and few rows are many."""
     monkeypatch.setattr(steps, "_SIZE", 0)
     monkeypatch.setattr(steps, "_TIMES", 0)
-    monkeypatch.setattr(steps, "_ROWS", 7)
+    monkeypatch.setattr(shared_weights, "ROWS", 7)
 
 
 def cells(name, sizes=(5, 6), dtype=torch.float64, **options):
@@ -72,7 +73,7 @@ def test_gradients_are_torchs(name, options, length, batch, sizes, bias):
 
 @pytest.mark.parametrize(("name", "options"), CELLS)
 def test_error_is_no_larger_than_torchs(name, options, monkeypatch):
-    monkeypatch.setattr(steps, "_ROWS", 256)
+    monkeypatch.setattr(shared_weights, "ROWS", 256)
     theirs, mine = cells(name, (40, 48), torch.float32, **options)
     x = sample(60, 9, 40, torch.float32)
     truth = gradients(theirs.double(), x.double().detach().requires_grad_())
@@ -115,7 +116,9 @@ def test_gradients_that_do_not_come_to_the_weights_leave_nothing():
     _, mine = cells("LSTMCell")
     x = sample()
     output = loop(mine, x)
-    (shared,) = (reference() for reference in steps._of_graphs.values() if reference().given[1] is mine.weight_hh)
+    (shared,) = (
+        reference() for reference in shared_weights._of_graphs.values() if reference().given[1] is mine.weight_hh
+    )
     torch.autograd.grad(output.sum(), x, retain_graph=True)
     assert not shared.waiting
     first = torch.autograd.grad(output.sum(), mine.weight_hh, retain_graph=True)
@@ -233,7 +236,7 @@ def test_a_weight_that_becomes_another_result_in_place():
 
 
 def test_parameters_die_and_others_come_to_their_place():
-    before = len(steps._of_graphs)
+    before = len(shared_weights._of_graphs)
     for round in range(20):
         theirs, mine = cells("LSTMCell", (5, 6 + round % 2))
         dead = weakref.ref(mine.weight_hh)
@@ -241,7 +244,7 @@ def test_parameters_die_and_others_come_to_their_place():
         del mine
         gc.collect()
         assert dead() is None
-    assert len(steps._of_graphs) <= before
+    assert len(shared_weights._of_graphs) <= before
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

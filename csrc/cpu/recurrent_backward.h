@@ -14,15 +14,18 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kBackwardRows = 256;
-inline constexpr int64_t kThreadRows = 8;     // rows of the recurrence that are worth a thread
-inline constexpr int64_t kStripPanels = 16;   // whose sums stay in the first-level cache
-inline constexpr int64_t kUnpackedSteps = 6;  // that take less to read weight_hh where it lies than to pack it
+inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
+inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
+// Steps that take less to read weight_hh where it lies than to pack it: packing on the way, and packing apart.
+inline constexpr int64_t kPackingSteps = 16, kUnpackedSteps = 6;
 
 template <Cell kCell, class T>
 class BackwardPass {
   using A = accumulate_t<T>;
   using P = Panels<kCell, A>;
-  static constexpr int64_t L = kLanes<A>, kWidth = kPanelWidth<A>;
+  static constexpr int64_t L = kLanes<A>, kWidth = kPanelWidth<A>, kPanelsOfChain = kChain / P::kProduct;
+  // The first tile of a product packs a weight that lies where it lies.
+  static constexpr bool kPacksOnTheWay = std::is_same_v<T, A> && kPanelsOfChain == 1;
 
  public:
   BackwardPass(const RecurrentBackward<T>& call, const RecurrentShape& shape, void* scratch)
@@ -36,7 +39,8 @@ class BackwardPass {
         rows_(std::min(shape.batch, kBackwardRows)),
         capacity_(std::min(std::max(shape.rows(), shape.batch), kBackwardRows)),
         single_(shape.rows() <= capacity_),
-        ready_hh_(shape.steps > kUnpackedSteps || shape.batch > rows_ || threads_of(rows_) > 1) {
+        ready_hh_(shape.steps > (kPacksOnTheWay ? kPackingSteps : kUnpackedSteps) || shape.batch > rows_ ||
+                  threads_of(rows_) > 1) {
     const int64_t batch = shape.batch;
     Arena arena{static_cast<char*>(scratch)};
     schedule_ = {shape.steps,
@@ -139,7 +143,6 @@ class BackwardPass {
   }
   void multiply_strip(const T* weight, int64_t columns, bool of_hidden, int64_t begin, int64_t end, const A* gradients,
                       int64_t rows, A* sums, int64_t stride) const {
-    constexpr int64_t kPanelsOfChain = kChain / P::kProduct;
     const int64_t first = begin * kWidth, count = std::min(end * kWidth, columns) - first;
     const auto after = [&](int64_t q) {
       return Ahead(weight + first, columns, count, P::rows(std::min(q, panels_), shape_.hidden, of_hidden));
@@ -161,7 +164,7 @@ class BackwardPass {
       Ahead ahead[kPanelsOfChain];
       for (int64_t i = 0; i < kPanelsOfChain; ++i) ahead[i] = after(q + kPanelsOfChain + i);
       for (int64_t p = begin; p < end; ++p) {
-        if constexpr (std::is_same_v<T, A> && kPanelsOfChain == 1)
+        if constexpr (kPacksOnTheWay)
           if (const PanelRows places = P::rows(q, shape_.hidden, of_hidden);
               (p + 1) * kWidth <= columns && places.count[P::kVectors - 1] == L) {
             const int64_t height = ceil_div(rows, ceil_div(rows, tile_height<kPanelVectors>(rows, P::kProduct)));
