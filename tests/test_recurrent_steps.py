@@ -247,6 +247,24 @@ def test_parameters_die_and_others_come_to_their_place():
     assert len(shared_weights._of_graphs) <= before
 
 
+def test_a_failed_backward_pass_holds_nothing():
+    _, mine = cells("LSTMCell")
+    x = sample()
+
+    def fail(grad):
+        raise ValueError("on purpose")
+
+    states = mine(x[0])
+    states[0].register_hook(fail)
+    output = loop(mine, x[1:], states)
+    with pytest.raises(ValueError, match="on purpose"):
+        output.sum().backward()
+    dead = weakref.ref(mine.weight_hh)
+    del mine, states, output
+    gc.collect()
+    assert dead() is None
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant):
     theirs, mine = cells("LSTMCell")

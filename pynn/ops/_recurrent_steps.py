@@ -46,7 +46,8 @@ def _step(function, states: int):
             )
             op = backends.op("recurrent_step_bwd", input)
             results = op(*first, *operands, *saved[count : count + 2], *kept, weights.cell, wants)
-            weights.leave(results[3], input[0], operands[1].view(-1, operands[1].shape[-1]))
+            h = saved[1].detach()  # what waits holds no graph: of a backward pass that fails it would hold its own
+            weights.leave(results[3], input.detach()[0], h if h.dim() == 2 else h[0])
             given = (r if n else None for r, n in zip(results[:count], needed, strict=False))
             return *given, *(None,) * (len(needed) - count)
 

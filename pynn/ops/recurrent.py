@@ -14,6 +14,8 @@ never brought to the host; values outside 0..T count as the nearer end.
 whole, so that a sequence computed in parts equals the sequence bit for bit. Saved for backward: the operands, output,
 the gates and, for lstm, c. On the CPU large gradients and gates lie in memory that the process keeps for later ones
 when they are gone, 64 MiB at most; such a gradient is a tensor like any other, but resize_() cannot make it larger.
+There the steps of large cells in a loop, of float32 and float64, make the gradients of weights that are parameters
+together, 256 rows at a time, once the last step of a backward pass is done: autograd adds no matrices.
 The papers: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8),
 1997; Sak et al., https://arxiv.org/abs/1402.1128 (projections); Cho et al., https://arxiv.org/abs/1406.1078 (GRU).
 """
