@@ -84,7 +84,7 @@ def test_error_is_no_larger_than_torchs(name, options, monkeypatch):
 def test_large_loops_wait_and_small_ones_do_not(monkeypatch):
     monkeypatch.undo()
     assert not steps._waits(torch.zeros(1, 1, 64), tuple(pynn.nn.LSTMCell(64, 64).parameters()))
-    assert not steps._waits(torch.zeros(1, 64, 256), tuple(pynn.nn.LSTMCell(256, 256).parameters()))
+    assert not steps._waits(torch.zeros(1, 96, 256), tuple(pynn.nn.LSTMCell(256, 256).parameters()))
     assert steps._waits(torch.zeros(1, 16, 512), tuple(pynn.nn.LSTMCell(512, 512).parameters()))
 
 

@@ -12,7 +12,7 @@ from ._recurrent_functions import GRU, LSTM, RNN
 from ._recurrent_weights import current_task, weights_of
 
 # Weights that are worth it: they have more elements than this, and so many times as many as the rows of a step.
-_SIZE, _TIMES = 1 << 18, 8
+_SIZE, _TIMES = 1 << 18, 5
 
 
 def _step(function, states: int):
