@@ -17,7 +17,6 @@ from pynn.ops import _recurrent_steps as steps
 from pynn.ops import _recurrent_weights as shared_weights
 
 CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"})]
-KERNEL = "recurrent_step_bwd"
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
