@@ -284,6 +284,11 @@ def fastest_in_torch(name: str, tensor: torch.Tensor, case: choices.Case | None)
     return True
 
 
+def chooses_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the C++ kernels of the CPU serve this tensor: it is on the CPU, and no other backend is forced."""
+    return tensor.is_cpu and type(tensor) in _PLAIN and _forced in ("auto", "cpu")
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether this is a tensor and nothing else, and runs now: what needs no dispatcher around Python code."""
     return type(tensor) in _PLAIN and not torch.compiler.is_compiling()

@@ -14,15 +14,18 @@
 namespace pynn::cpu::recurrent {
 
 inline constexpr int64_t kBackwardRows = 256;
-inline constexpr int64_t kThreadRows = 8;     // rows of the recurrence that are worth a thread
-inline constexpr int64_t kStripPanels = 16;   // whose sums stay in the first-level cache
-inline constexpr int64_t kUnpackedSteps = 6;  // that take less to read weight_hh where it lies than to pack it
+inline constexpr int64_t kThreadRows = 8;    // rows of the recurrence that are worth a thread
+inline constexpr int64_t kStripPanels = 16;  // whose sums stay in the first-level cache
+// Steps that take less to read weight_hh where it lies than to pack it: packing on the way, and packing apart.
+inline constexpr int64_t kPackingSteps = 16, kUnpackedSteps = 6;
 
 template <Cell kCell, class T>
 class BackwardPass {
   using A = accumulate_t<T>;
   using P = Panels<kCell, A>;
-  static constexpr int64_t L = kLanes<A>, kWidth = kPanelWidth<A>;
+  static constexpr int64_t L = kLanes<A>, kWidth = kPanelWidth<A>, kPanelsOfChain = kChain / P::kProduct;
+  // The first tile of a product packs a weight that lies where it lies.
+  static constexpr bool kPacksOnTheWay = std::is_same_v<T, A> && kPanelsOfChain == 1;
 
  public:
   BackwardPass(const RecurrentBackward<T>& call, const RecurrentShape& shape, void* scratch)
@@ -36,7 +39,8 @@ class BackwardPass {
         rows_(std::min(shape.batch, kBackwardRows)),
         capacity_(std::min(std::max(shape.rows(), shape.batch), kBackwardRows)),
         single_(shape.rows() <= capacity_),
-        ready_hh_(shape.steps > kUnpackedSteps || shape.batch > rows_ || threads_of(rows_) > 1) {
+        ready_hh_(shape.steps > (kPacksOnTheWay ? kPackingSteps : kUnpackedSteps) || shape.batch > rows_ ||
+                  threads_of(rows_) > 1) {
     const int64_t batch = shape.batch;
     Arena arena{static_cast<char*>(scratch)};
     schedule_ = {shape.steps,
@@ -73,6 +77,7 @@ class BackwardPass {
   void run() {
     schedule_.fill(call_.lengths);
     prepare();
+    if (call_.gates_given) return sum_given();
     for (int64_t first = 0; first < shape_.batch; first += rows_) piece(first, std::min(first + rows_, shape_.batch));
     finish_weights();
   }
@@ -88,7 +93,7 @@ class BackwardPass {
         for (int64_t t = schedule_.lengths[j]; t < shape_.steps; ++t)
           memset(static_cast<void*>(call_.grad_input + (t * shape_.batch + schedule_.order[j]) * shape_.input), 0,
                  size_t(shape_.input) * sizeof(T));
-    if (ready_hh_) pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
+    if (ready_hh_ && !call_.gates_given) pack(call_.weights.hh, shape_.state, state_panels_, true, packed_hh_);
     if (wants_input() && !single_) pack(call_.weights.ih, shape_.input, input_panels_, false, packed_ih_);
     for (int64_t p = 0; p < hidden_panels_; ++p)
       for (int64_t k = 0; k < state_panels_ * kWidth; ++k)
@@ -138,7 +143,6 @@ class BackwardPass {
   }
   void multiply_strip(const T* weight, int64_t columns, bool of_hidden, int64_t begin, int64_t end, const A* gradients,
                       int64_t rows, A* sums, int64_t stride) const {
-    constexpr int64_t kPanelsOfChain = kChain / P::kProduct;
     const int64_t first = begin * kWidth, count = std::min(end * kWidth, columns) - first;
     const auto after = [&](int64_t q) {
       return Ahead(weight + first, columns, count, P::rows(std::min(q, panels_), shape_.hidden, of_hidden));
@@ -160,6 +164,18 @@ class BackwardPass {
       Ahead ahead[kPanelsOfChain];
       for (int64_t i = 0; i < kPanelsOfChain; ++i) ahead[i] = after(q + kPanelsOfChain + i);
       for (int64_t p = begin; p < end; ++p) {
+        if constexpr (kPacksOnTheWay)
+          if (const PanelRows places = P::rows(q, shape_.hidden, of_hidden);
+              (p + 1) * kWidth <= columns && places.count[P::kVectors - 1] == L) {
+            const int64_t height = ceil_div(rows, ceil_div(rows, tile_height<kPanelVectors>(rows, P::kProduct)));
+            const A* const left = gradients + q * capacity_ * kWidth;
+            A* const to = sums + (p - begin) * stride;
+            kPackingTiles<A>[height - 1](left, kWidth, weight + p* kWidth, columns, places, P::kVectors, part, to,
+                                         kWidth, ahead[0]);
+            multiply<4>(left_rows(left + height * kWidth), P::kProduct, part, rows - height, to + height * kWidth,
+                        kWidth);
+            continue;
+          }
         for (int64_t i = 0; q + i < next; ++i)
           pack_block(weight, columns, p, of_hidden, q + i, part + i * P::kProduct * kWidth, ahead[i]);
         multiply<4>(left_rows(gradients + q * capacity_ * kWidth), (next - q) * P::kProduct, part, rows,
@@ -179,6 +195,45 @@ class BackwardPass {
       for (; i < rows.count[v]; ++i)
         add_scaled_rows<1>(from + i * columns, columns, gradients + v * L + i, count, to, ahead);
     }
+  }
+
+  // The gradients of weights and biases from given gradients of the pre-activations.
+  void sum_given() {
+    for (int64_t first = 0; first < shape_.batch; first += rows_) {
+      const int64_t rows = std::min(rows_, shape_.batch - first);
+      keep_left_rows(0, first, 0, rows, 0);
+      each_vector_of_gates([&](int64_t column, int64_t count, A* at) {
+        for (int64_t r = 0; r < rows; ++r, at += kWidth) {
+          const T* const from = call_.gates_given + (first + r) * gates_width() + column;
+          store(at, count > 0 ? load_some(from, count) : Vec<A>{});
+        }
+      });
+      add_weights(rows);
+    }
+    finish_weights();
+  }
+  // Those of a chunk for who wants them.
+  void put_gates(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    each_vector_of_gates([&](int64_t column, int64_t count, A* at) {
+      if (count > 0)
+        each_row(begin, end, first, last, [&](int64_t r, int64_t row) {
+          store_some(call_.grad_gates + row * gates_width() + column, count, load(at + r * kWidth));
+        });
+    });
+  }
+  int64_t gates_width() const { return gradients_of(kCell) * shape_.hidden; }
+  // body(column, count, at): where a vector of the gradients of pre-activations begins in a row of all of them, how
+  // many of its lanes there are, and where the first row of the chunk has it.
+  template <class Body>
+  void each_vector_of_gates(const Body& body) const {
+    const int64_t hidden = shape_.hidden;
+    for (int64_t p = 0; p < panels_; ++p)
+      for (int64_t v = 0; v < kPanelVectors; ++v) {
+        const int64_t unit = p * P::kUnits + (P::kSingle ? v * L : 0);
+        const int64_t gate = P::kSingle ? 0 : P::kGru && v < 3 ? (v + 2) % 3 : v;
+        body(gate * hidden + unit, std::clamp<int64_t>(hidden - unit, 0, L),
+             gradients_[0] + p * capacity_ * kWidth + v * L);
+      }
   }
 
   // All steps of the rows at places first to last.
@@ -210,6 +265,7 @@ class BackwardPass {
                s + 1 < end ? gradients_[0] + offsets_[s + 1 - begin] * kWidth : gradients_[1], panels_on_threads);
       });
       add_weights(count);
+      if (call_.grad_gates) put_gates(begin, end, first, last);
       if (call_.grad_input) make_grad_input(begin, end, first, last);
       std::swap(gradients_[0], gradients_[1]);
     }

@@ -213,6 +213,44 @@ PYNN_HD void pack_row(const T* from, int64_t count, accumulate_t<T>* to) {
     store(to + v * L, count > v * L ? load_some(from + v * L, count - v * L) : Vec<accumulate_t<T>>{});
 }
 
+// multiply_tile of one chain with a panel of w itself, whose rows it packs on their way for the tiles after it: k
+// counts the rows of w of the panel's first, second, ... vector.
+template <int MR, class A>
+[[gnu::noinline]] void multiply_tile_and_pack(const A* a, int64_t a_row, const A* w, int64_t columns,
+                                              const PanelRows& rows, int vectors, A* packed, A* c, int64_t c_stride,
+                                              Ahead& ahead) {
+  constexpr int L = kLanes<A>, NV = kPanelVectors;
+  Vec<A> sum[MR][NV] = {};
+  for (int part = 0; part < vectors; ++part) {
+    const A* from = w + rows.first[part] * columns;
+    for (int64_t k = 0; k < L; ++k, ++a, from += columns, packed += NV * L) {
+      ahead.lines<NV * L * int64_t(sizeof(A)) / 64>();
+      Vec<A> column[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) column[v] = load(from + v * L);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(packed + v * L, column[v]);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const Vec<A> value = broadcast(a[i * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[i][v] = fma(value, column[v], sum[i][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(c + i * c_stride + v * L, load(c + i * c_stride + v * L) + sum[i][v]);
+}
+template <class A, int... I>
+inline constexpr auto make_packing_tiles(std::integer_sequence<int, I...>) {
+  return std::array{&multiply_tile_and_pack<I + 1, A>...};
+}
+template <class A>
+inline constexpr auto kPackingTiles =
+    make_packing_tiles<A>(std::make_integer_sequence<int, kTileHeight<kPanelVectors>>{});
+
 // to[j] += scale[0] * w[j], then scale[1] * w[stride + j], ... for N rows of `count` elements.
 template <int N, class T, class A = accumulate_t<T>>
 void add_scaled_rows(const T* w, int64_t stride, const A* scale, int64_t count, A* to, Ahead& ahead) {

@@ -78,8 +78,11 @@ struct RecurrentBackward {
   T* grad_gates;   // (steps, batch, gradients * hidden), 0 where a row is not alive
   T* grad_states;  // (steps, batch, state) with weight_hr: the whole gradient of each h[t], 0 where a row is not alive
   T* hiddens;      // (steps, batch, hidden) with weight_hr: o * tanh(c), 0 where a row is not alive
-  // Launchers that make the products fill those of these that are not nullptr.
+  // Launchers that make the products fill those of these that are not nullptr, and grad_gates too.
   T *grad_input, *grad_weight_ih, *grad_weight_hh, *grad_bias_ih, *grad_bias_hh, *grad_weight_hr;
+  // Such grad_gates of steps = 1, from which launchers that make the products make gradients of weights and biases
+  // alone; they read only input and h0 besides. Or nullptr.
+  const T* gates_given;
 };
 
 }  // namespace pynn

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops._recurrent_call import apply_gru, apply_lstm, apply_rnn
+from ..ops._recurrent_steps import gru_step, lstm_step, rnn_step
 
 
 class _Sequence(torch.nn.RNNBase):
@@ -333,7 +334,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
 
     def _step(self, input, states: Any) -> Any:
         h, c = states
-        return apply_lstm(input, h, c, (*self._weights(), None), None, False)[1:3]
+        return lstm_step(input, h, c, self._weights())
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -347,7 +348,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     _name = "GRUCell"
 
     def _step(self, input, states: Any) -> Any:
-        return apply_gru(input, states[0], self._weights(), None, False)[1:2]
+        return (gru_step(input, states[0], self._weights()),)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -363,4 +364,4 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     def _step(self, input, states: Any) -> Any:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return apply_rnn(input, states[0], self._weights(), None, self.nonlinearity == "relu", False)[1:2]
+        return (rnn_step(input, states[0], self._weights(), self.nonlinearity == "relu"),)

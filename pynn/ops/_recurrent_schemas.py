@@ -136,3 +136,38 @@ def _(
         _wanted(output_mask[2], weight_hh),
         _bias(output_mask[3] and (bias_ih is not None or bias_hh is not None), weight_hh),
     )
+
+
+# Of the CPU: one step, input (1, B, I), whose weight gradients wait, and those of the rows of many steps. grad_gates
+# are the gradients of the pre-activations: (B, 4 * H) of lstm, i f g o, and of gru, r z n and what weight_hh has in n;
+# (B, H) of rnn. cell is 0 lstm, 1 gru, 2 rnn with tanh, 3 with relu. The flags are input and states; weight_ih,
+# weight_hh and biases. LSTM and RNN have one gradient of both biases, grad_bias_ih.
+@define(
+    "recurrent_step_bwd(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor hx, Tensor? cx,"
+    " Tensor weight_ih, Tensor weight_hh, Tensor output, Tensor? gates, Tensor? cells, int cell, bool[2] output_mask)"
+    " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_gates)",
+)
+def _(
+    grad_output, grad_h_n, grad_c_n, input, hx, cx, weight_ih, weight_hh, output, gates, cells, cell, output_mask,
+):  # fmt: skip
+    width = weight_hh.shape[1] * (4 if cell < 2 else 1)
+    return (
+        _wanted(output_mask[0], input),
+        _wanted(output_mask[1], hx),
+        hx.new_empty(0) if cx is None else _wanted(True, cx),
+        input.new_empty((input.shape[1], width)),
+    )
+
+
+@define(
+    "recurrent_weights_bwd(Tensor grad_gates, Tensor input, Tensor states, int cell, bool[3] output_mask)"
+    " -> (Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh)",
+)
+def _(grad_gates, input, states, cell, output_mask):
+    rows = states.shape[1] * (4, 3, 1, 1)[cell]
+    return (
+        input.new_empty((rows, input.shape[1]) if output_mask[0] else 0),
+        input.new_empty((rows, states.shape[1]) if output_mask[1] else 0),
+        input.new_empty(rows if output_mask[2] else 0),
+        input.new_empty(rows if output_mask[2] and cell == 1 else 0),
+    )

@@ -14,6 +14,8 @@ never brought to the host; values outside 0..T count as the nearer end.
 whole, so that a sequence computed in parts equals the sequence bit for bit. Saved for backward: the operands, output,
 the gates and, for lstm, c. On the CPU large gradients and gates lie in memory that the process keeps for later ones
 when they are gone, 64 MiB at most; such a gradient is a tensor like any other, but resize_() cannot make it larger.
+There the steps of large cells in a loop, of float32 and float64, make the gradients of weights that are parameters
+together, 256 rows at a time, once the last step of a backward pass is done: autograd adds no matrices.
 The papers: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8),
 1997; Sak et al., https://arxiv.org/abs/1402.1128 (projections); Cho et al., https://arxiv.org/abs/1406.1078 (GRU).
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._recurrent_call import apply_gru, apply_lstm, apply_rnn
+from ._recurrent_steps import gru_step, lstm_step, rnn_step
 
 
 def _states(name: str, hx, input: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +158,7 @@ def lstm_cell(
     """One step of an LSTM: (h, c), each (B, H), from input (B, I) and hx = (h, c); see `lstm`."""
     _check_rank("lstm_cell", "input", input, 2)
     h, c = _states("lstm_cell", hx, input, weight_hh)
-    results = apply_lstm(input.unsqueeze(0), h, c, (weight_ih, weight_hh, bias_ih, bias_hh, None), None, False)
-    return results[1], results[2]
+    return lstm_step(input.unsqueeze(0), h, c, (weight_ih, weight_hh, bias_ih, bias_hh))
 
 
 def gru_cell(
@@ -170,7 +172,7 @@ def gru_cell(
     """One step of a GRU: h (B, H) from input (B, I) and hx (B, H); see `gru`."""
     _check_rank("gru_cell", "input", input, 2)
     hx = _start(hx, input, weight_hh)
-    return apply_gru(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, False)[1]
+    return gru_step(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh))
 
 
 def rnn_cell(
@@ -187,4 +189,4 @@ def rnn_cell(
     _check_rank("rnn_cell", "input", input, 2)
     relu = _relu("rnn_cell", nonlinearity)
     hx = _start(hx, input, weight_hh)
-    return apply_rnn(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), None, relu, False)[1]
+    return rnn_step(input.unsqueeze(0), hx, (weight_ih, weight_hh, bias_ih, bias_hh), relu)
