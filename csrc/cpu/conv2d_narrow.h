@@ -80,6 +80,8 @@ class NarrowCorrelation {
         bundle_(s.c == 1 ? std::clamp<int64_t>(kPanel / std::max<int64_t>({in_, out_, 1}), 1, window.groups) : 1),
         rows_(rows_of(window, bundle_)),
         planes_(window, rows_),
+        pixel_rows_(window),
+        in_lines_(PixelRows::fits(window, s)),
         panels_(pixel_panels<A>(out_, L)),
         weights_(window.groups * round_up(out_, L) * depth_),
         // about sqrt(2 K) products: the errors within and between pieces balance at sqrt(K), the tiles are busier with
@@ -96,7 +98,8 @@ class NarrowCorrelation {
     const int64_t bands = ceil_div(window_.h.out, rows_), bundles = ceil_div(window_.groups, bundle_);
     const int64_t work = window_.batch * bands * bundles, panel = round_up(std::min(kPanel, bundle_ * out_), L);
     const int64_t slots = std::min<int64_t>(work, thread_count());
-    const int64_t input_size = round_up(bundle_ * most_channels_ * planes_.channel() + 2 * L, 16);
+    const int64_t planes_size = bundle_ * most_channels_ * planes_.channel() + 2 * L;
+    const int64_t input_size = round_up(pixels && in_lines_ ? pixel_rows_.size(rows_) : planes_size, 16);
     const int64_t sums_size = panel * round_up(planes_.positions(rows_), L);
     const Buffer<A> scratch(slots * (input_size + 2 * sums_size));
     parallel_for(slots, 1, [&](int64_t begin, int64_t end) {
@@ -151,6 +154,8 @@ class NarrowCorrelation {
       for (int64_t k = ends_[block.piece]; k < ends_[block.piece + block.pieces]; ++k)
         offsets_.push_back((k / taps - block.channel) * planes_.channel() +
                            planes_.offset(k % taps / window_.w.kernel, k % window_.w.kernel));
+    for (int64_t k = 0; in_lines_ && k < depth_; ++k)
+      line_offsets_.push_back(pixel_rows_.offset(k / taps, k % taps / window_.w.kernel, k % window_.w.kernel));
   }
 
   // [group][tile][product][output of the tile], where a tile is a panel of whole vectors if lanes are outputs.
@@ -172,8 +177,13 @@ class NarrowCorrelation {
     const auto pack = [&](const Block& block) {
       planes_.pack(from + block.channel * s_.c, s_, band.groups * block.channels, band.row, band.rows, input);
     };
+    if (pixels && in_lines_) {
+      pixel_rows_.pack(from, s_, band.row, band.rows, input);
+      return run_pixels(band, input, {0, 0, pixel_rows_.down(), pixel_rows_.across()}, line_offsets_, sums, epilogue);
+    }
     if (blocks_.size() == 1) pack(blocks_[0]);
-    if (pixels) return run_pixels(band, input, sums, epilogue);
+    if (pixels) return run_pixels(band, input, {0, planes_.channel(), planes_.pitch(), 1}, offsets_, sums, epilogue);
+    if (in_rows(epilogue)) return run_rows(band, input, epilogue);
     // One tile at a time stays in the first-level cache, where its channels need not be turned into pixels.
     const bool single = bundle_ == 1 && epilogue.s.c != 1 && blocks_.size() == 1;
     const int64_t step = single ? 1 : bundle_ > 1 ? tiles_ : kPanel / kPlaneOutputs;
@@ -191,12 +201,46 @@ class NarrowCorrelation {
     }
   }
 
-  // Lanes are output channels: rows of pixels, stored in place where nothing but a bias is to be added.
+  // Whether tiles may store vectors of a row, without many lanes that two vectors share.
   template <class E>
-  void run_pixels(const Band& band, const A* input, A* values, const Epilogue<E>& e) const {
+  bool in_rows(const Epilogue<E>& e) const {
+    return e.plain() && e.s.w == 1 && e.width >= L && blocks_.size() == 1 &&
+           4 * round_up(e.width, L) <= 5 * planes_.pitch();
+  }
+
+  // Lanes are pixels of a row, the last vector of which overlaps the one before it; tiles store what is finished, while
+  // the next ones compute.
+  template <class E>
+  void run_rows(const Band& band, const A* input, const Epilogue<E>& e) const {
+    const int64_t across = ceil_div(e.width, L), vectors = band.rows * across;
+    std::vector<int64_t> from(vectors), to(vectors);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t row = v / across, column = std::min(v % across * L, e.width - L);
+      from[v] = row * planes_.pitch() + column;
+      to[v] = (band.row + row) * e.s.h + column;
+    }
+    const int64_t runs = ceil_div(vectors, kRowVectors[ceil_div(out_, tiles_) - 1]);
+    for (int64_t g = 0; g < band.groups; ++g, input += in_ * planes_.channel())
+      for (int64_t tile = 0; tile < tiles_; ++tile) {
+        const int64_t o = out_ * tile / tiles_, outputs = out_ * (tile + 1) / tiles_ - o;
+        const int64_t channel = (band.group + g) * out_ + o;
+        for (int64_t run = 0; run < runs; ++run) {
+          const int64_t v = vectors * run / runs, count = vectors * (run + 1) / runs - v;
+          row_tile_of<A, E>(outputs, count)(input, from.data() + v, offsets_.data(), weights(band.group + g, o),
+                                            ends_.data(), int64_t(ends_.size()) - 1,
+                                            e.bias ? e.bias + channel : nullptr,
+                                            e.y + band.image * e.s.n + channel * e.s.c, to.data() + v, e.s.c);
+        }
+      }
+  }
+
+  // Lanes are output channels: rows of pixels, `of` apart in the input, stored in place where nothing but a bias is to be added.
+  template <class E>
+  void run_pixels(const Band& band, const A* input, const Strides4& of, const std::vector<int64_t>& offsets, A* values,
+                  const Epilogue<E>& e) const {
     const bool plain = e.plain();
     const int64_t pieces = int64_t(ends_.size()) - 1;
-    for (int64_t g = 0; g < band.groups; ++g, input += in_ * planes_.channel())
+    for (int64_t g = 0; g < band.groups; ++g, input += in_ * of.c)
       for (const PixelPanel& panel : panels_) {
         const int64_t channels = panel.channels, width = panel.width();
         const int64_t columns = ceil_div(e.width, kPixelColumns[panel.vectors - 1]);
@@ -209,13 +253,13 @@ class NarrowCorrelation {
           for (int64_t block = 0; block < columns; ++block) {
             const int64_t j = e.width * block / columns, count = e.width * (block + 1) / columns - j;
             const auto tile = pixel_tile_of<A>(count, panel);
-            const A* from = input + i * planes_.pitch() + j;
+            const A* from = input + i * of.h + j * of.w;
             if constexpr (std::is_same_v<E, A>)
               if (in_place) {
-                tile(from, 1, offsets_.data(), filters, ends_.data(), pieces, bias, e.y + at + j * e.s.w, e.s.w);
+                tile(from, of.w, offsets.data(), filters, ends_.data(), pieces, bias, e.y + at + j * e.s.w, e.s.w);
                 continue;
               }
-            tile(from, 1, offsets_.data(), filters, ends_.data(), pieces, nullptr, values + j * width, width);
+            tile(from, of.w, offsets.data(), filters, ends_.data(), pieces, nullptr, values + j * width, width);
           }
           if (!in_place) finish_pixels(values, width, channels, bias, at, r_at, plain, e);
         }
@@ -317,10 +361,12 @@ class NarrowCorrelation {
   int64_t in_, out_, depth_, tiles_;  // per group
   int64_t bundle_, rows_;             // groups and output rows of a band
   Planes planes_;
+  PixelRows pixel_rows_;
+  bool in_lines_;  // whether pixels are read as they lie where lanes are output channels
   std::vector<PixelPanel> panels_;
   Buffer<A> weights_;
   std::vector<int64_t> ends_;     // of the pieces of a sum
-  std::vector<int64_t> offsets_;  // of each product, from the first channel of its block
+  std::vector<int64_t> offsets_, line_offsets_;  // of each product, from the first channel of its block
   std::vector<Block> blocks_;
   int64_t most_channels_ = 0;  // of a block
 };

@@ -148,4 +148,45 @@ class Planes {
   int64_t width_, pitch_, plane_, channel_;
 };
 
+// A dense image with channels last as kernels read it whose lanes are output channels: rows as they are, with the zeros
+// around the image.
+class PixelRows {
+ public:
+  explicit PixelRows(const Window& window) : h_(window.h), w_(window.w), channels_(window.in_channels) {
+    width_ = (w_.out - 1) * w_.stride + (w_.kernel - 1) * w_.dilation + 1;
+    begin_ = std::clamp<int64_t>(w_.pad, 0, width_);
+    end_ = std::clamp<int64_t>(w_.pad + w_.in, begin_, width_);
+  }
+  static bool fits(const Window& window, const Strides4& s) {
+    return window.groups == 1 && !window.bordered() && window.depth() > 0 && (s.c == 1 || window.in_channels == 1) &&
+           s.w == window.in_channels;
+  }
+  // Elements between neighbouring outputs of a column and of a row, and of a band.
+  int64_t down() const { return h_.stride * pitch(); }
+  int64_t across() const { return w_.stride * channels_; }
+  int64_t size(int64_t rows) const { return in_rows(rows) * pitch(); }
+  int64_t offset(int64_t channel, int64_t a, int64_t b) const {
+    return a * h_.dilation * pitch() + b * w_.dilation * channels_ + channel;
+  }
+
+  // As Planes::pack, with all channels.
+  template <class T, class A>
+  void pack(const T* image, const Strides4& s, int64_t row, int64_t rows, A* to) const {
+    for (int64_t r = 0; r < in_rows(rows); ++r, to += pitch()) {
+      const int64_t in = h_.input(row, 0) + r;
+      if (in < 0 || in >= h_.in)
+        std::fill_n(to, pitch(), A(0));
+      else if (begin_ < end_)
+        copy_converted(image + in * s.h + (begin_ - w_.pad) * s.w, (end_ - begin_) * channels_, to + begin_ * channels_);
+    }
+  }
+
+ private:
+  int64_t pitch() const { return width_ * channels_; }
+  int64_t in_rows(int64_t rows) const { return (rows - 1) * h_.stride + (h_.kernel - 1) * h_.dilation + 1; }
+
+  Axis h_, w_;
+  int64_t channels_, width_, begin_, end_;  // columns of a row, and those of the image
+};
+
 }  // namespace pynn::cpu
