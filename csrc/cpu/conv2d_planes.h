@@ -3,6 +3,7 @@
 // Output pixel (i, j) of a plane is position q = i * pitch + j, and tap t reads offset(t) + q: so a vector runs on from
 // row to row, and only the few positions between two rows are wasted. Rows share their zeros where they can.
 #pragma once
+#include <utility>
 #include <vector>
 
 #include "conv2d_geometry.h"
@@ -46,7 +47,7 @@ class Planes {
     width_ = w_.out + columns_.extra;
     int64_t shared = columns_.extra;  // zeros that end a row and begin the next
     for (int64_t p = 0; p < columns_.phases(); ++p) {
-      const auto [begin, end] = columns_.inside(w_, p, width_);
+      const auto [begin, end] = inside_.emplace_back(columns_.inside(w_, p, width_));
       shared = std::min({shared, begin, width_ - end});
     }
     pitch_ = std::max(width_ - shared, pitch);
@@ -72,25 +73,24 @@ class Planes {
     const int64_t together = s.c == 1 && channels >= kLanes<A> ? channels : 1;
     const bool bordered = h_.border.mode != PaddingMode::zeros;
     for (int64_t c = 0; c < channels; c += together)
-      for (int64_t p = 0; p < rows_.phases() * columns_.phases(); ++p) {
-        const int64_t row_phase = p / columns_.phases(), column_phase = p % columns_.phases();
-        const auto [begin, end] = columns_.inside(w_, column_phase, width_);
-        A* plane = to + c * channel_ + p * plane_;
-        for (int64_t r = 0; r < rows + rows_.extra; ++r, plane += pitch_) {
-          const int64_t in = rows_.first[row_phase] + (row + r) * h_.stride;
-          if (in < 0 || in >= h_.in) {
-            for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
-          } else if (begin < end) {
-            pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together,
-                     columns_.first[column_phase], begin, end, s.c, plane);
+      for (int64_t row_phase = 0; row_phase < rows_.phases(); ++row_phase)
+        for (int64_t r = 0; r < rows + rows_.extra; ++r)
+          for (int64_t p = 0; p < columns_.phases(); ++p) {  // which share the row's cache lines
+            const auto [begin, end] = inside_[p];
+            const int64_t in = rows_.first[row_phase] + (row + r) * h_.stride;
+            A* plane = to + c * channel_ + (row_phase * columns_.phases() + p) * plane_ + r * pitch_;
+            if (in < 0 || in >= h_.in) {
+              for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
+            } else if (begin < end) {
+              pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together, columns_.first[p], begin,
+                       end, p ? 0 : s.c, plane);
+            }
           }
-        }
-      }
   }
 
  private:
-  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image, and the next
-  // channel's row, which is read soon and from another page, at `next`.
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image. What is fetched
+  // early, often from another page, is `next` from here.
   template <class T, class A>
   void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
                 A* to) const {
@@ -145,6 +145,7 @@ class Planes {
 
   Axis h_, w_;
   PlaneAxis rows_, columns_;
+  std::vector<std::pair<int64_t, int64_t>> inside_;  // packed positions of each column phase
   int64_t width_, pitch_, plane_, channel_;
 };
 
