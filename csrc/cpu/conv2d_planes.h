@@ -70,15 +70,23 @@ class Planes {
   // has held planes of this geometry only: their zeros lie where they lay, but for rows outside the image.
   template <class T, class A>
   void pack(const T* image, const Strides4& s, int64_t channels, int64_t row, int64_t rows, A* to) const {
-    const int64_t together = s.c == 1 && channels >= kLanes<A> ? channels : 1;
     const bool bordered = h_.border.mode != PaddingMode::zeros;
-    for (int64_t c = 0; c < channels; c += together)
-      for (int64_t row_phase = 0; row_phase < rows_.phases(); ++row_phase)
+    // One vector of channels at a time: more planes at once would need more pages than the first TLB holds.
+    const int64_t together = s.c == 1 && channels >= kLanes<A> ? kLanes<A> : 1;
+    const bool in_line = together == 1 && !bordered && s.w == 1 && w_.stride == 1;
+    for (int64_t block = 0; block < channels; block += together) {
+      const int64_t c = std::min(block, channels - together);
+      for (int64_t row_phase = 0; row_phase < rows_.phases(); ++row_phase) {
+        A* planes = to + c * channel_ + row_phase * columns_.phases() * plane_;
+        if (in_line) {
+          pack_lines(image + c * s.c, s, rows_.first[row_phase] + row * h_.stride, rows + rows_.extra, planes);
+          continue;
+        }
         for (int64_t r = 0; r < rows + rows_.extra; ++r)
           for (int64_t p = 0; p < columns_.phases(); ++p) {  // which share the row's cache lines
             const auto [begin, end] = inside_[p];
             const int64_t in = rows_.first[row_phase] + (row + r) * h_.stride;
-            A* plane = to + c * channel_ + (row_phase * columns_.phases() + p) * plane_ + r * pitch_;
+            A* plane = planes + p * plane_ + r * pitch_;
             if (in < 0 || in >= h_.in) {
               for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
             } else if (begin < end) {
@@ -86,11 +94,29 @@ class Planes {
                        end, p ? 0 : s.c, plane);
             }
           }
+      }
+    }
   }
 
  private:
-  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image. What is fetched
-  // early, often from another page, is `next` from here.
+  // The usual case: rows of pixels without gaps, of which the first is `in` of the image; the next channel, in another
+  // page, is fetched early.
+  template <class T, class A>
+  void pack_lines(const T* image, const Strides4& s, int64_t in, int64_t rows, A* to) const {
+    const auto [begin, end] = inside_[0];
+    const T* from = image + in * s.h + columns_.first[0] + begin;
+    for (int64_t r = 0; r < rows; ++r, in += h_.stride, from += h_.stride * s.h, to += pitch_) {
+      if (in < 0 || in >= h_.in) {
+        std::fill_n(to, width_, A(0));
+      } else if (begin < end) {
+        for (int64_t i = 0; i < end - begin; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + s.c + i);
+        copy_converted(from, end - begin, to + begin);
+      }
+    }
+  }
+
+  // Positions [begin, end) of a row of one channel, or of a vector of channels; position 0 stands at `first` of the
+  // image. What is fetched early, often from another page, is `next` from here.
   template <class T, class A>
   void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
                 A* to) const {
@@ -110,36 +136,33 @@ class Planes {
     if (from == last) return;
     const T* pixels = row + (first + from * w_.stride) * step;
     if (channels > 1)
-      split_pixels(pixels, w_.stride * step, last - from, channels, to + from, channel_);
+      split_pixels(pixels, w_.stride * step, last - from, to + from, channel_);
     else
       copy_row(pixels, w_.stride * step, last - from, to + from, next);
   }
 
-  // to[c * stride + p] = from[p * step + c] for p < count and c < channels, which fill a vector at least.
+  // to[c * stride + p] = from[p * step + c] for p < count and a vector of channels c.
   template <class T, class A>
-  static void split_pixels(const T* from, int64_t step, int64_t count, int64_t channels, A* to, int64_t stride) {
+  static void split_pixels(const T* from, int64_t step, int64_t count, A* to, int64_t stride) {
     constexpr int L = kLanes<A>;
     for (int64_t start = 0; start < count; start += L) {
       const int64_t p = std::max<int64_t>(std::min(start, count - L), 0);
-      for (int64_t block = 0; block < channels; block += L) {
-        const int64_t c = std::min(block, channels - L);
-        const T* pixels = from + p * step + c;
-        Vec<A> rows[L] = {};
-        if (count < L) {
-          for (int64_t i = 0; i < count; ++i) rows[i] = load_compute(pixels + i * step);
-          transpose<A>(rows);
-          for (int i = 0; i < L; ++i) store_part(to + (c + i) * stride, count, rows[i]);
-          continue;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          rows[i] = load_compute(pixels + i * step);
-          __builtin_prefetch(pixels + (i + L) * step);
-        }
+      const T* pixels = from + p * step;
+      Vec<A> rows[L] = {};
+      if (count < L) {
+        for (int64_t i = 0; i < count; ++i) rows[i] = load_compute(pixels + i * step);
         transpose<A>(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(to + (c + i) * stride + p, rows[i]);
+        for (int i = 0; i < L; ++i) store_part(to + i * stride, count, rows[i]);
+        continue;
       }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        rows[i] = load_compute(pixels + i * step);
+        __builtin_prefetch(pixels + (i + L) * step);
+      }
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(to + i * stride + p, rows[i]);
     }
   }
 
