@@ -157,9 +157,7 @@ class InputGradient {
   // The pixels of one phase among those of the whole gradient.
   template <class E>
   Epilogue<E> epilogue_of(const Piece& piece, const Epilogue<E>& whole) const {
-    const auto every = [&](const Strides4& s) {
-      return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_};
-    };
+    const auto every = [&](const Strides4& s) { return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_}; };
     const auto first = [&](auto* t, const Strides4& s) {
       return t ? t + piece.row * s.h + piece.column * s.w : nullptr;
     };
@@ -188,8 +186,7 @@ class InputGradient {
     for (const Piece& piece : pieces_) {
       if (piece.window.taps() == 0) continue;
       const PlaneWindow read{*common, common->h.pad - window->h.pad, common->w.pad - window->w.pad};
-      owners.push_back(
-          std::make_unique<NarrowCorrelation<T>>(dy, dy_strides, piece.w, piece.view, *window++, read));
+      owners.push_back(std::make_unique<NarrowCorrelation<T>>(dy, dy_strides, piece.w, piece.view, *window++, read));
       phases.push_back(owners.back().get());
       epilogues.push_back(epilogue_of(piece, whole));
     }

@@ -291,7 +291,8 @@ class NarrowCorrelation {
       }
   }
 
-  // Lanes are output channels: rows of pixels, `of` apart in the input, stored in place where nothing but a bias is to be added.
+  // Lanes are output channels: rows of pixels, `of` apart in the input, stored in place where nothing but a bias is to
+  // be added.
   template <class E>
   void run_pixels(const Band& band, const A* input, const Strides4& of, const std::vector<int64_t>& offsets, A* values,
                   const Epilogue<E>& e) const {
@@ -400,10 +401,14 @@ class NarrowCorrelation {
   static void finish_pixels(A* values, int64_t stride, int64_t channels, const A* bias, int64_t at, int64_t r_at,
                             bool plain, const Epilogue<E>& e) {
     for (int64_t j = 0; j < e.width; ++j, values += stride, at += e.s.w, r_at += e.r.w) {
-      if (plain && channels == stride)
+      if (plain)
         for (int64_t c = 0; c < channels; c += L) {
+          const int64_t count = std::min<int64_t>(L, channels - c);
           const Vec<A> v = load(values + c);
-          store_compute(e.y + at + c, bias ? v + load(bias + c) : v);
+          if (count == L)
+            store_compute(e.y + at + c, bias ? v + load(bias + c) : v);
+          else
+            store_part(e.y + at + c, count, bias ? v + load_part(bias + c, count, A(0)) : v);
         }
       else
         e.line(values, channels, bias, 1, at, 1, r_at, e.r.c);
@@ -423,7 +428,7 @@ class NarrowCorrelation {
   bool in_lines_;  // whether pixels are read as they lie where lanes are output channels
   std::vector<PixelPanel> panels_;
   Buffer<A> weights_;
-  std::vector<int64_t> ends_;     // of the pieces of a sum
+  std::vector<int64_t> ends_;                    // of the pieces of a sum
   std::vector<int64_t> offsets_, line_offsets_;  // of each product, from the first channel of its block
   std::vector<Block> blocks_;
   int64_t most_channels_ = 0;  // of a block

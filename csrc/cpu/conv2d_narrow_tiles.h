@@ -15,8 +15,8 @@ inline constexpr int kPlaneOutputs = 4;
 inline constexpr int kPlaneVectors[kPlaneOutputs] = {kVectorRegisters == 32 ? 12 : 6, kVectorRegisters == 32 ? 6 : 4,
                                                      kVectorRegisters == 32 ? 4 : 3, kVectorRegisters == 32 ? 3 : 2};
 
-// total[o][v] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + at(v)] * w[k * O + o], each piece between two
-// ends summed on its own.
+// total[o][v] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + at(v)] * w[k * O + o], each piece between
+// two ends summed on its own.
 template <int O, int V, class A, class At>
 [[gnu::always_inline]] inline void add_plane_products(const A* x, const At& at, const int64_t* offsets, const A* w,
                                                       const int64_t* ends, int64_t pieces, bool more,

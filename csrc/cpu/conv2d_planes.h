@@ -71,8 +71,8 @@ class Planes {
   template <class T, class A>
   void pack(const T* image, const Strides4& s, int64_t channels, int64_t row, int64_t rows, A* to) const {
     const bool bordered = h_.border.mode != PaddingMode::zeros;
-    // One vector of channels at a time: more planes at once would need more pages than the first TLB holds.
-    const int64_t together = s.c == 1 && channels >= kLanes<A> ? kLanes<A> : 1;
+    // Two vectors of channels at a time: more planes at once would need more pages than the first TLB holds.
+    const int64_t together = s.c == 1 && channels >= kLanes<A> ? std::min<int64_t>(channels, 2 * kLanes<A>) : 1;
     const bool in_line = together == 1 && !bordered && s.w == 1 && w_.stride == 1;
     for (int64_t block = 0; block < channels; block += together) {
       const int64_t c = std::min(block, channels - together);
@@ -115,7 +115,7 @@ class Planes {
     }
   }
 
-  // Positions [begin, end) of a row of one channel, or of a vector of channels; position 0 stands at `first` of the
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the
   // image. What is fetched early, often from another page, is `next` from here.
   template <class T, class A>
   void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
@@ -136,33 +136,36 @@ class Planes {
     if (from == last) return;
     const T* pixels = row + (first + from * w_.stride) * step;
     if (channels > 1)
-      split_pixels(pixels, w_.stride * step, last - from, to + from, channel_);
+      split_pixels(pixels, w_.stride * step, last - from, channels, to + from, channel_);
     else
       copy_row(pixels, w_.stride * step, last - from, to + from, next);
   }
 
-  // to[c * stride + p] = from[p * step + c] for p < count and a vector of channels c.
+  // to[c * stride + p] = from[p * step + c] for p < count and c < channels, which fill a vector at least.
   template <class T, class A>
-  static void split_pixels(const T* from, int64_t step, int64_t count, A* to, int64_t stride) {
+  static void split_pixels(const T* from, int64_t step, int64_t count, int64_t channels, A* to, int64_t stride) {
     constexpr int L = kLanes<A>;
     for (int64_t start = 0; start < count; start += L) {
       const int64_t p = std::max<int64_t>(std::min(start, count - L), 0);
-      const T* pixels = from + p * step;
-      Vec<A> rows[L] = {};
-      if (count < L) {
-        for (int64_t i = 0; i < count; ++i) rows[i] = load_compute(pixels + i * step);
+      for (int64_t block = 0; block < channels; block += L) {
+        const int64_t c = std::min(block, channels - L);
+        const T* pixels = from + p * step + c;
+        Vec<A> rows[L] = {};
+        if (count < L) {
+          for (int64_t i = 0; i < count; ++i) rows[i] = load_compute(pixels + i * step);
+          transpose<A>(rows);
+          for (int i = 0; i < L; ++i) store_part(to + (c + i) * stride, count, rows[i]);
+          continue;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          rows[i] = load_compute(pixels + i * step);
+          __builtin_prefetch(pixels + (i + L) * step);
+        }
         transpose<A>(rows);
-        for (int i = 0; i < L; ++i) store_part(to + i * stride, count, rows[i]);
-        continue;
-      }
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        rows[i] = load_compute(pixels + i * step);
-        __builtin_prefetch(pixels + (i + L) * step);
+        for (int i = 0; i < L; ++i) store(to + (c + i) * stride + p, rows[i]);
       }
-      transpose<A>(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(to + i * stride + p, rows[i]);
     }
   }
 
@@ -201,7 +204,8 @@ class PixelRows {
       if (in < 0 || in >= h_.in)
         std::fill_n(to, pitch(), A(0));
       else if (begin_ < end_)
-        copy_converted(image + in * s.h + (begin_ - w_.pad) * s.w, (end_ - begin_) * channels_, to + begin_ * channels_);
+        copy_converted(image + in * s.h + (begin_ - w_.pad) * s.w, (end_ - begin_) * channels_,
+                       to + begin_ * channels_);
     }
   }
 
