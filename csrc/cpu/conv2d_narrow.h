@@ -3,7 +3,9 @@
 // Vector lanes are pixels (conv2d_planes.h), so no lane is wasted on channels that are not there: heads, small groups,
 // stems, and the input gradients of all of them. A unit is a band of rows of one image times a bundle of groups. A
 // register tile holds up to four output channels times a few vectors of positions; chunks of the sum over (channel,
-// tap) are added up in registers, then in the unit's scratch. The order of every sum depends on the channels per group
+// tap) are added up in registers, then in the unit's scratch. Where only a bias is to be added, tiles store what they
+// finish: a burst of stores after them would wait for the caches, stores among products do not. With many output
+// channels that lie last, lanes are output channels instead. The order of every sum depends on the channels per group
 // and the kernel only.
 #pragma once
 #include <optional>
