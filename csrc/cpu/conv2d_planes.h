@@ -71,8 +71,9 @@ class Planes {
   template <class T, class A>
   void pack(const T* image, const Strides4& s, int64_t channels, int64_t row, int64_t rows, A* to) const {
     const bool bordered = h_.border.mode != PaddingMode::zeros;
-    // Two vectors of channels at a time: more planes at once would need more pages than the first TLB holds.
-    const int64_t together = s.c == 1 && channels >= kLanes<A> ? std::min<int64_t>(channels, 2 * kLanes<A>) : 1;
+    // Of many channels last, one vector at a time: more planes at once would need more pages than the first TLB holds.
+    const int64_t lanes = kLanes<A>, block_size = channels <= 2 * lanes ? channels : lanes;
+    const int64_t together = s.c == 1 && channels >= lanes ? block_size : 1;
     const bool in_line = together == 1 && !bordered && s.w == 1 && w_.stride == 1;
     for (int64_t block = 0; block < channels; block += together) {
       const int64_t c = std::min(block, channels - together);
