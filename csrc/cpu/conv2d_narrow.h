@@ -316,7 +316,10 @@ class NarrowCorrelation {
             const A* from = input + i * of.h + j * of.w;
             if constexpr (std::is_same_v<E, A>)
               if (in_place) {
-                tile(from, of.w, offsets.data(), filters, ends_.data(), pieces, bias, e.y + at + j * e.s.w, e.s.w);
+                E* to = e.y + at + j * e.s.w;  // its lines come while the products are summed
+                for (int64_t p = 0; p < count; ++p)
+                  for (int64_t c = 0; c < width; c += L) __builtin_prefetch(to + p * e.s.w + c, 1);
+                tile(from, of.w, offsets.data(), filters, ends_.data(), pieces, bias, to, e.s.w);
                 continue;
               }
             tile(from, of.w, offsets.data(), filters, ends_.data(), pieces, nullptr, values + j * width, width);
