@@ -29,6 +29,7 @@ LAST = torch.channels_last
 LAYERS = {
     "stem7": ((2, 3, 37, 41), (64, 3, 7, 7), {"padding": 3, "stride": 2}),
     "stem of one channel": ((6, 1, 28, 28), (32, 1, 3, 3), {"padding": 1}),
+    "strided stem": ((2, 3, 34, 64), (32, 3, 3, 3), {"padding": 1, "stride": 2}),
     "lenet": ((5, 1, 28, 28), (6, 1, 5, 5), {"padding": 2}),
     "stem3": ((2, 3, 33, 30), (37, 3, 3, 3), {"padding": 1}),
     "four channels, dilated": ((2, 4, 19, 23), (18, 4, 3, 3), {"padding": (2, 1), "dilation": (2, 3)}),
@@ -149,6 +150,27 @@ def test_reproducible(name, dtype):
         y, dx, *_ = results(x[i : i + 1], dy[i : i + 1], r[i : i + 1])
         assert_bitwise(y, expected[0][i : i + 1], "batch slice, output")
         assert_bitwise(dx, expected[1][i : i + 1], "batch slice, input gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_reproducible_plain(name, dtype):
+    """With nothing but a bias to add, where register tiles store their results themselves."""
+    (x, w, b), dy, geometry = operands(name, dtype)
+
+    def results(x, dy):
+        y, grads = run(lambda *t: conv2d(*t, **geometry), x, w, b, grad_output=dy)
+        return y, *grads
+
+    expected, last = results(x, dy), [t.to(memory_format=LAST) for t in (x, dy)]
+    with threads(2):
+        for tensors in ((x, dy), last, (last[0], dy)):
+            for i, (a, e) in enumerate(zip(results(*tensors), expected, strict=True)):
+                assert_bitwise(a, e, f"result {i}")
+    for images in (x, last[0]):
+        y, dx, *_ = results(images[:1], dy[:1])
+        assert_bitwise(y, expected[0][:1], "batch slice, output")
+        assert_bitwise(dx, expected[1][:1], "batch slice, input gradient")
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -27,7 +27,7 @@ PYNN_HD void copy_strided(const T* from, int64_t step, int64_t count, A* to) {
     for (int64_t i = 0; i + L <= count; i += L) store(to + i, load_compute(from + i));
     store(to + count - L, load_compute(from + count - L));
   } else if (step == 2) {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);
+    copy_every_second(from, count, to);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
   }

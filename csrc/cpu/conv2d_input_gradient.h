@@ -4,6 +4,7 @@
 #pragma once
 #include <cstring>
 #include <list>
+#include <memory>
 #include <numeric>
 #include <optional>
 
@@ -134,17 +135,10 @@ class InputGradient {
                                                     stride_width_, pieces_)
           .run(epilogue);
     }
+    if (run_narrow(dy, dy_strides, images, whole, cleared)) return;
     for (const Piece& piece : pieces_) {
       if (cleared && piece.window.taps() == 0) continue;
-      const auto every = [&](const Strides4& s) {
-        return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_};
-      };
-      const auto first = [&](auto* t, const Strides4& s) {
-        return t ? t + piece.row * s.h + piece.column * s.w : nullptr;
-      };
-      const Epilogue<E> epilogue{
-          whole.bias,     first(whole.residual, whole.r), every(whole.r),   first(whole.y, whole.s),
-          every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
+      const Epilogue<E> epilogue = epilogue_of(piece, whole);
       Window window = piece.window;
       window.batch = images;
       if (window_.depthwise())
@@ -158,6 +152,46 @@ class InputGradient {
       else
         NarrowCorrelation<T>(dy, dy_strides, piece.w, piece.view, window).run(epilogue);
     }
+  }
+
+  // The pixels of one phase among those of the whole gradient.
+  template <class E>
+  Epilogue<E> epilogue_of(const Piece& piece, const Epilogue<E>& whole) const {
+    const auto every = [&](const Strides4& s) { return Strides4{s.n, s.c, s.h * stride_height_, s.w * stride_width_}; };
+    const auto first = [&](auto* t, const Strides4& s) {
+      return t ? t + piece.row * s.h + piece.column * s.w : nullptr;
+    };
+    return {whole.bias,     first(whole.residual, whole.r), every(whole.r),   first(whole.y, whole.s),
+            every(whole.s), first(whole.pre, whole.s),      whole.activation, piece.window.w.out};
+  }
+
+  // Gradients of few channels: all phases of a band, for which grad_output is packed once. False where that does not
+  // pay.
+  template <class E>
+  bool run_narrow(const T* dy, const Strides4& dy_strides, int64_t images, const Epilogue<E>& whole,
+                  bool cleared) const {
+    std::vector<Window> windows;
+    for (const Piece& piece : pieces_) {
+      if (piece.window.taps() == 0 && cleared) continue;
+      if (piece.window.taps() == 0) return false;
+      windows.push_back(piece.window);
+      windows.back().batch = images;
+    }
+    const std::optional<Window> common = NarrowCorrelation<T>::common(windows);
+    if (window_.depthwise() || !common) return false;
+    std::vector<std::unique_ptr<NarrowCorrelation<T>>> owners;
+    std::vector<const NarrowCorrelation<T>*> phases;
+    std::vector<Epilogue<E>> epilogues;
+    auto window = windows.begin();
+    for (const Piece& piece : pieces_) {
+      if (piece.window.taps() == 0) continue;
+      const PlaneWindow read{*common, common->h.pad - window->h.pad, common->w.pad - window->w.pad};
+      owners.push_back(std::make_unique<NarrowCorrelation<T>>(dy, dy_strides, piece.w, piece.view, *window++, read));
+      phases.push_back(owners.back().get());
+      epilogues.push_back(epilogue_of(piece, whole));
+    }
+    NarrowCorrelation<T>::run(phases.data(), int64_t(phases.size()), epilogues.data());
+    return true;
   }
 
   // Whether no filter tap reaches some of a gradient without gaps, and nothing is to be added there.

@@ -15,16 +15,13 @@ inline constexpr int kPlaneOutputs = 4;
 inline constexpr int kPlaneVectors[kPlaneOutputs] = {kVectorRegisters == 32 ? 12 : 6, kVectorRegisters == 32 ? 6 : 4,
                                                      kVectorRegisters == 32 ? 4 : 3, kVectorRegisters == 32 ? 3 : 2};
 
-// sums[o * stride + p] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + p] * w[k * O + o], for O outputs
-// and V vectors, each piece between two ends summed on its own. The last vector of positions begins at `last`, where it
-// may overlap the one before it; a bias, one of each output, is added at the end.
-template <int O, int V, class A>
-[[gnu::noinline]] void plane_tile(const A* x, const int64_t* offsets, const A* w, const int64_t* ends, int64_t pieces,
-                                  const A* bias, A* sums, int64_t stride, int64_t last, bool more) {
-  constexpr int L = kLanes<A>;
-  const auto at = [last](int v) { return v + 1 == V ? last : v * int64_t(L); };
-  Vec<A> total[O][V] = {};
-  for (int64_t piece = 0; piece < pieces; ++piece) {
+// total[o][v] (+)= sum over k in [ends[0], ends[pieces]) of x[offsets[k] + at(v)] * w[k * O + o], each piece between
+// two ends summed on its own.
+template <int O, int V, class A, class At>
+[[gnu::always_inline]] inline void add_plane_products(const A* x, const At& at, const int64_t* offsets, const A* w,
+                                                      const int64_t* ends, int64_t pieces, bool more,
+                                                      Vec<A> (&total)[O][V]) {
+  for (int64_t piece = 0; piece < pieces; ++piece, more = true) {
     Vec<A> sum[O][V] = {};
     for (int64_t k = ends[piece]; k < ends[piece + 1]; ++k) {
       const A *from = x + offsets[k], *weights = w + k * O;
@@ -41,15 +38,45 @@ template <int O, int V, class A>
 #pragma GCC unroll 4
     for (int o = 0; o < O; ++o)
 #pragma GCC unroll 12
-      for (int v = 0; v < V; ++v) {
-        const A* to = sums + o * stride + at(v);
-        total[o][v] = piece ? total[o][v] + sum[o][v] : more ? load(to) + sum[o][v] : sum[o][v];
-      }
+      for (int v = 0; v < V; ++v) total[o][v] = more ? total[o][v] + sum[o][v] : sum[o][v];
   }
+}
+
+// sums[o * stride + p] (+)= the sums above for O outputs and V vectors of positions. The last vector begins at `last`,
+// where it may overlap the one before it; a bias, one of each output, is added at the end.
+template <int O, int V, class A>
+[[gnu::noinline]] void plane_tile(const A* x, const int64_t* offsets, const A* w, const int64_t* ends, int64_t pieces,
+                                  const A* bias, A* sums, int64_t stride, int64_t last, bool more) {
+  const auto at = [last](int v) { return v + 1 == V ? last : v * int64_t(kLanes<A>); };
+  Vec<A> total[O][V] = {};
+  if (more)
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 12
+      for (int v = 0; v < V; ++v) total[o][v] = load(sums + o * stride + at(v));
+  add_plane_products<O, V>(x, at, offsets, w, ends, pieces, more, total);
 #pragma GCC unroll 4
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 12
     for (int v = 0; v < V; ++v) store(sums + o * stride + at(v), bias ? total[o][v] + broadcast(bias[o]) : total[o][v]);
+}
+
+// Vectors that stand anywhere: vector v of positions is at x + from[v], its results at to[v] of each plane of y.
+inline constexpr int kRowVectors[kPlaneOutputs] = {6, kPlaneVectors[1], kPlaneVectors[2], kPlaneVectors[3]};
+template <int O, int V, class A, class E>
+[[gnu::noinline]] void row_tile(const A* x, const int64_t* from, const int64_t* offsets, const A* w,
+                                const int64_t* ends, int64_t pieces, const A* bias, E* y, const int64_t* to,
+                                int64_t plane) {
+  const A* starts[V];
+#pragma GCC unroll 12
+  for (int v = 0; v < V; ++v) starts[v] = x + from[v];
+  Vec<A> total[O][V] = {};
+  add_plane_products<O, V>(x, [&](int v) { return starts[v] - x; }, offsets, w, ends, pieces, false, total);
+#pragma GCC unroll 4
+  for (int o = 0; o < O; ++o)
+#pragma GCC unroll 12
+    for (int v = 0; v < V; ++v)
+      store_compute(y + o * plane + to[v], bias ? total[o][v] + broadcast(bias[o]) : total[o][v]);
 }
 
 template <int O, class A, int... V>
@@ -68,6 +95,25 @@ inline auto plane_tile_of(int64_t outputs, int64_t vectors) {
       return plane_tile_of<3, A>(std::make_integer_sequence<int, kPlaneVectors[2]>(), vectors);
     default:
       return plane_tile_of<4, A>(std::make_integer_sequence<int, kPlaneVectors[3]>(), vectors);
+  }
+}
+
+template <int O, class A, class E, int... V>
+inline auto row_tile_of(std::integer_sequence<int, V...>, int64_t vectors) {
+  static constexpr decltype(&row_tile<O, 1, A, E>) kTiles[] = {&row_tile<O, V + 1, A, E>...};
+  return kTiles[vectors - 1];
+}
+template <class A, class E>
+inline auto row_tile_of(int64_t outputs, int64_t vectors) {
+  switch (outputs) {
+    case 1:
+      return row_tile_of<1, A, E>(std::make_integer_sequence<int, kRowVectors[0]>(), vectors);
+    case 2:
+      return row_tile_of<2, A, E>(std::make_integer_sequence<int, kRowVectors[1]>(), vectors);
+    case 3:
+      return row_tile_of<3, A, E>(std::make_integer_sequence<int, kRowVectors[2]>(), vectors);
+    default:
+      return row_tile_of<4, A, E>(std::make_integer_sequence<int, kRowVectors[3]>(), vectors);
   }
 }
 

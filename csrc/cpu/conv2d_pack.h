@@ -39,15 +39,28 @@ PYNN_HD void copy_converted(const T* from, int64_t count, A* to) {
   }
 }
 
+// to[i] = from[2 * i] for i < count; memory past the last of them is not read.
+template <class T, class A>
+PYNN_HD void copy_every_second(const T* from, int64_t count, A* to) {
+  constexpr int L = kLanes<A>;
+  if (count < L) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);
+    return;
+  }
+  typename ShuffleIndex<A>::type index;
+  for (int p = 0; p < L; ++p) index[p] = 2 * p + (p >= L / 2);  // the second vector begins one element early
+  for (int64_t i = 0; i < count; i += L) {
+    const int64_t at = std::min(i, count - L);
+    store(to + at, __builtin_shuffle(load_compute(from + 2 * at), load_compute(from + 2 * at + L - 1), index));
+  }
+}
+
 // to[i] = from[i * step] for i < count; the row that is read next, often in another page, is at from + next.
 template <class T, class A>
 void copy_row(const T* from, int64_t step, int64_t count, A* to, int64_t next) {
   for (int64_t i = 0; i < count * step; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + next + i);
   if (step == 1) return copy_converted(from, count, to);
-  if (step == 2) {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[2 * i]);
-    return;
-  }
+  if (step == 2) return copy_every_second(from, count, to);
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * step]);
 }
 

@@ -3,6 +3,7 @@
 // Output pixel (i, j) of a plane is position q = i * pitch + j, and tap t reads offset(t) + q: so a vector runs on from
 // row to row, and only the few positions between two rows are wasted. Rows share their zeros where they can.
 #pragma once
+#include <utility>
 #include <vector>
 
 #include "conv2d_geometry.h"
@@ -46,7 +47,7 @@ class Planes {
     width_ = w_.out + columns_.extra;
     int64_t shared = columns_.extra;  // zeros that end a row and begin the next
     for (int64_t p = 0; p < columns_.phases(); ++p) {
-      const auto [begin, end] = columns_.inside(w_, p, width_);
+      const auto [begin, end] = inside_.emplace_back(columns_.inside(w_, p, width_));
       shared = std::min({shared, begin, width_ - end});
     }
     pitch_ = std::max(width_ - shared, pitch);
@@ -69,28 +70,54 @@ class Planes {
   // has held planes of this geometry only: their zeros lie where they lay, but for rows outside the image.
   template <class T, class A>
   void pack(const T* image, const Strides4& s, int64_t channels, int64_t row, int64_t rows, A* to) const {
-    const int64_t together = s.c == 1 && channels >= kLanes<A> ? channels : 1;
     const bool bordered = h_.border.mode != PaddingMode::zeros;
-    for (int64_t c = 0; c < channels; c += together)
-      for (int64_t p = 0; p < rows_.phases() * columns_.phases(); ++p) {
-        const int64_t row_phase = p / columns_.phases(), column_phase = p % columns_.phases();
-        const auto [begin, end] = columns_.inside(w_, column_phase, width_);
-        A* plane = to + c * channel_ + p * plane_;
-        for (int64_t r = 0; r < rows + rows_.extra; ++r, plane += pitch_) {
-          const int64_t in = rows_.first[row_phase] + (row + r) * h_.stride;
-          if (in < 0 || in >= h_.in) {
-            for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
-          } else if (begin < end) {
-            pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together,
-                     columns_.first[column_phase], begin, end, s.c, plane);
-          }
+    // Of many channels last, one vector at a time: more planes at once would need more pages than the first TLB holds.
+    const int64_t lanes = kLanes<A>, block_size = channels <= 2 * lanes ? channels : lanes;
+    const int64_t together = s.c == 1 && channels >= lanes ? block_size : 1;
+    const bool in_line = together == 1 && !bordered && s.w == 1 && w_.stride == 1;
+    for (int64_t block = 0; block < channels; block += together) {
+      const int64_t c = std::min(block, channels - together);
+      for (int64_t row_phase = 0; row_phase < rows_.phases(); ++row_phase) {
+        A* planes = to + c * channel_ + row_phase * columns_.phases() * plane_;
+        if (in_line) {
+          pack_lines(image + c * s.c, s, rows_.first[row_phase] + row * h_.stride, rows + rows_.extra, planes);
+          continue;
         }
+        for (int64_t r = 0; r < rows + rows_.extra; ++r)
+          for (int64_t p = 0; p < columns_.phases(); ++p) {  // which share the row's cache lines
+            const auto [begin, end] = inside_[p];
+            const int64_t in = rows_.first[row_phase] + (row + r) * h_.stride;
+            A* plane = planes + p * plane_ + r * pitch_;
+            if (in < 0 || in >= h_.in) {
+              for (int64_t k = 0; k < together; ++k) std::fill_n(plane + k * channel_, width_, A(0));
+            } else if (begin < end) {
+              pack_row(image + c * s.c + (bordered ? h_.source(in) : in) * s.h, s.w, together, columns_.first[p], begin,
+                       end, p ? 0 : s.c, plane);
+            }
+          }
       }
+    }
   }
 
  private:
-  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image, and the next
-  // channel's row, which is read soon and from another page, at `next`.
+  // The usual case: rows of pixels without gaps, of which the first is `in` of the image; the next channel, in another
+  // page, is fetched early.
+  template <class T, class A>
+  void pack_lines(const T* image, const Strides4& s, int64_t in, int64_t rows, A* to) const {
+    const auto [begin, end] = inside_[0];
+    const T* from = image + in * s.h + columns_.first[0] + begin;
+    for (int64_t r = 0; r < rows; ++r, in += h_.stride, from += h_.stride * s.h, to += pitch_) {
+      if (in < 0 || in >= h_.in) {
+        std::fill_n(to, width_, A(0));
+      } else if (begin < end) {
+        for (int64_t i = 0; i < end - begin; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + s.c + i);
+        copy_converted(from, end - begin, to + begin);
+      }
+    }
+  }
+
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the
+  // image. What is fetched early, often from another page, is `next` from here.
   template <class T, class A>
   void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
                 A* to) const {
@@ -145,7 +172,50 @@ class Planes {
 
   Axis h_, w_;
   PlaneAxis rows_, columns_;
+  std::vector<std::pair<int64_t, int64_t>> inside_;  // packed positions of each column phase
   int64_t width_, pitch_, plane_, channel_;
+};
+
+// A dense image with channels last as kernels read it whose lanes are output channels: rows as they are, with the zeros
+// around the image.
+class PixelRows {
+ public:
+  explicit PixelRows(const Window& window) : h_(window.h), w_(window.w), channels_(window.in_channels) {
+    width_ = (w_.out - 1) * w_.stride + (w_.kernel - 1) * w_.dilation + 1;
+    begin_ = std::clamp<int64_t>(w_.pad, 0, width_);
+    end_ = std::clamp<int64_t>(w_.pad + w_.in, begin_, width_);
+  }
+  static bool fits(const Window& window, const Strides4& s) {
+    return window.groups == 1 && !window.bordered() && window.depth() > 0 && (s.c == 1 || window.in_channels == 1) &&
+           s.w == window.in_channels;
+  }
+  // Elements between neighbouring outputs of a column and of a row, and of a band.
+  int64_t down() const { return h_.stride * pitch(); }
+  int64_t across() const { return w_.stride * channels_; }
+  int64_t size(int64_t rows) const { return in_rows(rows) * pitch(); }
+  int64_t offset(int64_t channel, int64_t a, int64_t b) const {
+    return a * h_.dilation * pitch() + b * w_.dilation * channels_ + channel;
+  }
+
+  // As Planes::pack, with all channels.
+  template <class T, class A>
+  void pack(const T* image, const Strides4& s, int64_t row, int64_t rows, A* to) const {
+    for (int64_t r = 0; r < in_rows(rows); ++r, to += pitch()) {
+      const int64_t in = h_.input(row, 0) + r;
+      if (in < 0 || in >= h_.in)
+        std::fill_n(to, pitch(), A(0));
+      else if (begin_ < end_)
+        copy_converted(image + in * s.h + (begin_ - w_.pad) * s.w, (end_ - begin_) * channels_,
+                       to + begin_ * channels_);
+    }
+  }
+
+ private:
+  int64_t pitch() const { return width_ * channels_; }
+  int64_t in_rows(int64_t rows) const { return (rows - 1) * h_.stride + (h_.kernel - 1) * h_.dilation + 1; }
+
+  Axis h_, w_;
+  int64_t channels_, width_, begin_, end_;  // columns of a row, and those of the image
 };
 
 }  // namespace pynn::cpu
