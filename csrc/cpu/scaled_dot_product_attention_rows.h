@@ -353,16 +353,19 @@ std::pair<Vec<F>, Vec<F>> weigh_row(F* s, F* g, int64_t count, F factor, F shift
   return {sum, dot};
 }
 
-// With P = s * norm: g = P (G - delta), s = P times the dropout factor.
-template <class F>
-void score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
+// With P = s * norm: g = P (G - delta), s = P times the dropout factor. Returns the sums of the lanes of |g|, or zeros.
+template <bool kMeasured, class F>
+Vec<F> score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
+  Vec<F> size{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
     const Vec<F> weight = load(s + j), zero{};
     Vec<F> p = weight * norm, d = p * (load(g + j) - delta);
     if (masked) p = weight == zero ? zero : p, d = weight == zero ? zero : d;
+    if constexpr (kMeasured && std::is_same_v<F, float>) size += absolute(d);
     store(g + j, d);
     store(s + j, factors ? p * load(factors + j) : p);
   }
+  return size;
 }
 
 }  // namespace pynn::cpu::attention
