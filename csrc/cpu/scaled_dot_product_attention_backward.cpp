@@ -99,8 +99,8 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   if (grad_lse)  // of queries that see no key
     for (size_t i = 0; i < delta.size(); ++i) delta[i] = F(-grad_lse[i]);
   std::vector<F> missing(size_t(sizeof(T) == 2 && key_blocks > 1 ? shape.heads * shape.queries : 0));
-  const Inputs<T> in{grad_out, query, key, value, out, lse, grad_lse, delta.empty() ? nullptr : delta.data(),
-                     missing.empty() ? nullptr : missing.data(), per_head};
+  const auto data = [](std::vector<F>& of) { return of.empty() ? nullptr : of.data(); };
+  const Inputs<T> in{grad_out, query, key, value, out, lse, grad_lse, data(delta), data(missing), per_head};
 
   std::atomic<bool> failed{false};
   const auto for_items = [&](int64_t count, const auto& body) {

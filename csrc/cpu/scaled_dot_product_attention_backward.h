@@ -15,8 +15,10 @@
 //
 // delta comes from P and G themselves when all keys that a block of queries may see are in one block. Otherwise it is
 // dout . out. Where out has been rounded to 16 bits, that is off by what the blocks of keys show together when all have
-// been seen: missing_i = sum_j P_ij G_ij - dout_i . out_i. Rows in which this is not small against dS - of few keys with
-// all the weight, of values with a large mean - get -P_ij missing_i added to dS, in a second walk over the keys.
+// been seen: missing_i = sum_j P_ij G_ij - dout_i . out_i. Rows in which this is not small against dS - of few keys
+// with all the weight, of values with a large mean - get -P_ij missing_i added to dS, in a second walk over the keys.
+// In the others it would be seen where keys have a large mean, which stands for sum_j P_ij K_j in what is added to
+// their dQ.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -43,7 +45,7 @@ struct Inputs {
   typename launch::Attention<T>::Input grad_out, query, key, value, out;
   const typename launch::Attention<T>::Lse* lse;
   const typename launch::Attention<T>::Lse* grad_lse;  // nullptr for zeros
-  F* delta;    // (heads, queries); nullptr when nobody needs it
+  F* delta;                                            // (heads, queries); nullptr when nobody needs it
   F* missing;  // (heads, queries) where delta may be off: what is to be added to it, 0 where that does not matter
   AttentionPerHead<F> per_head;
 };
@@ -70,7 +72,8 @@ class Backward {
         stride_(tile_stride(shape)),
         block_keys_(block_keys(shape)),
         masked_(shape.windowed() || mask.kind != AttentionMask::kNone),
-        few_(has_few_queries(shape)) {
+        few_(has_few_queries(shape)),
+        centres_(shape.softcap == 0 && (mask.kind == AttentionMask::kNone || mask.operand.row == 0)) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -90,6 +93,7 @@ class Backward {
     tile_mask_ = scratch_.take<F>(stride_);
     row_mask_ = scratch_.take<F>(stride_);
     factors_ = scratch_.take<F>(kTogether * stride_);
+    key_mean_ = scratch_.take<F>(width_);
     keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, block_keys_));
     if (failed()) return;
     for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = 0;
@@ -145,8 +149,8 @@ class Backward {
   }
 
   // P (with dropout) and dS of rows [begin, end) of the loaded queries and those keys of the block from `block` on that
-  // they see. finished(i, k, count) is called when row i of keys [k, k + count) is there. When correcting, dS is what is
-  // to be added to it.
+  // they see. finished(i, k, count) is called when row i of keys [k, k + count) is there. When correcting, dS is what
+  // is to be added to it.
   template <class Finished>
   KeyRange tiles(int64_t block, int64_t begin, int64_t end, const Finished& finished) {
     const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
@@ -155,13 +159,13 @@ class Backward {
     if (count <= 0) return {k, k};
     F *const s = scores_ + begin * stride_, *const g = score_grads_ + begin * stride_;
     if (few_)
-      score_rows(key_rows_, k - begin_, count, queries_, begin, end, shape_.dim, scores_);
+      score_rows(key_rows_, k - begin_, count, queries_, begin, end, shape_.dim, scores_, stride_);
     else
       key_products_.multiply(end - begin, k - begin_, count, query_columns_ + begin, key_panels_, s, stride_);
     if (correcting_)
       for (int64_t i = begin; i < end; ++i) std::fill_n(score_grads_ + i * stride_, padded<F>(count), F(0));
     else if (few_)
-      score_rows(value_rows_, k - begin_, count, grads_, begin, end, shape_.value_dim, score_grads_);
+      score_rows(value_rows_, k - begin_, count, grads_, begin, end, shape_.value_dim, score_grads_, stride_);
     else
       value_products_.multiply(end - begin, k - begin_, count, grad_columns_ + begin, value_panels_, g, stride_);
     for (int64_t i = begin; i < end; i += kTogether) {
@@ -182,7 +186,7 @@ class Backward {
 
   // Everything one block of queries adds to dK and dV, and its dQ. What is missing in delta is found with dQ.
   void block(bool want_query, bool want_key) {
-    const int64_t matrix = gradients_.mask_sums || gradients_.add_mask ? mask_matrix() : head_;
+    const int64_t matrix = gradients_.mask_sums || gradients_.add_mask ? mask_matrix(mask_, shape_, head_) : head_;
     F* const mask = want_query && gradients_.mask ? gradients_.mask + matrix * shape_.queries * shape_.keys : nullptr;
     double* const sums = gradients_.mask_sums ? gradients_.mask_sums + matrix * mask_.rows * mask_.columns : nullptr;
     const auto to_mask = [&](int64_t i, int64_t k, int64_t count) {
@@ -224,16 +228,16 @@ class Backward {
     correct(add);
     if (!want_query) return;
     if (!started) std::fill(query_sums_, query_sums_ + rows_ * width_, F(0));
-    write(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row, query_sums_,
-          rows_, shape_.dim, width_, F(shape_.scale));
+    write_rows(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row,
+               query_sums_, rows_, shape_.dim, width_, F(shape_.scale));
   }
 
   void write_keys(int64_t head) {
     const auto &key = gradients_.key, &value = gradients_.value;
-    write(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_, shape_.dim,
-          width_, F(shape_.scale));
-    write(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
-          shape_.value_dim, value_width_, F(1));
+    write_rows(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_,
+               shape_.dim, width_, F(shape_.scale));
+    write_rows(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
+               shape_.value_dim, value_width_, F(1));
   }
 
   // delta of the loaded queries, as far as out knows it.
@@ -273,40 +277,38 @@ class Backward {
     if (mask_.columns != 1) return add_row(from, count, to + k);
     for (int64_t j = 0; j < count; ++j) to[0] += Sum(from[j]);
   }
-  // The rows where they lie, or copied where their elements lie apart.
-  static Read<T> dense_rows(const Read<T>& from, int64_t rows, int64_t width, F* buffer) {
-    if (from.column == 1) return from;
-    T* const to = reinterpret_cast<T*>(buffer);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t d = 0; d < width; ++d) to[i * width + d] = from.data[i * from.row + d * from.column];
-    return {to, width, 1};
-  }
-  // to[i * stride + j] = row i of the left, from begin to end, . row first + j of the right.
-  void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t begin, int64_t end,
-                  int64_t width, F* to) const {
-    for (int64_t j = 0; j < count; j += kLanes<F>)
-      for (int64_t i = begin; i < end; ++i)
-        score_keys(right.data + (first + j) * right.row, right.row, std::min<int64_t>(kLanes<F>, count - j),
-                   left.row(i), width, to + i * stride_ + j);
-  }
-  // Which of the mask's own matrices belongs to the loaded queries.
-  int64_t mask_matrix() const {
-    int64_t matrix = 0, step = 1, head = head_;
-    for (int d = shape_.batch_dims - 1; d >= 0; step *= mask_.batch[d], head /= shape_.batch[d], --d)
-      if (mask_.batch[d] != 1) matrix += head % shape_.batch[d] * step;
-    return matrix;
-  }
-
   F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
 
   // What is missing in the deltas of the loaded queries, from the tiles of all their keys.
   void find_missing() {
     measuring_ = false;
     const int64_t first = head_ * shape_.queries + first_;
+    if (centres_) find_key_mean();
     for (int64_t i = 0; i < rows_; ++i) {
       const F missing = dots_[i] - grad_lse(i) - in_.delta[first + i];
-      in_.missing[first + i] = std::fabs(missing) > kMissing<T> * sizes_[i] ? missing : F(0);
+      const bool matters = std::fabs(missing) > kMissing<T> * sizes_[i];
+      in_.missing[first + i] = matters ? missing : F(0);
+      if (!centres_ || matters) continue;
+      F weight = missing;  // times the sum of the row of P
+      if (in_.per_head.sinks) weight *= F(1 - std::exp(in_.per_head.sinks[head_] - in_.lse[first + i]));
+      for (int64_t d = 0; d < width_; ++d) query_sums_[i * width_ + d] -= weight * key_mean_[d];
     }
+  }
+  // The mean of every few keys that all loaded queries see.
+  void find_key_mean() {
+    constexpr int64_t kStep = 4;
+    const int64_t begin = keys_of(shape_, first_ + rows_ - 1, 1).begin, end = keys_of(shape_, first_, 1).end;
+    const void* const start = mask_start(mask_, shape_, head_);
+    int64_t count = 0;
+    std::fill_n(key_mean_, width_, F(0));
+    for (int64_t k = begin; k < end; k += kStep) {
+      F added = 0;
+      read_mask(mask_, start, 0, k, 1, &added);
+      if (added == -kInfinity<F>) continue;
+      add_row(keys_.row(k), width_, key_mean_);
+      ++count;
+    }
+    for (int64_t d = 0; d < width_; ++d) key_mean_[d] /= F(std::max<int64_t>(count, 1));
   }
   // Adds what the rows with something missing lack: add(begin, end) for runs of kTogether of them.
   template <class Add>
@@ -374,12 +376,6 @@ class Backward {
   }
   static F shift_of(F top) { return top == -kInfinity<F> ? kInfinity<F> : top; }
 
-  static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
-                    int64_t stride, F scale) {
-    for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
-      write_row(to, layout.column, from, width, scale);
-  }
-
   const Gradients<T>& gradients_;
   const Inputs<T>& in_;
   const AttentionMaskOperand& mask_;
@@ -387,12 +383,14 @@ class Backward {
   const RowProducts<T> key_products_, value_products_;
   const int64_t width_, value_width_, stride_, block_keys_;
   const bool masked_, few_;  // few_: scores come from rows of keys and values that are not packed
+  const bool centres_;       // whether there are keys that all queries of a block see, and their mean is of use
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
-      *row_mask_, *factors_;
+      *row_mask_, *factors_, *key_mean_;
   bool* keys_finite_;
-  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, cleared_ = true, measuring_ = false, correcting_ = false;
+  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, cleared_ = true, measuring_ = false,
+       correcting_ = false;
   Matrix<F> keys_{}, queries_{}, grads_{};
   Read<T> key_rows_{}, value_rows_{};
   KeyRange seen_{};

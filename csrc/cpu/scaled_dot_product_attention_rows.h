@@ -172,6 +172,14 @@ inline const void* mask_start(const AttentionMaskOperand& mask, const AttentionS
   return head_start(bytes, shape, head, 1);
 }
 
+// Which of the mask's own matrices belongs to a head.
+inline int64_t mask_matrix(const AttentionMaskOperand& mask, const AttentionShape& shape, int64_t head) {
+  int64_t matrix = 0, step = 1;
+  for (int d = shape.batch_dims - 1; d >= 0; step *= mask.batch[d], head /= shape.batch[d], --d)
+    if (mask.batch[d] != 1) matrix += head % shape.batch[d] * step;
+  return matrix;
+}
+
 // What becomes of the scores of a head.
 template <class F>
 struct HeadScores {
