@@ -72,8 +72,7 @@ class Backward {
         stride_(tile_stride(shape)),
         block_keys_(block_keys(shape)),
         masked_(shape.windowed() || mask.kind != AttentionMask::kNone),
-        few_(has_few_queries(shape)),
-        centres_(shape.softcap == 0 && (mask.kind == AttentionMask::kNone || mask.operand.row == 0)) {
+        few_(has_few_queries(shape)) {
     const int64_t keys = round_up(shape.keys, kPanel<F>);
     key_panels_ = scratch_.take<F>(keys * shape.dim);
     value_panels_ = scratch_.take<F>(keys * shape.value_dim);
@@ -283,27 +282,28 @@ class Backward {
   void find_missing() {
     measuring_ = false;
     const int64_t first = head_ * shape_.queries + first_;
-    if (centres_) find_key_mean();
+    const bool same_keys = mask_.kind == AttentionMask::kNone || mask_.operand.row == 0, capped = shape_.softcap != 0;
+    if (same_keys && !capped) find_key_mean(0, rows_, 4);
     for (int64_t i = 0; i < rows_; ++i) {
       const F missing = dots_[i] - grad_lse(i) - in_.delta[first + i];
       const bool matters = std::fabs(missing) > kMissing<T> * sizes_[i];
       in_.missing[first + i] = matters ? missing : F(0);
-      if (!centres_ || matters) continue;
+      if (matters || capped) continue;
+      if (!same_keys) find_key_mean(i, i + 1, 64);
       F weight = missing;  // times the sum of the row of P
       if (in_.per_head.sinks) weight *= F(1 - std::exp(in_.per_head.sinks[head_] - in_.lse[first + i]));
       for (int64_t d = 0; d < width_; ++d) query_sums_[i * width_ + d] -= weight * key_mean_[d];
     }
   }
-  // The mean of every few keys that all loaded queries see.
-  void find_key_mean() {
-    constexpr int64_t kStep = 4;
-    const int64_t begin = keys_of(shape_, first_ + rows_ - 1, 1).begin, end = keys_of(shape_, first_, 1).end;
+  // The mean of every few keys that all rows from `begin` to `end` see, which have the same row of the mask.
+  void find_key_mean(int64_t begin, int64_t end, int64_t step) {
+    const int64_t seen_end = keys_of(shape_, first_ + begin, 1).end;
     const void* const start = mask_start(mask_, shape_, head_);
     int64_t count = 0;
     std::fill_n(key_mean_, width_, F(0));
-    for (int64_t k = begin; k < end; k += kStep) {
+    for (int64_t k = keys_of(shape_, first_ + end - 1, 1).begin; k < seen_end; k += step) {
       F added = 0;
-      read_mask(mask_, start, 0, k, 1, &added);
+      read_mask(mask_, start, first_ + begin, k, 1, &added);
       if (added == -kInfinity<F>) continue;
       add_row(keys_.row(k), width_, key_mean_);
       ++count;
@@ -383,7 +383,6 @@ class Backward {
   const RowProducts<T> key_products_, value_products_;
   const int64_t width_, value_width_, stride_, block_keys_;
   const bool masked_, few_;  // few_: scores come from rows of keys and values that are not packed
-  const bool centres_;       // whether there are keys that all queries of a block see, and their mean is of use
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
