@@ -99,8 +99,10 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   if (grad_lse)  // of queries that see no key
     for (size_t i = 0; i < delta.size(); ++i) delta[i] = F(-grad_lse[i]);
   std::vector<F> missing(size_t(sizeof(T) == 2 && key_blocks > 1 ? shape.heads * shape.queries : 0));
-  const auto data = [](std::vector<F>& of) { return of.empty() ? nullptr : of.data(); };
-  const Inputs<T> in{grad_out, query, key, value, out, lse, grad_lse, data(delta), data(missing), per_head};
+  std::vector<uint8_t> lacks(missing.size());
+  const auto data = [](auto& of) { return of.empty() ? nullptr : of.data(); };
+  const Inputs<T> in{grad_out, query,       key,           value,       out,     lse,
+                     grad_lse, data(delta), data(missing), data(lacks), per_head};
 
   std::atomic<bool> failed{false};
   const auto for_items = [&](int64_t count, const auto& body) {

@@ -22,6 +22,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "scaled_dot_product_attention_rows.h"
 #include "scaled_dot_product_attention_score.h"
@@ -46,7 +47,8 @@ struct Inputs {
   const typename launch::Attention<T>::Lse* lse;
   const typename launch::Attention<T>::Lse* grad_lse;  // nullptr for zeros
   F* delta;                                            // (heads, queries); nullptr when nobody needs it
-  F* missing;  // (heads, queries) where delta may be off: what is to be added to it, 0 where that does not matter
+  F* missing;      // (heads, queries) where delta may be off: what is to be added to it,
+  uint8_t* lacks;  // and whether dS wants that
   AttentionPerHead<F> per_head;
 };
 
@@ -205,7 +207,7 @@ class Backward {
         const int64_t count = key_end - k, at = k - begin_;
         if (count == 0) continue;
         for (int64_t i = begin; i < (slopes_ ? end : begin); ++i)
-          cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
+          shares_[i] += cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_, scores_ + i * stride_);
         if (want_key && !correcting_)
           multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{weights, stride_}, grads_, grads_finite_,
                                       value_sums_ + at * value_width_, value_width_, cleared_);
@@ -220,7 +222,7 @@ class Backward {
       }
     };
     measuring_ = want_query && in_.missing && !one_block_;
-    if (measuring_) std::fill_n(dots_, rows_, F(0)), std::fill_n(sizes_, rows_, F(0));
+    for (int64_t i = 0; i < rows_; ++i) dots_[i] = sizes_[i] = shares_[i] = 0;
     add(0, rows_);
     if (want_key) cleared_ = true;
     if (measuring_) find_missing();
@@ -282,15 +284,15 @@ class Backward {
   void find_missing() {
     measuring_ = false;
     const int64_t first = head_ * shape_.queries + first_;
-    const bool same_keys = mask_.kind == AttentionMask::kNone || mask_.operand.row == 0, capped = shape_.softcap != 0;
-    if (same_keys && !capped) find_key_mean(0, rows_, 4);
+    const bool same_keys = mask_.kind == AttentionMask::kNone || mask_.operand.row == 0;
+    if (same_keys) find_key_mean(0, rows_, 4);
     for (int64_t i = 0; i < rows_; ++i) {
       const F missing = dots_[i] - grad_lse(i) - in_.delta[first + i];
       const bool matters = std::fabs(missing) > kMissing<T> * sizes_[i];
-      in_.missing[first + i] = matters ? missing : F(0);
-      if (matters || capped) continue;
+      in_.missing[first + i] = missing, in_.lacks[first + i] = matters;
+      if (matters) continue;
       if (!same_keys) find_key_mean(i, i + 1, 64);
-      F weight = missing;  // times the sum of the row of P
+      F weight = missing * (slopes_ ? shares_[i] : F(1));
       if (in_.per_head.sinks) weight *= F(1 - std::exp(in_.per_head.sinks[head_] - in_.lse[first + i]));
       for (int64_t d = 0; d < width_; ++d) query_sums_[i * width_ + d] -= weight * key_mean_[d];
     }
@@ -314,10 +316,8 @@ class Backward {
   template <class Add>
   void correct(const Add& add) {
     if (!in_.missing || one_block_) return;
-    const F* const missing = in_.missing + head_ * shape_.queries + first_;
-    const auto lacks = [&](int64_t i) {
-      return std::any_of(missing + i, missing + std::min(i + kTogether, rows_), [](F m) { return m != F(0); });
-    };
+    const uint8_t* const rows = in_.lacks + head_ * shape_.queries + first_;
+    const auto lacks = [&](int64_t i) { return std::memchr(rows + i, 1, size_t(std::min(kTogether, rows_ - i))); };
     correcting_ = true;
     for (int64_t begin = 0, end; begin < rows_; begin = end) {
       end = begin + kTogether;
@@ -361,7 +361,7 @@ class Backward {
       if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
       const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[first + i]));
       F delta = one_block_ ? dot * norm - grad_lse(begin + i) : in_.delta[first + i];
-      if (correcting_) delta = in_.missing[first + i];
+      if (correcting_) delta = in_.lacks[first + i] ? in_.missing[first + i] : F(0);
       if (one_block_ && in_.delta) in_.delta[first + i] = delta;
       F *const s = scores_ + (begin + i) * stride_, *const g = score_grads_ + (begin + i) * stride_;
       const F* const factors = shape_.dropout_key ? factors_ + i * stride_ : nullptr;
@@ -393,7 +393,7 @@ class Backward {
   Matrix<F> keys_{}, queries_{}, grads_{};
   Read<T> key_rows_{}, value_rows_{};
   KeyRange seen_{};
-  F dots_[kRows], sizes_[kRows];  // of rows, when measuring: sum_j P_ij G_ij and sum_j |dS_ij|
+  F dots_[kRows], sizes_[kRows], shares_[kRows];  // of rows: sum_j P_ij G_ij, sum_j |dS_ij|, sum_j P_ij slope_ij
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };
 

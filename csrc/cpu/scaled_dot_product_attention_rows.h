@@ -219,13 +219,17 @@ void cap_scores(const AttentionShape& shape, F* s, int64_t count, F* slopes) {
   }
 }
 
-// dS becomes the gradient of scaled products. What takes no part stays 0, whatever its slope.
+// dS becomes the gradient of scaled products. What takes no part stays 0, whatever its slope. Returns the sum of the
+// slopes times weights.
 template <class F>
-void cap_gradients(F* g, int64_t count, const F* slopes) {
+F cap_gradients(F* g, int64_t count, const F* slopes, const F* weights) {
+  Vec<F> sum{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> d = load(g + j), zero{};
-    store(g + j, d == zero ? zero : d * load(slopes + j));
+    const Vec<F> d = load(g + j), weight = load(weights + j), slope = load(slopes + j), zero{};
+    sum = weight == zero ? sum : fma(weight, slope, sum);
+    store(g + j, d == zero ? zero : d * slope);
   }
+  return sum_lanes<F>(sum);
 }
 
 // Turns the products of query `query` with keys [key, key + count) into scores: scaled, capped, masked, with alibi.
