@@ -140,8 +140,8 @@ class Decode {
                   rows = heads * rows_;
     for (int64_t r = 0; r < rows; ++r) start(first_row + r, number);
     const KeyRange seen = keys_of(shape_, 0, shape_.queries);
-    const int64_t begin = std::max(chunk_begin, seen.begin / kValueKeys * kValueKeys),
-                  count = std::min(chunk_begin + kChunkKeys, seen.end) - begin;
+    const int64_t begin = std::max(chunk_begin, seen.begin / kValueKeys * kValueKeys);
+    const int64_t count = unhidden(first_row, rows, begin, std::min(chunk_begin + kChunkKeys, seen.end) - begin, to);
     if (count <= 0) return;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first_row + r;
@@ -164,7 +164,7 @@ class Decode {
       }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = (first_row + r) / shape_.queries, query = (first_row + r) % shape_.queries;
-      const HeadScores<F> of_head = scores_of(shape_, mask_, per_head_, head, to.tile_mask, to.row_mask);
+      const HeadScores<F> of_head = scores_at(first_row + r, to);
       read_tile_mask(of_head, begin, count);
       softmax(of_head, head, query, number, begin, count, to.scores + r * kChunkStride, to.factors);
     }
@@ -184,6 +184,20 @@ class Decode {
           r += height;
         }
       }
+  }
+
+  HeadScores<F> scores_at(int64_t row, const Buffers& to) const {
+    return scores_of(shape_, mask_, per_head_, row / shape_.queries, to.tile_mask, to.row_mask);
+  }
+
+  // How many of keys [begin, begin + count) are left without those at their end that the masks of all rows hide.
+  int64_t unhidden(int64_t first_row, int64_t rows, int64_t begin, int64_t count, const Buffers& to) const {
+    if (mask_.kind == AttentionMask::kNone || mask_.operand.row != 0) return count;
+    if (mask_.operand.batch[shape_.batch_dims - 1] == 0) rows = 1;  // heads share their mask
+    int64_t left = 0;
+    for (int64_t r = 0; r < rows && left < count; r += shape_.queries)
+      left = std::max(left, read_tile_mask(scores_at(first_row + r, to), begin, count));
+    return left;
   }
 
   template <int M>
