@@ -222,7 +222,7 @@ class Backward {
       }
     };
     measuring_ = want_query && in_.missing && !one_block_;
-    for (int64_t i = 0; i < rows_; ++i) dots_[i] = sizes_[i] = shares_[i] = 0;
+    for (int64_t i = 0; i < (measuring_ ? rows_ : 0); ++i) dots_[i] = sizes_[i] = shares_[i] = 0;
     add(0, rows_);
     if (want_key) cleared_ = true;
     if (measuring_) find_missing();
@@ -291,7 +291,7 @@ class Backward {
       const bool matters = std::fabs(missing) > kMissing<T> * sizes_[i];
       in_.missing[first + i] = missing, in_.lacks[first + i] = matters;
       if (matters) continue;
-      if (!same_keys) find_key_mean(i, i + 1, 64);
+      if (!same_keys) find_key_mean(i, i + 1, shape_.keys / 16);
       F weight = missing * (slopes_ ? shares_[i] : F(1));
       if (in_.per_head.sinks) weight *= F(1 - std::exp(in_.per_head.sinks[head_] - in_.lse[first + i]));
       for (int64_t d = 0; d < width_; ++d) query_sums_[i * width_ + d] -= weight * key_mean_[d];
@@ -393,7 +393,7 @@ class Backward {
   Matrix<F> keys_{}, queries_{}, grads_{};
   Read<T> key_rows_{}, value_rows_{};
   KeyRange seen_{};
-  F dots_[kRows], sizes_[kRows], shares_[kRows];  // of rows: sum_j P_ij G_ij, sum_j |dS_ij|, sum_j P_ij slope_ij
+  F dots_[kRows]{}, sizes_[kRows]{}, shares_[kRows]{};  // of rows: sum_j P_ij G_ij, sum_j |dS_ij|, sum_j P_ij slope_ij
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };
 
