@@ -140,3 +140,17 @@ def test_what_is_hidden_is_not_seen(cpu_kernels, data):
         for got in grads[1:]:
             for a, b in zip(got, grads[0], strict=True):
                 assert_bitwise(a, b)
+
+
+def test_queries_without_keys_give_no_gradient(cpu_kernels):
+    """P6: whatever the gradient of their output holds."""
+    query, key, value, grad = operands(torch.bfloat16, "both", 90, 1300, 16)
+    mask = torch.rand(90, 1300) > 0.3
+    mask[40] = False
+    grad[:, :, 40] = math.nan
+    for sinks in (None, torch.tensor([0.5, -math.inf])):
+        grads = run(
+            lambda *x, s=sinks: attention(*x, mask, sinks=s, enable_gqa=True), query, key, value, grad_output=grad
+        )
+        assert (grads[1][0][:, :, 40] == 0).all()
+        assert all(g.isfinite().all() for g in grads[1])

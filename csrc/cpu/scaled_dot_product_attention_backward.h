@@ -290,7 +290,7 @@ class Backward {
       const F missing = dots_[i] - grad_lse(i) - in_.delta[first + i];
       const bool matters = std::fabs(missing) > kMissing<T> * sizes_[i];
       in_.missing[first + i] = missing, in_.lacks[first + i] = matters;
-      if (matters) continue;
+      if (matters || sizes_[i] == F(0)) continue;
       if (!same_keys) find_key_mean(i, i + 1, shape_.keys / 16);
       F weight = missing * (slopes_ ? shares_[i] : F(1));
       if (in_.per_head.sinks) weight *= F(1 - std::exp(in_.per_head.sinks[head_] - in_.lse[first + i]));
