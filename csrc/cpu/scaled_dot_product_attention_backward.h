@@ -163,7 +163,7 @@ class Backward {
       score_rows(key_rows_, k - begin_, count, queries_, begin, end, shape_.dim, scores_, stride_);
     else
       key_products_.multiply(end - begin, k - begin_, count, query_columns_ + begin, key_panels_, s, stride_);
-    if (correcting_)
+    if (sizeof(T) == 2 && correcting_)
       for (int64_t i = begin; i < end; ++i) std::fill_n(score_grads_ + i * stride_, padded<F>(count), F(0));
     else if (few_)
       score_rows(value_rows_, k - begin_, count, grads_, begin, end, shape_.value_dim, score_grads_, stride_);
@@ -361,12 +361,12 @@ class Backward {
       if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
       const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[first + i]));
       F delta = one_block_ ? dot * norm - grad_lse(begin + i) : in_.delta[first + i];
-      if (correcting_) delta = in_.lacks[first + i] ? in_.missing[first + i] : F(0);
+      if (sizeof(T) == 2 && correcting_) delta = in_.lacks[first + i] ? in_.missing[first + i] : F(0);
       if (one_block_ && in_.delta) in_.delta[first + i] = delta;
       F *const s = scores_ + (begin + i) * stride_, *const g = score_grads_ + (begin + i) * stride_;
       const F* const factors = shape_.dropout_key ? factors_ + i * stride_ : nullptr;
       const bool zeros = masked_ || masked;
-      if (measuring_) {
+      if (sizeof(T) == 2 && measuring_) {
         dots_[begin + i] += dot * norm;
         sizes_[begin + i] += sum_lanes<F>(score_gradients<true>(s, g, valid, norm, delta, zeros, factors));
       } else {
