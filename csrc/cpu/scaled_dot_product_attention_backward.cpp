@@ -98,7 +98,11 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   std::vector<F> delta(size_t(key_blocks > 1 || grad_sinks ? shape.heads * shape.queries : 0));
   if (grad_lse)  // of queries that see no key
     for (size_t i = 0; i < delta.size(); ++i) delta[i] = F(-grad_lse[i]);
-  const Inputs<T> in{grad_out, query, key, value, out, lse, grad_lse, delta.empty() ? nullptr : delta.data(), per_head};
+  std::vector<F> missing(size_t(sizeof(T) == 2 && key_blocks > 1 ? shape.heads * shape.queries : 0));
+  std::vector<uint8_t> lacks(missing.size());
+  const auto data = [](auto& of) { return of.empty() ? nullptr : of.data(); };
+  const Inputs<T> in{grad_out, query,       key,           value,       out,     lse,
+                     grad_lse, data(delta), data(missing), data(lacks), per_head};
 
   std::atomic<bool> failed{false};
   const auto for_items = [&](int64_t count, const auto& body) {
@@ -124,10 +128,7 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   if (key_blocks > 1)
     for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
       const int64_t head = item / blocks;
-      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] {
-        if (backward.sweeps()) backward.load_keys(head * shape.group, 0, shape.keys);
-        backward.find_delta();
-      });
+      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] { backward.find_delta(); });
       return true;
     });
   const bool split = key_heads < threads;
@@ -140,6 +141,12 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
       return true;
     });
   else {
+    for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
+      const int64_t head = item / blocks;
+      backward.load_keys(head * shape.group, 0, shape.keys);
+      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] { backward.block(true, false); });
+      return true;
+    });
     for_items(key_heads * key_blocks, [&](Backward<T>& backward, int64_t item) {
       const int64_t head = item / key_blocks, k = item % key_blocks * block, key_end = std::min(k + block, shape.keys);
       backward.load_keys(head * shape.group, k, key_end);
@@ -147,12 +154,6 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
       const auto see = [&](int64_t first, int64_t rows) { return backward.sees(first, rows, k, key_end); };
       for_blocks(backward, head, 0, blocks, see, [&] { backward.block(false, true); });
       backward.write_keys(head * shape.group);
-      return true;
-    });
-    for_items(key_heads * blocks, [&](Backward<T>& backward, int64_t item) {
-      const int64_t head = item / blocks;
-      backward.load_keys(head * shape.group, 0, shape.keys);
-      for_blocks(backward, head, item % blocks, item % blocks + 1, all, [&] { backward.block(true, false); });
       return true;
     });
   }
@@ -165,7 +166,8 @@ bool Attention<T>::bwd(Output grad_query, Output grad_key, Output grad_value, F*
   for (int64_t head = 0; head < (grad_sinks ? shape.heads : 0); ++head) {
     double sum = 0;
     for (int64_t i = head * shape.queries; i < (head + 1) * shape.queries; ++i)
-      sum -= std::exp(double(per_head.sinks[head]) - double(lse[i])) * double(delta[size_t(i)]);
+      sum -= std::exp(double(per_head.sinks[head]) - double(lse[i])) *
+             (double(delta[size_t(i)]) + (missing.empty() ? 0.0 : double(missing[size_t(i)])));
     grad_sinks[head] = F(sum);
   }
   return !failed;

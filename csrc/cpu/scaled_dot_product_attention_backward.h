@@ -14,10 +14,15 @@
 // bits.
 //
 // delta comes from P and G themselves when all keys that a block of queries may see are in one block. Otherwise it is
-// dout . out, or a sweep over the keys where out has been rounded to 16 bits and they are so few that it would be seen.
+// dout . out. Where out has been rounded to 16 bits, that is off by what the blocks of keys show together when all have
+// been seen: missing_i = sum_j P_ij G_ij - dout_i . out_i. Rows in which this is not small against dS - of few keys
+// with all the weight, of values with a large mean - get -P_ij missing_i added to dS, in a second walk over the keys.
+// In the others it would be seen where keys have a large mean, which stands for sum_j P_ij K_j in what is added to
+// their dQ.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "scaled_dot_product_attention_rows.h"
 #include "scaled_dot_product_attention_score.h"
@@ -42,8 +47,14 @@ struct Inputs {
   const typename launch::Attention<T>::Lse* lse;
   const typename launch::Attention<T>::Lse* grad_lse;  // nullptr for zeros
   F* delta;                                            // (heads, queries); nullptr when nobody needs it
+  F* missing;      // (heads, queries) where delta may be off: what is to be added to it,
+  uint8_t* lacks;  // and whether dS wants that
   AttentionPerHead<F> per_head;
 };
+
+// So much of sum_j |dS_ij| may be missing in a delta: a part of what rounding dQ and dK costs them.
+template <class T>
+inline constexpr accumulate_t<T> kMissing = accumulate_t<T>(0.25) * (std::is_same_v<T, Half> ? 2.06e-4 : 1.65e-3);
 
 template <class T>
 class Backward {
@@ -83,6 +94,7 @@ class Backward {
     tile_mask_ = scratch_.take<F>(stride_);
     row_mask_ = scratch_.take<F>(stride_);
     factors_ = scratch_.take<F>(kTogether * stride_);
+    key_mean_ = scratch_.take<F>(width_);
     keys_finite_ = scratch_.take<bool>(divide_up(shape.keys, block_keys_));
     if (failed()) return;
     for (int64_t j = 0; j < stride_; ++j) tile_mask_[j] = row_mask_[j] = 0;
@@ -137,23 +149,28 @@ class Backward {
     grads_finite_ = !masked_ || all_finite(grads_, rows, value_width_);
   }
 
-  // P (with dropout) and dS of the loaded queries and those keys of the block from `block` on that they see.
-  // finished(i, k, count) is called when row i of keys [k, k + count) is there.
+  // P (with dropout) and dS of rows [begin, end) of the loaded queries and those keys of the block from `block` on that
+  // they see. finished(i, k, count) is called when row i of keys [k, k + count) is there. When correcting, dS is what
+  // is to be added to it.
   template <class Finished>
-  KeyRange tiles(int64_t block, const Finished& finished) {
+  KeyRange tiles(int64_t block, int64_t begin, int64_t end, const Finished& finished) {
     const int64_t k = std::max(block, seen_.begin / kPanel<F> * kPanel<F>);
     const HeadScores<F> scores = scores_of(shape_, mask_, in_.per_head, head_, tile_mask_, row_mask_);
     const int64_t count = read_tile_mask(scores, k, std::min({block + block_keys_, end_, seen_.end}) - k);
     if (count <= 0) return {k, k};
-    if (few_) {
-      score_rows(key_rows_, k - begin_, count, queries_, shape_.dim, scores_);
-      score_rows(value_rows_, k - begin_, count, grads_, shape_.value_dim, score_grads_);
-    } else {
-      key_products_.multiply(rows_, k - begin_, count, query_columns_, key_panels_, scores_, stride_);
-      value_products_.multiply(rows_, k - begin_, count, grad_columns_, value_panels_, score_grads_, stride_);
-    }
-    for (int64_t i = 0; i < rows_; i += kTogether) {
-      const int64_t some = std::min(kTogether, rows_ - i);
+    F *const s = scores_ + begin * stride_, *const g = score_grads_ + begin * stride_;
+    if (few_)
+      score_rows(key_rows_, k - begin_, count, queries_, begin, end, shape_.dim, scores_, stride_);
+    else
+      key_products_.multiply(end - begin, k - begin_, count, query_columns_ + begin, key_panels_, s, stride_);
+    if (sizeof(T) == 2 && correcting_)
+      for (int64_t i = begin; i < end; ++i) std::fill_n(score_grads_ + i * stride_, padded<F>(count), F(0));
+    else if (few_)
+      score_rows(value_rows_, k - begin_, count, grads_, begin, end, shape_.value_dim, score_grads_, stride_);
+    else
+      value_products_.multiply(end - begin, k - begin_, count, grad_columns_ + begin, value_panels_, g, stride_);
+    for (int64_t i = begin; i < end; i += kTogether) {
+      const int64_t some = std::min(kTogether, end - i);
       weigh(scores, i, some, k, count);
       for (int64_t row = i; row < i + some; ++row) finished(row, k, count);
     }
@@ -168,84 +185,85 @@ class Backward {
     return std::max(seen.begin, begin) < std::min(seen.end, end);
   }
 
-  // Everything one block of queries adds to dK and dV, and its dQ.
+  // Everything one block of queries adds to dK and dV, and its dQ. What is missing in delta is found with dQ.
   void block(bool want_query, bool want_key) {
-    const int64_t matrix = gradients_.mask_sums || gradients_.add_mask ? mask_matrix() : head_;
+    const int64_t matrix = gradients_.mask_sums || gradients_.add_mask ? mask_matrix(mask_, shape_, head_) : head_;
     F* const mask = want_query && gradients_.mask ? gradients_.mask + matrix * shape_.queries * shape_.keys : nullptr;
     double* const sums = gradients_.mask_sums ? gradients_.mask_sums + matrix * mask_.rows * mask_.columns : nullptr;
     const auto to_mask = [&](int64_t i, int64_t k, int64_t count) {
       const F* const from = score_grads_ + i * stride_;
       const int64_t at = (first_ + i) * shape_.keys + k;
-      if (mask && gradients_.add_mask)
+      if (mask && (gradients_.add_mask || correcting_))
         add_row(from, count, mask + at);
       else if (mask)
         std::copy_n(from, count, mask + at);
       if (sums) add_mask_row(sums + (mask_.rows == 1 ? 0 : first_ * mask_.columns), i, k, count);
     };
     bool started = false;
-    for (int64_t block = first_block(); block < end_; block += block_keys_) {
-      const auto [k, key_end] = tiles(block, to_mask);
-      const int64_t count = key_end - k, at = k - begin_;
-      if (count == 0) continue;
-      for (int64_t i = 0; i < (slopes_ ? rows_ : 0); ++i)
-        cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_);
-      if (want_key) {
-        multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{scores_, stride_}, grads_, grads_finite_,
-                                    value_sums_ + at * value_width_, value_width_, cleared_);
-        multiply_rows<1, kChunk<T>>(count, shape_.dim, rows_, Left<F>{score_grads_, stride_}, queries_, queries_finite_,
-                                    key_sums_ + at * width_, width_, cleared_);
+    const auto add = [&](int64_t begin, int64_t end) {
+      const F *const weights = scores_ + begin * stride_, *const grads = score_grads_ + begin * stride_;
+      for (int64_t block = first_block(); block < end_; block += block_keys_) {
+        const auto [k, key_end] = tiles(block, begin, end, to_mask);
+        const int64_t count = key_end - k, at = k - begin_;
+        if (count == 0) continue;
+        for (int64_t i = begin; i < (slopes_ ? end : begin); ++i)
+          shares_[i] += cap_gradients(score_grads_ + i * stride_, count, slopes_ + i * stride_, scores_ + i * stride_);
+        if (want_key && !correcting_)
+          multiply_rows<1, kChunk<T>>(count, shape_.value_dim, rows_, Left<F>{weights, stride_}, grads_, grads_finite_,
+                                      value_sums_ + at * value_width_, value_width_, cleared_);
+        if (want_key)
+          multiply_rows<1, kChunk<T>>(count, shape_.dim, end - begin, Left<F>{grads, stride_},
+                                      Matrix<F>{queries_.row(begin), queries_.stride}, queries_finite_,
+                                      key_sums_ + at * width_, width_, cleared_);
+        if (want_query)
+          multiply_scores<T>(end - begin, shape_.dim, count, grads, stride_, {keys_.row(at), keys_.stride},
+                             keys_finite_[at / block_keys_], query_sums_ + begin * width_, width_, started);
+        started = true;
       }
-      if (want_query)
-        multiply_scores<T>(rows_, shape_.dim, count, score_grads_, stride_, {keys_.row(at), keys_.stride},
-                           keys_finite_[at / block_keys_], query_sums_, width_, started);
-      started = true;
-    }
+    };
+    measuring_ = want_query && in_.missing && !one_block_;
+    for (int64_t i = 0; i < (measuring_ ? rows_ : 0); ++i) dots_[i] = sizes_[i] = shares_[i] = 0;
+    add(0, rows_);
     if (want_key) cleared_ = true;
+    if (measuring_) find_missing();
+    correct(add);
     if (!want_query) return;
     if (!started) std::fill(query_sums_, query_sums_ + rows_ * width_, F(0));
-    write(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row, query_sums_,
-          rows_, shape_.dim, width_, F(shape_.scale));
+    write_rows(gradients_.query, head_start(gradients_.query, shape_, head_, 1) + first_ * gradients_.query.row,
+               query_sums_, rows_, shape_.dim, width_, F(shape_.scale));
   }
 
   void write_keys(int64_t head) {
     const auto &key = gradients_.key, &value = gradients_.value;
-    write(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_, shape_.dim,
-          width_, F(shape_.scale));
-    write(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
-          shape_.value_dim, value_width_, F(1));
+    write_rows(key, head_start(key, shape_, head, shape_.group) + begin_ * key.row, key_sums_, end_ - begin_,
+               shape_.dim, width_, F(shape_.scale));
+    write_rows(value, head_start(value, shape_, head, shape_.group) + begin_ * value.row, value_sums_, end_ - begin_,
+               shape_.value_dim, value_width_, F(1));
   }
 
-  // Whether the delta of the loaded queries takes a sweep over their keys.
-  bool sweeps() const { return !std::is_same_v<T, F> && !one_block_ && seen_.end - seen_.begin <= kKeys; }
-
-  // delta of the loaded queries; the keys are there if it takes a sweep.
+  // delta of the loaded queries, as far as out knows it.
   void find_delta() {
     if (one_block_) return;
-    F* delta = in_.delta + head_ * shape_.queries + first_;
-    if (!sweeps()) {
-      const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
-      const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
-      for (int64_t i = 0; i < rows_; ++i) {
-        Vec<F> sum{};
-        for (int64_t d = 0; d < value_width_; d += kLanes<F>)
-          sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
-        delta[i] = sum_lanes<F>(sum) - grad_lse(i);
-      }
-    } else {
-      std::fill(delta, delta + rows_, F(0));
-      sum_delta_ = true;
-      for (int64_t block = first_block(); block < end_; block += block_keys_)
-        tiles(block, [](int64_t, int64_t, int64_t) {});
-      sum_delta_ = false;
-      for (int64_t i = 0; i < rows_; ++i) delta[i] -= grad_lse(i);
+    F* const delta = in_.delta + head_ * shape_.queries + first_;
+    const T* out = head_start(in_.out, shape_, head_, 1) + first_ * in_.out.row;
+    const auto rows = rows_of<T>({out, in_.out.row, in_.out.column}, rows_, shape_.value_dim, out_buffer_);
+    for (int64_t i = 0; i < rows_; ++i) {
+      Vec<F> sum{};
+      for (int64_t d = 0; d < value_width_; d += kLanes<F>)
+        sum = fma(load(grads_.row(i) + d), load(rows.row(i) + d), sum);
+      delta[i] = sum_lanes<F>(sum) - grad_lse(i);
     }
   }
 
   // Adds dS of the loaded queries to `sums`, (rows or 1, keys or 1) as the mask is.
   template <class Sum>
   void add_mask_gradient(Sum* sums) {
-    for (int64_t block = first_block(); block < end_; block += block_keys_)
-      tiles(block, [&](int64_t i, int64_t k, int64_t count) { add_mask_row(sums, i, k, count); });
+    const auto add = [&](int64_t begin, int64_t end) {
+      for (int64_t block = first_block(); block < end_; block += block_keys_)
+        tiles(block, begin, end, [&](int64_t i, int64_t k, int64_t count) { add_mask_row(sums, i, k, count); });
+    };
+    add(0, rows_);
+    correct(add);
   }
 
  private:
@@ -260,31 +278,55 @@ class Backward {
     if (mask_.columns != 1) return add_row(from, count, to + k);
     for (int64_t j = 0; j < count; ++j) to[0] += Sum(from[j]);
   }
-  // The rows where they lie, or copied where their elements lie apart.
-  static Read<T> dense_rows(const Read<T>& from, int64_t rows, int64_t width, F* buffer) {
-    if (from.column == 1) return from;
-    T* const to = reinterpret_cast<T*>(buffer);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t d = 0; d < width; ++d) to[i * width + d] = from.data[i * from.row + d * from.column];
-    return {to, width, 1};
-  }
-  // to[i * stride + j] = row i of the left . row first + j of the right.
-  void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t width,
-                  F* to) const {
-    for (int64_t j = 0; j < count; j += kLanes<F>)
-      for (int64_t i = 0; i < rows_; ++i)
-        score_keys(right.data + (first + j) * right.row, right.row, std::min<int64_t>(kLanes<F>, count - j),
-                   left.row(i), width, to + i * stride_ + j);
-  }
-  // Which of the mask's own matrices belongs to the loaded queries.
-  int64_t mask_matrix() const {
-    int64_t matrix = 0, step = 1, head = head_;
-    for (int d = shape_.batch_dims - 1; d >= 0; step *= mask_.batch[d], head /= shape_.batch[d], --d)
-      if (mask_.batch[d] != 1) matrix += head % shape_.batch[d] * step;
-    return matrix;
-  }
-
   F grad_lse(int64_t i) const { return in_.grad_lse ? F(in_.grad_lse[head_ * shape_.queries + first_ + i]) : F(0); }
+
+  // What is missing in the deltas of the loaded queries, from the tiles of all their keys.
+  void find_missing() {
+    measuring_ = false;
+    const int64_t first = head_ * shape_.queries + first_;
+    const bool same_keys = mask_.kind == AttentionMask::kNone || mask_.operand.row == 0;
+    if (same_keys) find_key_mean(0, rows_, 4);
+    for (int64_t i = 0; i < rows_; ++i) {
+      const F missing = dots_[i] - grad_lse(i) - in_.delta[first + i];
+      const bool matters = std::fabs(missing) > kMissing<T> * sizes_[i];
+      in_.missing[first + i] = missing, in_.lacks[first + i] = matters;
+      if (matters || sizes_[i] == F(0)) continue;
+      if (!same_keys) find_key_mean(i, i + 1, shape_.keys / 16);
+      F weight = missing * (slopes_ ? shares_[i] : F(1));
+      if (in_.per_head.sinks) weight *= F(1 - std::exp(in_.per_head.sinks[head_] - in_.lse[first + i]));
+      for (int64_t d = 0; d < width_; ++d) query_sums_[i * width_ + d] -= weight * key_mean_[d];
+    }
+  }
+  // The mean of every few keys that all rows from `begin` to `end` see, which have the same row of the mask.
+  void find_key_mean(int64_t begin, int64_t end, int64_t step) {
+    const int64_t seen_end = keys_of(shape_, first_ + begin, 1).end;
+    const void* const start = mask_start(mask_, shape_, head_);
+    int64_t count = 0;
+    std::fill_n(key_mean_, width_, F(0));
+    for (int64_t k = keys_of(shape_, first_ + end - 1, 1).begin; k < seen_end; k += step) {
+      F added = 0;
+      read_mask(mask_, start, first_ + begin, k, 1, &added);
+      if (added == -kInfinity<F>) continue;
+      add_row(keys_.row(k), width_, key_mean_);
+      ++count;
+    }
+    for (int64_t d = 0; d < width_; ++d) key_mean_[d] /= F(std::max<int64_t>(count, 1));
+  }
+  // Adds what the rows with something missing lack: add(begin, end) for runs of kTogether of them.
+  template <class Add>
+  void correct(const Add& add) {
+    if (!in_.missing || one_block_) return;
+    const uint8_t* const rows = in_.lacks + head_ * shape_.queries + first_;
+    const auto lacks = [&](int64_t i) { return std::memchr(rows + i, 1, size_t(std::min(kTogether, rows_ - i))); };
+    correcting_ = true;
+    for (int64_t begin = 0, end; begin < rows_; begin = end) {
+      end = begin + kTogether;
+      if (!lacks(begin)) continue;
+      while (end < rows_ && lacks(end)) end += kTogether;
+      add(begin, std::min(end, rows_));
+    }
+    correcting_ = false;
+  }
 
   // Scores of rows [begin, begin + rows) become P (with dropout), gradients with respect to P become dS; both become 0
   // where they take no part.
@@ -304,7 +346,7 @@ class Backward {
       const auto [valid, top, factor, masked] = finished[i];
       if (valid == 0) continue;
       F *s = scores_ + (begin + i) * stride_, *g = score_grads_ + (begin + i) * stride_;
-      const F* const factors = shape_.dropout_key ? factors_ + i * stride_ : nullptr;
+      const F* const factors = shape_.dropout_key && !correcting_ ? factors_ + i * stride_ : nullptr;
       if (factors) dropout_factors(shape_, uint64_t((first + i) * shape_.keys + k), valid, factors_ + i * stride_);
       const F shift = shift_of(top);
       sums[i] = masked ? weigh_row<T, true>(s, g, valid, factor, shift, factors)
@@ -318,23 +360,21 @@ class Backward {
       const F dot = sum_lanes<F>(sums[i].second), shift = score_of<T>(shift_of(top));
       if (in_.per_head.sinks) sum += exp(broadcast(in_.per_head.sinks[head_] - shift))[0];
       const F norm = sum == F(0) ? F(1) : one_block_ ? 1 / sum : F(std::exp(shift - in_.lse[first + i]));
-      if (sum_delta_) {
-        in_.delta[first + i] += dot * norm;
-        continue;
-      }
-      const F delta = one_block_ ? dot * norm - grad_lse(begin + i) : in_.delta[first + i];
+      F delta = one_block_ ? dot * norm - grad_lse(begin + i) : in_.delta[first + i];
+      if (sizeof(T) == 2 && correcting_) delta = in_.lacks[first + i] ? in_.missing[first + i] : F(0);
       if (one_block_ && in_.delta) in_.delta[first + i] = delta;
-      score_gradients(scores_ + (begin + i) * stride_, score_grads_ + (begin + i) * stride_, valid, norm, delta,
-                      masked_ || masked, shape_.dropout_key ? factors_ + i * stride_ : nullptr);
+      F *const s = scores_ + (begin + i) * stride_, *const g = score_grads_ + (begin + i) * stride_;
+      const F* const factors = shape_.dropout_key ? factors_ + i * stride_ : nullptr;
+      const bool zeros = masked_ || masked;
+      if (sizeof(T) == 2 && measuring_) {
+        dots_[begin + i] += dot * norm;
+        sizes_[begin + i] += sum_lanes<F>(score_gradients<true>(s, g, valid, norm, delta, zeros, factors));
+      } else {
+        score_gradients<false>(s, g, valid, norm, delta, zeros, factors);
+      }
     }
   }
   static F shift_of(F top) { return top == -kInfinity<F> ? kInfinity<F> : top; }
-
-  static void write(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width,
-                    int64_t stride, F scale) {
-    for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
-      write_row(to, layout.column, from, width, scale);
-  }
 
   const Gradients<T>& gradients_;
   const Inputs<T>& in_;
@@ -346,12 +386,14 @@ class Backward {
   Scratch scratch_;
   F *key_panels_, *value_panels_, *key_buffer_, *panel_buffer_, *key_sums_, *value_sums_, *query_buffer_, *grad_buffer_,
       *out_buffer_, *query_columns_, *grad_columns_, *query_sums_, *scores_, *score_grads_, *slopes_, *tile_mask_,
-      *row_mask_, *factors_;
+      *row_mask_, *factors_, *key_mean_;
   bool* keys_finite_;
-  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, sum_delta_ = false, cleared_ = true;
+  bool one_block_ = true, queries_finite_ = true, grads_finite_ = true, cleared_ = true, measuring_ = false,
+       correcting_ = false;
   Matrix<F> keys_{}, queries_{}, grads_{};
   Read<T> key_rows_{}, value_rows_{};
   KeyRange seen_{};
+  F dots_[kRows]{}, sizes_[kRows]{}, shares_[kRows]{};  // of rows: sum_j P_ij G_ij, sum_j |dS_ij|, sum_j P_ij slope_ij
   int64_t loaded_ = -1, begin_ = 0, end_ = 0, head_ = 0, first_ = 0, rows_ = 0;
 };
 

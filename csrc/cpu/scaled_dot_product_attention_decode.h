@@ -109,7 +109,7 @@ class Decode {
 
  private:
   // What a chunk gives for row head * queries + query: padded<F>(value_dim) sums, then the maximum and the sum of the
-  // weights.
+  // weights, as a number and what it lacks: its rounding would be an error of the whole row.
   F* partial(int64_t row, int64_t chunk) const { return partial_ + (row * chunks_ + chunk) * stride_; }
 
   bool is_dense() const { return key_.column == 1 && value_.column == 1; }
@@ -140,8 +140,8 @@ class Decode {
                   rows = heads * rows_;
     for (int64_t r = 0; r < rows; ++r) start(first_row + r, number);
     const KeyRange seen = keys_of(shape_, 0, shape_.queries);
-    const int64_t begin = std::max(chunk_begin, seen.begin / kValueKeys * kValueKeys),
-                  count = std::min(chunk_begin + kChunkKeys, seen.end) - begin;
+    const int64_t begin = std::max(chunk_begin, seen.begin / kValueKeys * kValueKeys);
+    const int64_t count = unhidden(first_row, rows, begin, std::min(chunk_begin + kChunkKeys, seen.end) - begin, to);
     if (count <= 0) return;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first_row + r;
@@ -164,7 +164,7 @@ class Decode {
       }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = (first_row + r) / shape_.queries, query = (first_row + r) % shape_.queries;
-      const HeadScores<F> of_head = scores_of(shape_, mask_, per_head_, head, to.tile_mask, to.row_mask);
+      const HeadScores<F> of_head = scores_at(first_row + r, to);
       read_tile_mask(of_head, begin, count);
       softmax(of_head, head, query, number, begin, count, to.scores + r * kChunkStride, to.factors);
     }
@@ -184,6 +184,20 @@ class Decode {
           r += height;
         }
       }
+  }
+
+  HeadScores<F> scores_at(int64_t row, const Buffers& to) const {
+    return scores_of(shape_, mask_, per_head_, row / shape_.queries, to.tile_mask, to.row_mask);
+  }
+
+  // How many of keys [begin, begin + count) are left without those at their end that the masks of all rows hide.
+  int64_t unhidden(int64_t first_row, int64_t rows, int64_t begin, int64_t count, const Buffers& to) const {
+    if (mask_.kind == AttentionMask::kNone || mask_.operand.row != 0) return count;
+    if (mask_.operand.batch[shape_.batch_dims - 1] == 0) rows = 1;  // heads share their mask
+    int64_t left = 0;
+    for (int64_t r = 0; r < rows && left < count; r += shape_.queries)
+      left = std::max(left, read_tile_mask(scores_at(first_row + r, to), begin, count));
+    return left;
   }
 
   template <int M>
@@ -208,21 +222,23 @@ class Decode {
     F* to = partial(row, number);
     const int64_t width = padded<F>(shape_.value_dim);
     for (int64_t d = 0; d < width; ++d) to[d] = 0;
-    to[width] = -kInfinity<F>, to[width + 1] = 0;
+    to[width] = -kInfinity<F>, to[width + 1] = to[width + 2] = 0;
   }
 
   // Turns the scores of one query into weights against their own maximum.
   void softmax(const HeadScores<F>& of_head, int64_t head, int64_t query, int64_t number, int64_t begin, int64_t count,
                F* s, F* factors) const {
     F* to = partial(head * shape_.queries + query, number) + padded<F>(shape_.value_dim);
-    F &top = to[0], &total = to[1];
+    F& top = to[0];
     const auto [valid, largest, factor, masked] = finish_row<T>(of_head, s, query, begin, count);
     top = largest;
     if (valid == 0) return;
     const bool drop = shape_.dropout_key != nullptr;
     if (drop) dropout_factors(shape_, uint64_t((head * shape_.queries + query) * shape_.keys + begin), valid, factors);
-    total =
-        sum_lanes<F>(exponentials<T>(s, valid, factor, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr));
+    const Vec<F> sums = exponentials<T>(s, valid, factor, top == -kInfinity<F> ? F(0) : top, drop ? factors : nullptr);
+    double total = 0;
+    for (int l = 0; l < kLanes<F>; ++l) total += double(sums[l]);
+    to[1] = F(total), to[2] = F(total - double(to[1]));
   }
 
   // The result of one query from those of its chunks.
@@ -230,26 +246,30 @@ class Decode {
     const int64_t width = padded<F>(shape_.value_dim);
     F* first = partial_ + row * chunks_ * stride_;
     const F* const sink = per_head_.sinks ? per_head_.sinks + row / shape_.queries : nullptr;
-    F top = sink ? *sink * kUnit<T> : -kInfinity<F>, total = 0;
+    F top = sink ? *sink * kUnit<T> : -kInfinity<F>;
+    double total = 0;
     for (int64_t c = 0; c < chunks_; ++c) top = std::max(top, first[c * stride_ + width]);
     const F shift = top == -kInfinity<F> ? F(0) : top;
     for (int64_t c = 0; c < chunks_; ++c) {
       const F* part = first + c * stride_;
       const F factor = exp(broadcast(score_of<T>(part[width] - shift)))[0];
-      total += part[width + 1] * factor;
+      total += (double(part[width + 1]) + double(part[width + 2])) * double(factor);
       if (chunks_ == 1 && !sink) break;
       for (int64_t d = 0; d < width; d += kLanes<F>) {
         const Vec<F> scaled = load(part + d) * factor;
         store(first + d, c == 0 ? scaled : load(first + d) + scaled);
       }
     }
-    if (sink) total += exp(broadcast(*sink - score_of<T>(shift)))[0];
+    if (sink) total += double(exp(broadcast(*sink - score_of<T>(shift)))[0]);
     T* out = head_start(out_, shape_, row / shape_.queries, 1) + row % shape_.queries * out_.row;
-    const F divisor = total == F(0) ? F(1) : total;
-    write_quotients(out, out_.column, first, shape_.value_dim, divisor);
+    const double divisor = total == 0 ? 1 : total;
+    if constexpr (std::is_same_v<T, float>)
+      for (int64_t d = 0; d < shape_.value_dim; ++d) out[d * out_.column] = float(double(first[d]) / divisor);
+    else
+      write_quotients(out, out_.column, first, shape_.value_dim, F(divisor));
     const bool exact = shape_.keys > kKeys;  // as in the kernel for many queries
     lse_[row] =
-        total == F(0) ? -kInfinity<Lse> : Lse(score_of<T>(top)) + (exact ? std::log(Lse(total)) : Lse(std::log(total)));
+        total == 0 ? -kInfinity<Lse> : Lse(score_of<T>(top)) + Lse(exact ? std::log(total) : std::log(F(total)));
   }
 
   typename Launcher::Output out_;
@@ -259,7 +279,7 @@ class Decode {
   const AttentionPerHead<F>& per_head_;
   const AttentionShape& shape_;
   const int64_t rows_ = shape_.queries * shape_.group, chunks_ = divide_up(shape_.keys, kChunkKeys);
-  const int64_t stride_ = padded<F>(shape_.value_dim) + kLanes<F>;
+  const int64_t stride_ = padded<F>(shape_.value_dim) + padded<F>(3);
   // Of long rows fewer: so many streams at once read memory best.
   const int64_t value_keys_ = shape_.value_dim * int64_t(sizeof(T)) <= 256 ? kValueKeys : kValueKeys / 2;
   F* partial_ = nullptr;

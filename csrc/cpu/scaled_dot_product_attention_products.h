@@ -19,6 +19,24 @@ inline Matrix<float> pairs_of(Read<BFloat16> from, int64_t rows, int64_t width, 
   return {buffer, stride};
 }
 
+// The rows where they lie, or copied where their elements lie apart.
+template <class T>
+Read<T> dense_rows(const Read<T>& from, int64_t rows, int64_t width, accumulate_t<T>* buffer) {
+  if (from.column == 1) return from;
+  T* const to = reinterpret_cast<T*>(buffer);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < width; ++d) to[i * width + d] = from.data[i * from.row + d * from.column];
+  return {to, width, 1};
+}
+
+// Rows from `to` on get those of `from`, `stride` apart, times a number.
+template <class T, class F = accumulate_t<T>>
+void write_rows(const AttentionOperand<T*>& layout, T* to, const F* from, int64_t rows, int64_t width, int64_t stride,
+                F number) {
+  for (int64_t i = 0; i < rows; ++i, to += layout.row, from += stride)
+    write_row(to, layout.column, from, width, number);
+}
+
 template <class T>
 class RowProducts {
  public:

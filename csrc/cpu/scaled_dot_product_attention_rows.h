@@ -172,6 +172,14 @@ inline const void* mask_start(const AttentionMaskOperand& mask, const AttentionS
   return head_start(bytes, shape, head, 1);
 }
 
+// Which of the mask's own matrices belongs to a head.
+inline int64_t mask_matrix(const AttentionMaskOperand& mask, const AttentionShape& shape, int64_t head) {
+  int64_t matrix = 0, step = 1;
+  for (int d = shape.batch_dims - 1; d >= 0; step *= mask.batch[d], head /= shape.batch[d], --d)
+    if (mask.batch[d] != 1) matrix += head % shape.batch[d] * step;
+  return matrix;
+}
+
 // What becomes of the scores of a head.
 template <class F>
 struct HeadScores {
@@ -211,13 +219,17 @@ void cap_scores(const AttentionShape& shape, F* s, int64_t count, F* slopes) {
   }
 }
 
-// dS becomes the gradient of scaled products. What takes no part stays 0, whatever its slope.
+// dS becomes the gradient of scaled products. What takes no part stays 0, whatever its slope. Returns the sum of the
+// slopes times weights.
 template <class F>
-void cap_gradients(F* g, int64_t count, const F* slopes) {
+F cap_gradients(F* g, int64_t count, const F* slopes, const F* weights) {
+  Vec<F> sum{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
-    const Vec<F> d = load(g + j), zero{};
-    store(g + j, d == zero ? zero : d * load(slopes + j));
+    const Vec<F> d = load(g + j), weight = load(weights + j), slope = load(slopes + j), zero{};
+    sum = weight == zero ? sum : fma(weight, slope, sum);
+    store(g + j, d == zero ? zero : d * slope);
   }
+  return sum_lanes<F>(sum);
 }
 
 // Turns the products of query `query` with keys [key, key + count) into scores: scaled, capped, masked, with alibi.
@@ -353,16 +365,19 @@ std::pair<Vec<F>, Vec<F>> weigh_row(F* s, F* g, int64_t count, F factor, F shift
   return {sum, dot};
 }
 
-// With P = s * norm: g = P (G - delta), s = P times the dropout factor.
-template <class F>
-void score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
+// With P = s * norm: g = P (G - delta), s = P times the dropout factor. Returns the sums of the lanes of |g|, or zeros.
+template <bool kMeasured, class F>
+Vec<F> score_gradients(F* s, F* g, int64_t count, F norm, F delta, bool masked, const F* factors) {
+  Vec<F> size{};
   for (int64_t j = 0; j < count; j += kLanes<F>) {
     const Vec<F> weight = load(s + j), zero{};
     Vec<F> p = weight * norm, d = p * (load(g + j) - delta);
     if (masked) p = weight == zero ? zero : p, d = weight == zero ? zero : d;
+    if constexpr (kMeasured && std::is_same_v<F, float>) size += absolute(d);
     store(g + j, d);
     store(s + j, factors ? p * load(factors + j) : p);
   }
+  return size;
 }
 
 }  // namespace pynn::cpu::attention

@@ -63,4 +63,14 @@ void score_keys(const T* key, int64_t row, int64_t count, const F* query, int64_
   store(scores, sum_each<F>(sum));
 }
 
+// to[i * stride + j] = row i of the left, from begin to end, . row first + j of the right, in whole vectors.
+template <class T, class F = accumulate_t<T>>
+void score_rows(const Read<T>& right, int64_t first, int64_t count, const Matrix<F>& left, int64_t begin, int64_t end,
+                int64_t width, F* to, int64_t stride) {
+  for (int64_t j = 0; j < count; j += kLanes<F>)
+    for (int64_t i = begin; i < end; ++i)
+      score_keys(right.data + (first + j) * right.row, right.row, std::min<int64_t>(kLanes<F>, count - j), left.row(i),
+                 width, to + i * stride + j);
+}
+
 }  // namespace pynn::cpu::attention
