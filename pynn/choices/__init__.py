@@ -55,7 +55,8 @@ def rows(architecture: str, directory: Path = DIRECTORY) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [Row(ratio=float(row.pop("ratio")), **row) for row in csv.DictReader(file)]
+        _, *lines = csv.reader(file)
+    return [Row(*line[:-1], float(line[-1])) for line in lines]
 
 
 def read(architecture: str, directory: Path = DIRECTORY) -> Table:
