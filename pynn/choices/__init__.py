@@ -56,7 +56,9 @@ def rows(architecture: str, directory: Path = DIRECTORY) -> list[Row]:
         return []
     with path.open(newline="") as file:
         _, *lines = csv.reader(file)
-    return [Row(*line[:-1], float(line[-1])) for line in lines]
+    return [
+        Row(op, dtype, category, sizes, backend, float(ratio)) for op, dtype, category, sizes, backend, ratio in lines
+    ]
 
 
 def read(architecture: str, directory: Path = DIRECTORY) -> Table:
