@@ -116,8 +116,8 @@ class Planes {
     }
   }
 
-  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the
-  // image. What is fetched early, often from another page, is `next` from here.
+  // Positions [begin, end) of a row of `channels` channels; position 0 stands at `first` of the image. What is fetched
+  // early, often from another page, is `next` from here.
   template <class T, class A>
   void pack_row(const T* row, int64_t step, int64_t channels, int64_t first, int64_t begin, int64_t end, int64_t next,
                 A* to) const {

@@ -273,8 +273,7 @@ class BackwardPass {
   }
 
   // The gradients of the states of one step, or with s = -1 of h0, for the panels begin to end of units and the rows
-  // from
-  // .. from + rows.
+  // from .. from + rows.
   void state_gradients(int64_t begin, int64_t end, int64_t s, int64_t first, int64_t from, int64_t to, int64_t offset,
                        const A* next) {
     const int64_t going_on = schedule_.count(s + 1, first + from, first + to);
