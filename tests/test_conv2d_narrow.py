@@ -126,51 +126,37 @@ def test_exact(layer, dtype):
             assert_bitwise(got, truth.to(dtype), f"gradient {i}")
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_reproducible(name, dtype):
-    """The same bits in either layout, for any number of threads and any slice of the batch."""
+def test_reproducible(name, dtype, plain):
+    """The same bits in either layout, for any number of threads and any slice of the batch.
+
+    plain: nothing but a bias to add, where register tiles store their results themselves.
+    """
     (x, w, b), dy, geometry = operands(name, dtype)
-    r = torch.randn(dy.shape).to(dtype)
+    r = torch.zeros(dy.shape[0], 0) if plain else torch.randn(dy.shape).to(dtype)
+
+    def layer(x, w, b, r):
+        return conv2d(x, w, b, **geometry) if plain else conv2d(x, w, b, activation="silu", residual=r, **geometry)
 
     def results(x, dy, r):
-        y, grads = run(
-            lambda *t: conv2d(*t[:3], activation="silu", residual=t[3], **geometry), x, w, b, r, grad_output=dy
-        )
-        return y, *grads
+        y, grads = run(layer, x, w, b, None if plain else r, grad_output=dy)
+        return [t for t in (y, *grads) if t is not None]
 
     expected = results(x, dy, r)
-    last = [t.to(memory_format=LAST) for t in (x, dy, r)]
+    last = [t.to(memory_format=LAST) if t.dim() == 4 else t for t in (x, dy, r)]
+    turned = dy.transpose(2, 3).contiguous().mT
     for count in (1, 2, 3):
         with threads(count):
-            for tensors in ((x, dy, r), last, (x, last[1], r), (x[..., ::1], dy.transpose(2, 3).contiguous().mT, r)):
+            for tensors in ((x, dy, r), last, (x, last[1], r), (last[0], dy, r), (x[..., ::1], turned, r)):
                 for i, (a, e) in enumerate(zip(results(*tensors), expected, strict=True)):
                     assert_bitwise(a, e, f"{count} threads, result {i}")
-    for i in range(len(x)):
-        y, dx, *_ = results(x[i : i + 1], dy[i : i + 1], r[i : i + 1])
-        assert_bitwise(y, expected[0][i : i + 1], "batch slice, output")
-        assert_bitwise(dx, expected[1][i : i + 1], "batch slice, input gradient")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
-def test_reproducible_plain(name, dtype):
-    """With nothing but a bias to add, where register tiles store their results themselves."""
-    (x, w, b), dy, geometry = operands(name, dtype)
-
-    def results(x, dy):
-        y, grads = run(lambda *t: conv2d(*t, **geometry), x, w, b, grad_output=dy)
-        return y, *grads
-
-    expected, last = results(x, dy), [t.to(memory_format=LAST) for t in (x, dy)]
-    with threads(2):
-        for tensors in ((x, dy), last, (last[0], dy)):
-            for i, (a, e) in enumerate(zip(results(*tensors), expected, strict=True)):
-                assert_bitwise(a, e, f"result {i}")
     for images in (x, last[0]):
-        y, dx, *_ = results(images[:1], dy[:1])
-        assert_bitwise(y, expected[0][:1], "batch slice, output")
-        assert_bitwise(dx, expected[1][:1], "batch slice, input gradient")
+        for i in range(len(x)):
+            y, dx, *_ = results(images[i : i + 1], dy[i : i + 1], r[i : i + 1])
+            assert_bitwise(y, expected[0][i : i + 1], "batch slice, output")
+            assert_bitwise(dx, expected[1][i : i + 1], "batch slice, input gradient")
 
 
 @pytest.mark.parametrize("name", LAYERS)

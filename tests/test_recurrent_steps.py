@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from policy import assert_bitwise
+from policy import assert_bitwise, threads
 from torch.utils.checkpoint import checkpoint
 
 import pynn
@@ -298,11 +298,11 @@ def test_threads_and_forked_processes():
             if not all(torch.equal(a, b) for a, b in zip(gradients(mine, x), want, strict=True)):
                 wrong.append(1)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert not wrong
     output = loop(mine, x)  # a graph that lives in both
     if (child := os.fork()) == 0:
@@ -316,14 +316,10 @@ def test_threads_and_forked_processes():
 def test_any_thread_count(name, options):
     _, mine = cells(name, (33, 40), torch.float32, **options)
     x = sample(12, 5, 33, torch.float32)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    for count in (1, 3):
+        with threads(count):
             results.append(gradients(mine, x))
-    finally:
-        torch.set_num_threads(before)
     for one, three in zip(*results, strict=True):
         assert_bitwise(one, three)
 

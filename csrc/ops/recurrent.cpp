@@ -11,14 +11,6 @@ namespace {
 Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
-template <class T>
-T* mutable_pointer_or_null(OptionalTensor& tensor) {
-  return tensor ? mutable_pointer<T>(*tensor) : nullptr;
-}
-// A state in the shape of hx.
-Tensor new_state(const RecurrentOperands& o, int64_t batch, int64_t width, ScalarType dtype) {
-  return o.hx.dim() == 3 ? new_dense(o.input, {1, batch, width}, dtype) : new_dense(o.input, {batch, width}, dtype);
-}
 Tensor or_nothing(const OptionalTensor& tensor, const Tensor& like) {
   return tensor ? *tensor : new_dense(like, {0}, like.scalar_type());
 }
@@ -179,28 +171,13 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
       if (*grad) torch::stable::zero_(**grad);
   } else {
     const Dense d(o);
-    const OptionalTensor grad_output = dense(saved.grad_output), grad_h_n = dense(saved.grad_h_n);
-    OptionalTensor grad_c_n;
-    if (saved.grad_c_n && *saved.grad_c_n) grad_c_n = dense(**saved.grad_c_n, wide);
-    const Tensor output = dense(saved.output);
-    const OptionalTensor gates = saved.gates ? OptionalTensor(dense(*saved.gates)) : std::nullopt;
-    const OptionalTensor cells = saved.cells ? OptionalTensor(dense(*saved.cells)) : std::nullopt;
+    const DenseSaved kept(o, saved);
     dispatch_floating(name_of(shape.cell), input.scalar_type(), [&]<class T>(Tag<T>) {
       using A = accumulate_t<T>;
       using Launch = launch::Recurrent<T>;
-      RecurrentBackward<T> call{pointer_or_null<T>(grad_output),
-                                pointer_or_null<T>(grad_h_n),
-                                pointer_or_null<A>(grad_c_n),
-                                pointer<T>(d.input),
-                                d.weights<T>(),
-                                pointer<T>(d.hx),
-                                pointer_or_null<A>(d.cx),
-                                pointer_or_null<int64_t>(d.lengths),
-                                pointer<T>(output),
-                                pointer_or_null<T>(gates),
-                                pointer_or_null<A>(cells),
-                                mutable_pointer_or_null<T>(grads.hx),
-                                mutable_pointer_or_null<A>(grads.cx)};
+      RecurrentBackward<T> call = kept.call<T>(d);
+      call.grad_h0 = mutable_pointer_or_null<T>(grads.hx);
+      call.grad_c0 = mutable_pointer_or_null<A>(grads.cx);
       Left left;
       if constexpr (Launch::kProducts) {
         call.grad_input = mutable_pointer_or_null<T>(grads.input);
@@ -223,7 +200,7 @@ Gradients backward(const RecurrentOperands& o, const RecurrentSaved& saved, cons
         KeptScratch scratch(input, Launch::bwd_scratch(shape));
         Launch::bwd(call, shape, scratch.get(), current_stream(input));
       }
-      if constexpr (!Launch::kProducts) multiply<T>(left, d, output, shape, o.reverse, grads);
+      if constexpr (!Launch::kProducts) multiply<T>(left, d, kept.output, shape, o.reverse, grads);
     });
   }
   if (!wanted.states)

@@ -166,6 +166,14 @@ template <class T>
 const T* pointer_or_null(const OptionalTensor& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
 }
+template <class T>
+T* mutable_pointer_or_null(OptionalTensor& tensor) {
+  return tensor ? mutable_pointer<T>(*tensor) : nullptr;
+}
+// A state in the shape of hx.
+inline Tensor new_state(const RecurrentOperands& o, int64_t batch, int64_t width, ScalarType dtype) {
+  return o.hx.dim() == 3 ? new_dense(o.input, {1, batch, width}, dtype) : new_dense(o.input, {batch, width}, dtype);
+}
 
 // The operands as the launchers read them.
 struct Dense {
@@ -190,6 +198,39 @@ struct Dense {
   OptionalTensor cx, weight_ih;
   Tensor weight_hh;
   OptionalTensor bias_ih, bias_hh, weight_hr, lengths;
+};
+
+// What backward takes besides, as the launchers read it.
+struct DenseSaved {
+  DenseSaved(const RecurrentOperands& o, const RecurrentSaved& saved)
+      : grad_output(dense(saved.grad_output)),
+        grad_h_n(dense(saved.grad_h_n)),
+        grad_c_n(saved.grad_c_n && *saved.grad_c_n ? OptionalTensor(dense(**saved.grad_c_n, accumulate_type(o.input)))
+                                                   : std::nullopt),
+        output(dense(saved.output)),
+        gates(saved.gates ? OptionalTensor(dense(*saved.gates)) : std::nullopt),
+        cells(saved.cells ? OptionalTensor(dense(*saved.cells)) : std::nullopt) {}
+
+  // A call that makes no gradient yet.
+  template <class T>
+  RecurrentBackward<T> call(const Dense& operands) const {
+    using A = accumulate_t<T>;
+    return {pointer_or_null<T>(grad_output),
+            pointer_or_null<T>(grad_h_n),
+            pointer_or_null<A>(grad_c_n),
+            pointer<T>(operands.input),
+            operands.weights<T>(),
+            pointer<T>(operands.hx),
+            pointer_or_null<A>(operands.cx),
+            pointer_or_null<int64_t>(operands.lengths),
+            pointer<T>(output),
+            pointer_or_null<T>(gates),
+            pointer_or_null<A>(cells)};
+  }
+
+  OptionalTensor grad_output, grad_h_n, grad_c_n;
+  Tensor output;
+  OptionalTensor gates, cells;
 };
 
 }  // namespace pynn

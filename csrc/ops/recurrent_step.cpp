@@ -12,10 +12,6 @@ Cell cell_of(int64_t cell) {
              cell);
   return Cell(cell);
 }
-template <class T>
-T* mutable_pointer_or_null(OptionalTensor& tensor) {
-  return tensor ? mutable_pointer<T>(*tensor) : nullptr;
-}
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -32,14 +28,13 @@ Four recurrent_step_bwd(const OptionalTensor& grad_output, const OptionalTensor&
              "recurrent_step_bwd: expected cx and cells of lstm, and gates of lstm and gru");
   PYNN_CHECK(output_mask.size() == 2, "recurrent_step_bwd: expected output_mask of 2 values, got ", output_mask.size());
   const RecurrentOperands o{kind, input, hx, lstm ? &*cx : nullptr, ih, weight_hh, none, none, &none, none, false};
-  const RecurrentShape shape =
-      check(o, {grad_output, grad_h_n, &grad_c_n, output, saves ? &*gates : nullptr, lstm ? &*cells : nullptr});
+  const RecurrentSaved saved{
+      grad_output, grad_h_n, &grad_c_n, output, saves ? &*gates : nullptr, lstm ? &*cells : nullptr};
+  const RecurrentShape shape = check(o, saved);
   PYNN_CHECK(shape.steps == 1, "recurrent_step_bwd: expected input of 1 step, got ", shape_of(input));
   const ScalarType dtype = input.scalar_type(), wide = accumulate_type(input);
   const auto state = [&](bool wanted, int64_t width, ScalarType type) {
-    return !wanted           ? new_dense(input, {0}, type)
-           : o.hx.dim() == 3 ? new_dense(input, {1, shape.batch, width}, type)
-                             : new_dense(input, {shape.batch, width}, type);
+    return wanted ? new_state(o, shape.batch, width, type) : new_dense(input, {0}, type);
   };
   Tensor grad_hx = state(output_mask[1], shape.state, dtype);
   Tensor grad_cx = state(lstm, shape.hidden, wide);
@@ -48,23 +43,10 @@ Four recurrent_step_bwd(const OptionalTensor& grad_output, const OptionalTensor&
   Tensor grad_gates = new_kept(input, {shape.batch, gradients_of(kind) * shape.hidden}, dtype);
   if (shape.batch > 0) {
     const Dense d(o);
-    const OptionalTensor of_output = dense(grad_output), of_h = dense(grad_h_n);
-    const OptionalTensor of_c = grad_c_n ? OptionalTensor(dense(*grad_c_n, wide)) : std::nullopt;
-    const Tensor out = dense(output);
-    const OptionalTensor saved_gates = dense(gates), saved_cells = dense(cells);
+    const DenseSaved kept(o, saved);
     dispatch_floating(name_of(kind), dtype, [&]<class T>(Tag<T>) {
       using A = accumulate_t<T>;
-      RecurrentBackward<T> call{pointer_or_null<T>(of_output),
-                                pointer_or_null<T>(of_h),
-                                pointer_or_null<A>(of_c),
-                                pointer<T>(d.input),
-                                d.weights<T>(),
-                                pointer<T>(d.hx),
-                                pointer_or_null<A>(d.cx),
-                                nullptr,
-                                pointer<T>(out),
-                                pointer_or_null<T>(saved_gates),
-                                pointer_or_null<A>(saved_cells)};
+      RecurrentBackward<T> call = kept.call<T>(d);
       call.grad_h0 = output_mask[1] ? mutable_pointer<T>(grad_hx) : nullptr;
       call.grad_c0 = lstm ? mutable_pointer<A>(grad_cx) : nullptr;
       call.grad_input = output_mask[0] ? mutable_pointer<T>(grad_input) : nullptr;

@@ -47,11 +47,14 @@ def call(cls, *inputs: Any):
     return cls.apply_eager(*inputs) if torch.is_grad_enabled() and requires_grad(inputs) else cls.forward(*inputs)
 
 
+def runs_eagerly() -> bool:
+    """Whether neither torch.func nor torch.compile takes part."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def records_eagerly(inputs: tuple) -> bool:
     """Whether a call is recorded for a backward pass, and neither torch.func nor torch.compile takes part."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return torch.is_grad_enabled() and requires_grad(inputs)
+    return runs_eagerly() and torch.is_grad_enabled() and requires_grad(inputs)
 
 
 def call_in_backward(cls, *inputs: Any):

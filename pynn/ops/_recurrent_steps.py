@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._function import eager, requires_grad
+from ._function import eager, records_eagerly, runs_eagerly
 from ._recurrent_call import apply_gru, apply_lstm, apply_rnn
 from ._recurrent_functions import GRU, LSTM, RNN
 from ._recurrent_weights import current_task, weights_of
@@ -36,7 +36,7 @@ def _step(function, states: int):
                 return (None,) * len(needed)
             saved = ctx.saved_tensors
             input, weights = saved[0], ctx.weights
-            if torch.is_grad_enabled() or not _may_wait(input) or current_task() < 0:
+            if torch.is_grad_enabled() or not (runs_eagerly() and _may_wait(input)) or current_task() < 0:
                 return *function.backward(ctx, *grads), None
             wants = [needed[0], any(needed[1:count])]
             first = [*grads] if states == 2 else [*grads, None]
@@ -58,19 +58,17 @@ _apply_lstm, _apply_gru, _apply_rnn = _step(LSTM, 2), _step(GRU, 1), _step(RNN, 
 
 
 def _may_wait(input: Tensor) -> bool:
-    """Whether the CPU kernels run, in eager, for types in which gradients of pre-activations are not rounded."""
+    """Whether the CPU kernels run, for types in which gradients of pre-activations are not rounded."""
     return (
         (input.dtype is torch.float32 or input.dtype is torch.float64)
         and backends.chooses_cpu(input)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
 def _waits(input: Tensor, weights: tuple[Tensor | None, ...]) -> bool:
     """Whether a step may leave its weight gradients to be made with those of other steps, and gains by it."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not requires_grad(weights):
+    if not records_eagerly(weights):
         return False
     of_input, of_state = weights[:2]
     if of_input is None or of_state is None:
